@@ -1,0 +1,65 @@
+"""loopos: post-training of transformer language models on CPUs, from NumPy.
+
+Names below are imported when first used, so that ``import loopos`` costs next to nothing inside
+somebody else's program.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from loopos.version import __version__
+
+if TYPE_CHECKING:
+    from loopos.autograd import Parameter as Parameter
+    from loopos.autograd import Tensor as Tensor
+    from loopos.autograd import no_grad as no_grad
+    from loopos.backends import available_backends as available_backends
+    from loopos.backends import get_backend as get_backend
+    from loopos.backends import set_backend as set_backend
+    from loopos.backends import use_backend as use_backend
+    from loopos.data.batch import Batch as Batch
+    from loopos.data.tokenizer import Tokenizer as Tokenizer
+    from loopos.data.tokenizer import load_tokenizer as load_tokenizer
+    from loopos.errors import LooposError as LooposError
+    from loopos.methods.fine_tuning import FineTuner as FineTuner
+    from loopos.methods.pretraining import Pretrainer as Pretrainer
+    from loopos.models.heads import SequenceClassifier as SequenceClassifier
+    from loopos.models.transformer import Transformer as Transformer
+    from loopos.models.transformer import TransformerConfig as TransformerConfig
+    from loopos.models.weights import load_model as load_model
+    from loopos.ops import DropoutKeys as DropoutKeys
+    from loopos.training.optim import SGD as SGD
+    from loopos.training.optim import Adam as Adam
+    from loopos.training.optim import AdamW as AdamW
+
+_HOMES = {
+    "loopos.autograd": ["Parameter", "Tensor", "no_grad"],
+    "loopos.backends": ["available_backends", "get_backend", "set_backend", "use_backend"],
+    "loopos.data.batch": ["Batch"],
+    "loopos.data.tokenizer": ["Tokenizer", "load_tokenizer"],
+    "loopos.errors": ["LooposError"],
+    "loopos.methods.fine_tuning": ["FineTuner"],
+    "loopos.methods.pretraining": ["Pretrainer"],
+    "loopos.models.heads": ["SequenceClassifier"],
+    "loopos.models.transformer": ["Transformer", "TransformerConfig"],
+    "loopos.models.weights": ["load_model"],
+    "loopos.ops": ["DropoutKeys"],
+    "loopos.training.optim": ["SGD", "Adam", "AdamW"],
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["__version__", *_HOME_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'loopos' has no attribute '{name}'")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

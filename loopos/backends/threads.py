@@ -1,0 +1,76 @@
+"""How many threads may run, and who multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loopos.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Blas:
+    """The library behind NumPy's matrix products."""
+
+    name: str
+    architecture: str
+    num_threads: int
+
+
+def blas() -> Blas:
+    """Return the BLAS library that is loaded, the CPU kernels it chose and its thread count."""
+    import numpy as np  # loads the library that is looked up below
+    from threadpoolctl import threadpool_info
+
+    for pool in threadpool_info():
+        if pool["user_api"] == "blas":
+            name = f"{pool['internal_api']} {pool['version'] or ''}".strip()
+            return Blas(name, pool.get("architecture") or "unknown", int(pool["num_threads"]))
+    name = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    return Blas(name, "unknown", available_cpus())
+
+
+def _cgroup_cpus() -> float | None:
+    """Return the CPU quota of this process's control group (v2), in CPUs."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None  # no such file: no control group, so no limit
+    return None if quota == "max" else int(quota) / int(period)
+
+
+def available_cpus() -> int:
+    """Return how many CPUs this process may use: affinity, control group, ``OMP_NUM_THREADS``."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    quota = _cgroup_cpus()
+    if quota is not None:
+        count = min(count, max(1, int(quota)))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return min(count, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else count
+
+
+@contextmanager
+def thread_limit(num_threads: int | None) -> Iterator[None]:
+    """Compute with at most `num_threads` threads inside the block; None changes nothing.
+
+    Raises
+    ------
+    ConfigError
+        If the number is not positive.
+    """
+    if num_threads is None:
+        yield
+        return
+    if num_threads < 1:
+        raise ConfigError(f"computation.num_threads: expected at least 1, found {num_threads}")
+    import numpy as np  # noqa: F401  (its BLAS must be loaded before it can be limited)
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(num_threads, user_api="blas"):
+        yield

@@ -1,0 +1,159 @@
+"""Writing that never leaves a half-written file, and reading that says what is wrong and where."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loopos.errors import InputError, MissingFileError, OutputError
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def _sync(path: Path) -> None:
+    """Flush one file or directory to disk, so that a rename never outruns its contents."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(path: Path) -> None:
+    if os.name == "posix":  # directories cannot be opened for fsync elsewhere
+        _sync(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; renamed onto it when the block ends without error.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; what stood at `path` before is intact.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        if isinstance(error, OutputError):
+            raise
+        raise _output_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path` through a temporary file and a rename (raises OutputError)."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path` as UTF-8 through a temporary file and a rename."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON through a temporary file and a rename."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic_write_text(path, text + "\n")
+
+
+@contextmanager
+def atomic_directory(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling directory that becomes `path` when the block ends without error.
+
+    An existing `path` is moved aside, replaced and only then removed. If the block raises, the
+    temporary directory is removed and `path` is as it was.
+
+    Raises
+    ------
+    OutputError
+        If the directory cannot be written.
+    """
+    path = Path(path)
+    temporary, old = _temporary(path), _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            if file.is_file():
+                _sync(file)
+        _sync_directory(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except OSError as error:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        if isinstance(error, OutputError):
+            raise
+        raise _output_error(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def read_text(path: str | Path, error: type[InputError] = InputError) -> str:
+    """Return the UTF-8 text of `path`; a byte-order mark is dropped.
+
+    Raises
+    ------
+    MissingFileError
+        If there is no such file.
+    InputError
+        (or the class given as `error`) if it is a directory, unreadable, or not UTF-8.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file")
+    try:
+        raw = path.read_bytes()
+    except OSError as fault:
+        raise error(f"{path}: cannot be read ({fault.strerror or fault})") from fault
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        line = raw[: fault.start].count(b"\n") + 1
+        byte = raw[fault.start]
+        raise error(f"{path}:{line}: not UTF-8 text (byte 0x{byte:02x})") from fault
+
+
+def read_json(path: str | Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """Return the JSON object in `path`; faults are one sentence naming file and line.
+
+    Raises
+    ------
+    MissingFileError
+        If there is no such file.
+    InputError
+        (or the class given as `error`) if the file is not a JSON object in UTF-8.
+    """
+    try:
+        value = json.loads(read_text(path, error))
+    except json.JSONDecodeError as fault:
+        raise error(f"{path}:{fault.lineno}: not valid JSON ({fault.msg})") from fault
+    if not isinstance(value, dict):
+        raise error(f"{path}:1: expected a JSON object, found {type(value).__name__}")
+    return value

@@ -1,0 +1,384 @@
+"""One function per op: forward on the backend in force, backward recorded on the tape.
+
+This and :mod:`loopos.autograd` are the only modules that know what a gradient is. Shapes are those
+of the backend (:mod:`loopos.backends.numpy_backend`). Integer arguments (ids, offsets, targets) are
+plain ndarrays; they have no gradient. The backend of the forward also runs the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from loopos.autograd import Array, Tensor, record, recording
+from loopos.backends import get_backend
+from loopos.backends.random_bits import derive_key
+
+__all__ = [
+    "DropoutKeys",
+    "activation",
+    "add",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "cross_entropy",
+    "dropout",
+    "embedding",
+    "gather_rows",
+    "layer_norm",
+    "linear",
+    "linear_cross_entropy",
+    "linear_kl",
+    "linear_logprobs",
+    "mse",
+    "reshape",
+    "rms_norm",
+    "rope",
+    "segment_last",
+    "segment_mean",
+    "swiglu",
+]
+
+Grads = Sequence[Array | None]
+
+
+class DropoutKeys:
+    """Hands out one 64-bit key per op, in the order of calls.
+
+    Keys depend on the seed, the optimizer step and the number of the op in the forward, so every
+    microbatch of a step must make its own ``DropoutKeys(seed, step)``: 8 x 1 then equals 1 x 8.
+
+    Parameters
+    ----------
+    seed : int
+        Of the run.
+    step : int
+        Of the optimizer.
+    """
+
+    def __init__(self, seed: int, step: int):
+        self._seed, self._step, self._count = seed, step, 0
+
+    def next(self) -> int:
+        """Return the key of the next op."""
+        self._count += 1
+        return derive_key(self._seed, self._step, self._count)
+
+
+def _into(parameter: Tensor | None) -> Array | None:
+    """Return the buffer a backward adds to, or None when the tensor is absent or frozen."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    return parameter.grad_buffer()
+
+
+def _data(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else tensor.data
+
+
+def _arrived(gradient: Array | None, like: Array) -> Array:
+    """Return the gradient of an output, zeros if none arrived."""
+    return np.zeros_like(like) if gradient is None else gradient
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """``act(x w^T + b)``: ``x[N, C]``, ``w[O, C]``, ``b[O]`` to ``[N, O]``."""
+    backend = get_backend()
+    y, pre = backend.linear(x.data, w.data, _data(b), activation)
+
+    def backward(grads: Grads) -> Grads:
+        dx = backend.linear_backward(
+            _arrived(grads[0], y), x.data, w.data, pre, activation,
+            dw=_into(w), db=_into(b), need_dx=x.requires_grad,
+        )  # fmt: skip
+        return dx, None, None
+
+    return record([y], (x, w, b), backward)
+
+
+def embedding(ids: Array, table: Tensor) -> Tensor:
+    """Rows of ``table[V, C]`` at ``ids[N]``."""
+    backend = get_backend()
+
+    def backward(grads: Grads) -> Grads:
+        if grads[0] is not None:
+            backend.embedding_backward(grads[0], ids, table.grad_buffer())
+        return (None,)
+
+    return record([backend.embedding(ids, table.data)], (table,), backward)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """``a + b`` of one shape."""
+    return record([a.data + b.data], (a, b), lambda grads: (grads[0], grads[0]))
+
+
+def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The same values in another shape."""
+    original = x.shape
+
+    def backward(grads: Grads) -> Grads:
+        return (None if grads[0] is None else grads[0].reshape(original),)
+
+    return record([x.data.reshape(shape)], (x,), backward)
+
+
+def layer_norm(x: Tensor, g: Tensor, b: Tensor | None, eps: float) -> Tensor:
+    """Layer normalisation of ``x[N, C]`` with gain ``g[C]`` and bias ``b[C]``."""
+    return _layer_norm(x, None, g, b, eps)[0]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, g: Tensor, b: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return ``(layer_norm(s), s)`` with ``s = x + residual``."""
+    return _layer_norm(x, residual, g, b, eps)
+
+
+def _layer_norm(
+    x: Tensor, residual: Tensor | None, g: Tensor, b: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    backend = get_backend()
+    y, s, mean, rstd = backend.layer_norm(x.data, g.data, _data(b), eps, _data(residual))
+    need_dx = recording(x, residual)
+
+    def backward(grads: Grads) -> Grads:
+        if grads[0] is None:
+            return grads[1], grads[1], None, None
+        dx = backend.layer_norm_backward(
+            grads[0], s, g.data, mean, rstd, grads[1], dg=_into(g), db=_into(b), need_dx=need_dx
+        )
+        return dx, dx, None, None
+
+    normed, total = record([y, s], (x, residual, g, b), backward)
+    return normed, total
+
+
+def rms_norm(x: Tensor, g: Tensor, eps: float) -> Tensor:
+    """Root-mean-square normalisation of ``x[N, C]`` with gain ``g[C]``."""
+    return _rms_norm(x, None, g, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``(rms_norm(s), s)`` with ``s = x + residual``."""
+    return _rms_norm(x, residual, g, eps)
+
+
+def _rms_norm(x: Tensor, residual: Tensor | None, g: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    backend = get_backend()
+    y, s, rstd = backend.rms_norm(x.data, g.data, eps, _data(residual))
+    need_dx = recording(x, residual)
+
+    def backward(grads: Grads) -> Grads:
+        if grads[0] is None:
+            return grads[1], grads[1], None
+        dx = backend.rms_norm_backward(
+            grads[0], s, g.data, rstd, grads[1], dg=_into(g), need_dx=need_dx
+        )
+        return dx, dx, None
+
+    normed, total = record([y, s], (x, residual, g), backward)
+    return normed, total
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """Elementwise ``gelu``, ``gelu_tanh``, ``relu``, ``silu`` or ``tanh``."""
+    backend = get_backend()
+    y = backend.activation(x.data, kind)
+
+    def backward(grads: Grads) -> Grads:
+        return (backend.activation_backward(_arrived(grads[0], y), x.data, kind),)
+
+    return record([y], (x,), backward)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``."""
+    backend = get_backend()
+    y = backend.swiglu(gate.data, up.data)
+
+    def backward(grads: Grads) -> Grads:
+        return backend.swiglu_backward(_arrived(grads[0], y), gate.data, up.data)
+
+    return record([y], (gate, up), backward)
+
+
+def rope(q: Tensor, k: Tensor, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:
+    """Rotate queries ``[N, H, D]`` and keys ``[N, Hk, D]`` by their positions."""
+    backend = get_backend()
+    rotated_q, rotated_k = backend.rope(q.data, k.data, positions, inv_freq)
+
+    def backward(grads: Grads) -> Grads:
+        dq, dk = _arrived(grads[0], rotated_q), _arrived(grads[1], rotated_k)
+        return backend.rope_backward(dq, dk, positions, inv_freq)
+
+    outputs: tuple[Tensor, Tensor] = record([rotated_q, rotated_k], (q, k), backward)
+    return outputs
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Array,
+    causal: bool,
+    scale: float,
+    window: int | None = None,
+    dropout_rate: float = 0.0,
+    key: int | None = None,
+    sample_ids: Array | None = None,
+) -> Tensor:
+    """Softmax attention of each sequence on itself; no dropout when `key` is None."""
+    backend = get_backend()
+    rate = 0.0 if key is None else dropout_rate
+    options: tuple[Any, ...] = (offsets, causal, scale, window, rate, key or 0, sample_ids)
+    y, lse = backend.attention(q.data, k.data, v.data, *options)
+
+    def backward(grads: Grads) -> Grads:
+        dy = _arrived(grads[0], y)
+        return backend.attention_backward(dy, q.data, k.data, v.data, y, lse, *options)
+
+    return record([y], (q, k, v), backward)
+
+
+def segment_mean(x: Tensor, offsets: Array) -> Tensor:
+    """Mean row of each sequence: ``[B, C]``."""
+    backend = get_backend()
+    y = backend.segment_mean(x.data, offsets)
+
+    def backward(grads: Grads) -> Grads:
+        return (backend.segment_mean_backward(_arrived(grads[0], y), offsets),)
+
+    return record([y], (x,), backward)
+
+
+def segment_last(x: Tensor, offsets: Array) -> Tensor:
+    """Last row of each sequence: ``[B, C]``."""
+    return gather_rows(x, offsets[1:] - 1)
+
+
+def gather_rows(x: Tensor, rows: Array) -> Tensor:
+    """``x[rows]``."""
+    backend = get_backend()
+    y = backend.gather_rows(x.data, rows)
+
+    def backward(grads: Grads) -> Grads:
+        return (backend.gather_rows_backward(_arrived(grads[0], y), rows, x.shape[0]),)
+
+    return record([y], (x,), backward)
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    w: Tensor,
+    targets: Array,
+    weights: Array | None = None,
+    b: Tensor | None = None,
+) -> tuple[Tensor, float]:
+    """Summed, weighted negative log-likelihood over the vocabulary, and the sum of the weights.
+
+    Gradients are made in the forward, into scratch, and only while the tape records; the backward
+    scales them and adds.
+    """
+    wanted = [recording(t) for t in (h, w, b)]
+    total, count, dh, dw, db = get_backend().linear_cross_entropy(
+        h.data, w.data, targets, weights, _data(b),
+        need_dh=wanted[0], need_dw=wanted[1], need_db=wanted[2],
+    )  # fmt: skip
+
+    def backward(grads: Grads) -> Grads:
+        upstream = float(_arrived(grads[0], np.zeros(())))
+        for tensor, gradient in ((w, dw), (b, db)):
+            if tensor is not None and gradient is not None:
+                tensor.add_grad(gradient, upstream)
+        return None if dh is None else dh * dh.dtype.type(upstream), None, None
+
+    return record([np.float64(total)], (h, w, b), backward), count
+
+
+def linear_logprobs(
+    h: Tensor, w: Tensor, targets: Array, temperature: float = 1.0, b: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of its distribution: ``[N]``, ``[N]``, nats."""
+    backend = get_backend()
+    logp, entropy, lse = backend.linear_logprobs(h.data, w.data, targets, temperature, _data(b))
+
+    def backward(grads: Grads) -> Grads:
+        dh = backend.linear_logprobs_backward(
+            _arrived(grads[0], logp), grads[1], h.data, w.data, targets, entropy, lse,
+            temperature, _data(b), dw=_into(w), db=_into(b), need_dh=h.requires_grad,
+        )  # fmt: skip
+        return dh, None, None
+
+    outputs: tuple[Tensor, Tensor] = record([logp, entropy], (h, w, b), backward)
+    return outputs
+
+
+def linear_kl(
+    h: Tensor,
+    w: Tensor,
+    h_ref: Array,
+    w_ref: Array,
+    temperature: float = 1.0,
+    b: Tensor | None = None,
+    b_ref: Array | None = None,
+) -> Tensor:
+    """Exact ``KL(policy || reference)`` per token ``[N]``; the reference is plain arrays."""
+    backend = get_backend()
+    fixed = (h_ref, w_ref, temperature)
+    kl = backend.linear_kl(h.data, w.data, *fixed, _data(b), b_ref)
+
+    def backward(grads: Grads) -> Grads:
+        dh = backend.linear_kl_backward(
+            _arrived(grads[0], kl), kl, h.data, w.data, *fixed, _data(b), b_ref,
+            dw=_into(w), db=_into(b), need_dh=h.requires_grad,
+        )  # fmt: skip
+        return dh, None, None
+
+    return record([kl], (h, w, b), backward)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Array,
+    class_weights: Array | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, float]:
+    """Summed cross-entropy of ``logits[B, K]``, and the sum of the labels' class weights."""
+    total, count, dlogits = get_backend().cross_entropy(
+        logits.data, labels, class_weights, label_smoothing
+    )
+    return _scaled(logits, total, dlogits), count
+
+
+def mse(prediction: Tensor, target: Array) -> tuple[Tensor, float]:
+    """Summed squared error, and the number of elements."""
+    total, count, gradient = get_backend().mse(prediction.data, target)
+    return _scaled(prediction, total, gradient), count
+
+
+def _scaled(x: Tensor, total: float, gradient: Array) -> Tensor:
+    """A scalar whose gradient was made in the forward."""
+
+    def backward(grads: Grads) -> Grads:
+        upstream = _arrived(grads[0], np.zeros(()))
+        return (gradient * gradient.dtype.type(float(upstream)),)
+
+    return record([np.float64(total)], (x,), backward)
+
+
+def dropout(
+    x: Tensor, rate: float, keys: DropoutKeys | None, offsets: Array, sample_ids: Array
+) -> Tensor:
+    """Dropout on ``x[N, C]``; `x` itself when `keys` is None (evaluation) or the rate is 0."""
+    if keys is None or rate == 0.0:
+        return x
+    backend, key = get_backend(), keys.next()
+    options = (rate, key, offsets, sample_ids)
+
+    def backward(grads: Grads) -> Grads:
+        return (backend.dropout_backward(_arrived(grads[0], x.data), *options),)
+
+    return record([backend.dropout(x.data, *options)], (x,), backward)
