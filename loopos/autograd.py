@@ -48,7 +48,7 @@ def no_grad() -> Iterator[None]:
 class Node:
     """One recorded op: its inputs, its backward, and how many outputs it has."""
 
-    __slots__ = ("backward", "inputs", "num_outputs", "order")
+    __slots__ = ("__weakref__", "backward", "inputs", "num_outputs", "order")
 
     def __init__(self, inputs: Sequence[Tensor | None], backward: Backward, num_outputs: int):
         self.inputs: Sequence[Tensor | None] = inputs

@@ -295,7 +295,7 @@ def linear_cross_entropy(
                 tensor.add_grad(gradient, upstream)
         return None if dh is None else dh * dh.dtype.type(upstream), None, None
 
-    return record([np.float64(total)], (h, w, b), backward), count
+    return record([np.asarray(total, dtype=np.float64)], (h, w, b), backward), count
 
 
 def linear_logprobs(
@@ -366,7 +366,7 @@ def _scaled(x: Tensor, total: float, gradient: Array) -> Tensor:
         upstream = _arrived(grads[0], np.zeros(()))
         return (gradient * gradient.dtype.type(float(upstream)),)
 
-    return record([np.float64(total)], (x,), backward)
+    return record([np.asarray(total, dtype=np.float64)], (x,), backward)
 
 
 def dropout(

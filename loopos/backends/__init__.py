@@ -141,17 +141,22 @@ def set_backend(name: str) -> None:
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[NumpyBackend]:
+def use_backend(backend: str | NumpyBackend) -> Iterator[NumpyBackend]:
     """Choose the backend inside the block, for this thread or task only.
+
+    Parameters
+    ----------
+    backend : str or NumpyBackend
+        A name as for :func:`set_backend`, or an instance that need not be registered.
 
     Raises
     ------
     BackendError
         If it is unknown or cannot run here.
     """
-    backend = _resolve(name)
-    token = _override.set(backend)
+    chosen = _resolve(backend) if isinstance(backend, str) else backend
+    token = _override.set(chosen)
     try:
-        yield backend
+        yield chosen
     finally:
         _override.reset(token)

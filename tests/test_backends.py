@@ -1,0 +1,322 @@
+"""Every registered backend on the one list of op cases, and the registry itself."""
+
+import os
+import subprocess
+import sys
+import threading
+from importlib.metadata import EntryPoint
+
+import numpy as np
+import pytest
+
+import loopos
+from loopos import backends
+from loopos.backends import testing, threads
+from loopos.backends.numpy_backend import NumpyBackend
+from loopos.backends.op_cases import BENCHMARK_CASES, CASES
+from loopos.errors import BackendError, ConfigError
+
+NAMES = backends.available_backends()
+
+
+@pytest.fixture(params=NAMES)
+def backend(request):
+    with backends.use_backend(request.param) as chosen:
+        yield chosen
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("check", ["check_values", "check_layouts", "check_gradients"])
+def test_case(backend, case, check):
+    getattr(testing, check)(backend, case)
+
+
+def test_case_names_are_unique_and_every_op_has_a_case():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    covered = {case.op for case in CASES}
+    forwards = {op for op in NumpyBackend.ops() if not op.endswith("_backward")}
+    assert forwards == covered
+    assert {case.op for case in BENCHMARK_CASES} <= covered
+
+
+def test_the_suite_finds_a_wrong_forward_a_wrong_gradient_and_a_changed_input():
+    class WrongForward(NumpyBackend):
+        def segment_mean(self, x, offsets):
+            return super().segment_mean(x, offsets) * 1.001
+
+    class WrongGradient(NumpyBackend):
+        def swiglu_backward(self, dy, gate, up):
+            dgate, dup = super().swiglu_backward(dy, gate, up)
+            return dgate * 1.0001, dup
+
+    class Overwrites(NumpyBackend):
+        def swiglu(self, gate, up):
+            gate += 0.0
+            return super().swiglu(gate, up)
+
+    for broken, message in (
+        (WrongForward, r"segment_mean.*relative error"),
+        (WrongGradient, r"swiglu.*relative error"),
+        (Overwrites, r"read-only"),
+    ):
+        with pytest.raises((AssertionError, ValueError), match=message):
+            testing.check_backend(broken())
+
+
+def test_gradient_check_alone_finds_a_gradient_that_is_off_by_1e4():
+    class Off(NumpyBackend):
+        def swiglu_backward(self, dy, gate, up):
+            dgate, dup = super().swiglu_backward(dy, gate, up)
+            return dgate * 1.0001, dup
+
+    case = next(c for c in CASES if c.op == "swiglu")
+    testing.check_gradients(NumpyBackend(), case)
+    with pytest.raises(AssertionError, match="gradient off"):
+        testing.check_gradients(Off(), case)
+
+
+def test_describe_lists_native_and_inherited_ops():
+    class Half(NumpyBackend):
+        name = "half"
+
+        def swiglu(self, gate, up):
+            return super().swiglu(gate, up)
+
+    described = Half().describe()
+    assert described["name"] == "half"
+    assert described["native"] == ["swiglu"]
+    assert "linear" in described["inherited"]
+    assert described["threads"] >= 1
+    reference = NumpyBackend().describe()
+    assert reference["inherited"] == []
+    assert reference["native"] == NumpyBackend.ops()
+    assert reference["isa"]
+
+
+# -- selection -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second_backend(monkeypatch):
+    """An out-of-tree backend, offered through the entry-point group."""
+
+    class Second(NumpyBackend):
+        name = "second"
+
+    class Unable(NumpyBackend):
+        name = "unable"
+
+        @classmethod
+        def unavailable(cls):
+            return "it needs a CPU with seven legs"
+
+    module = type(sys)("outside_backends")
+    module.Second, module.Unable = Second, Unable
+    monkeypatch.setitem(sys.modules, "outside_backends", module)
+    points = {
+        name: EntryPoint(name, f"outside_backends:{cls}", backends.ENTRY_POINT_GROUP)
+        for name, cls in (("second", "Second"), ("unable", "Unable"), ("gone", "Nowhere"))
+    }
+    monkeypatch.setattr(backends, "_entry_points", lambda: points)
+    monkeypatch.setattr(backends, "_instances", {})
+    monkeypatch.setattr(backends, "_default", None)
+    return Second
+
+
+def test_entry_points_add_backends(second_backend):
+    assert backends.available_backends() == ["numpy", "second"]
+    assert backends.unavailable_backends()["unable"] == "it needs a CPU with seven legs"
+    assert "cannot be loaded" in backends.unavailable_backends()["gone"]
+    loopos.set_backend("second")
+    assert isinstance(loopos.get_backend(), second_backend)
+
+
+def test_a_failed_switch_leaves_the_choice_alone(second_backend):
+    loopos.set_backend("second")
+    with pytest.raises(BackendError, match=r"unknown backend 'nunpy'; did you mean 'numpy'\?"):
+        loopos.set_backend("nunpy")
+    with pytest.raises(BackendError, match="seven legs"):
+        loopos.set_backend("unable")
+    assert loopos.get_backend().name == "second"
+    with pytest.raises(BackendError), loopos.use_backend("nunpy"):
+        pass
+    assert loopos.get_backend().name == "second"
+
+
+def test_use_backend_is_local_to_its_context(second_backend):
+    seen = []
+    with loopos.use_backend("second"):
+        thread = threading.Thread(target=lambda: seen.append(loopos.get_backend().name))
+        thread.start()
+        thread.join()
+        with loopos.use_backend("numpy"):
+            seen.append(loopos.get_backend().name)
+        seen.append(loopos.get_backend().name)
+    seen.append(loopos.get_backend().name)
+    assert seen == ["numpy", "numpy", "second", "numpy"]
+
+
+def test_environment_variable_and_empty_means_unset(second_backend, monkeypatch):
+    monkeypatch.setenv("LOOPOS_BACKEND", "second")
+    assert loopos.get_backend().name == "second"
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setenv("LOOPOS_BACKEND", "")
+    assert loopos.get_backend().name == "numpy"
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setenv("LOOPOS_BACKEND", "no-such")
+    with pytest.raises(BackendError, match="no-such"):
+        loopos.get_backend()
+
+
+def test_auto_is_the_first_available(second_backend):
+    loopos.set_backend("second")
+    loopos.set_backend("auto")
+    assert loopos.get_backend().name == backends.available_backends()[0]
+
+
+# -- threads and import ------------------------------------------------------------------------
+
+
+def test_thread_limit_holds_inside_the_block_only():
+    before = threads.blas().num_threads
+    with threads.thread_limit(1):
+        assert threads.blas().num_threads == 1
+    assert threads.blas().num_threads == before
+    with pytest.raises(ConfigError, match="num_threads"), threads.thread_limit(0):
+        pass
+
+
+def test_available_cpus_respects_the_environment(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    everything = threads.available_cpus()
+    assert 1 <= everything <= os.cpu_count()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert threads.available_cpus() == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert threads.available_cpus() == everything
+
+
+def test_import_is_light_and_changes_nothing_of_the_host():
+    script = """
+import sys, random, signal
+import numpy as np
+np.random.seed(7); random.seed(7)
+state, handler, errors = np.random.get_state()[1].copy(), signal.getsignal(2), np.geterr()
+import loopos
+loopos.Transformer, loopos.FineTuner, loopos.get_backend()
+heavy = {"numba", "torch", "pydantic", "rich", "typer", "tensorboard", "yaml"} & set(sys.modules)
+assert not heavy, heavy
+assert np.array_equal(state, np.random.get_state()[1])
+assert signal.getsignal(2) is handler and np.geterr() == errors
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_plain_import_loads_neither_scipy_nor_tokenizers():
+    script = (
+        "import sys, loopos; print(sorted({'scipy', 'tokenizers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_dropout_keeps_the_promised_share_and_ignores_the_split():
+    backend = NumpyBackend()
+    x = np.ones((4096, 64))
+    offsets = np.array([0, 1000, 4096], dtype=np.int32)
+    samples = np.array([3, 9], dtype=np.int32)
+    whole = backend.dropout(x, 0.25, 77, offsets, samples)
+    kept = np.count_nonzero(whole) / whole.size
+    assert abs(kept - 0.75) < 4 * np.sqrt(0.25 * 0.75 / whole.size)
+    assert set(np.unique(whole)) == {0.0, 1 / 0.75}
+    alone = backend.dropout(
+        x[1000:], 0.25, 77, np.array([0, 3096], np.int32), np.array([9], np.int32)
+    )
+    assert np.array_equal(alone, whole[1000:])
+    assert not np.array_equal(whole, backend.dropout(x, 0.25, 78, offsets, samples))
+
+
+def test_attention_dropout_does_not_depend_on_the_split_of_the_batch():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(12, 2, 4)) for _ in range(3))
+    backend = NumpyBackend()
+    args = (True, 0.5, None, 0.4, 5)
+    both, _ = backend.attention(
+        q, k, v, np.array([0, 7, 12], np.int32), *args, np.array([4, 2], np.int32)
+    )
+    second, _ = backend.attention(
+        q[7:], k[7:], v[7:], np.array([0, 5], np.int32), *args, np.array([2], np.int32)
+    )
+    np.testing.assert_allclose(both[7:], second, rtol=0, atol=1e-15)
+    plain, _ = backend.attention(q, k, v, np.array([0, 7, 12], np.int32), True, 0.5)
+    assert np.abs(plain - both).max() > 0.01
+
+
+def test_attention_by_blocks_equals_attention_at_once(monkeypatch):
+    rng = np.random.default_rng(1)
+    q, k, v, dy = (rng.normal(size=(50, 4, 8)) for _ in range(4))
+    offsets = np.array([0, 37, 50], np.int32)
+    backend = NumpyBackend()
+    for causal, window in ((True, None), (False, None), (True, 5), (False, 5)):
+        args = (offsets, causal, 0.3, window)
+        y, lse = backend.attention(q, k, v, *args)
+        grads = backend.attention_backward(dy, q, k, v, y, lse, *args)
+        monkeypatch.setattr("loopos.backends.numpy_attention._SCORE_ELEMENTS", 400)
+        y2, lse2 = backend.attention(q, k, v, *args)
+        grads2 = backend.attention_backward(dy, q, k, v, y, lse, *args)
+        monkeypatch.undo()
+        for a, b in zip((y, lse, *grads), (y2, lse2, *grads2), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+
+
+def test_chunked_losses_equal_whole_ones(monkeypatch):
+    rng = np.random.default_rng(2)
+    h, w = rng.normal(size=(100, 8)), rng.normal(size=(40, 8))
+    targets = rng.integers(0, 40, 100)
+    backend = NumpyBackend()
+    need = {"need_dh": True, "need_dw": True, "need_db": False}
+    whole = backend.linear_cross_entropy(h, w, targets, **need)
+    monkeypatch.setattr("loopos.backends.numpy_losses._LOGIT_ELEMENTS", 16 * 40)
+    parts = backend.linear_cross_entropy(h, w, targets, **need)
+    for a, b in zip(whole[:4], parts[:4], strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gae_golden():
+    values = np.array([0.0, 0, 0, 1])
+    advantages, returns = NumpyBackend().gae(
+        values, values, np.array([0, 4], np.int32), gamma=0.9, lam=0.95
+    )
+    np.testing.assert_allclose(advantages, [0.65792250, 0.7695, 0.9, 0], atol=1e-6)
+    np.testing.assert_allclose(returns, [0.65792250, 0.7695, 0.9, 1], atol=1e-6)
+
+
+def test_sample_follows_the_distribution_and_reports_untruncated_logp():
+    rng = np.random.default_rng(3)
+    logits = np.array([[2.0, 1.0, 0.0, -1.0, -3.0]])
+    draws = 100_000
+    u = rng.uniform(size=draws)
+    tiled = np.repeat(logits, draws, axis=0)
+    for options in ((1.0, 0, 1.0, 0.0), (0.7, 3, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (2.0, 0, 1.0, 0.3)):
+        t, top_k, top_p, min_p = options
+        p = np.exp(logits[0] / t)
+        p /= p.sum()
+        kept = p.copy()
+        if top_k:
+            kept[top_k:] = 0
+        if top_p < 1:
+            kept[np.cumsum(kept) - kept >= top_p] = 0
+        kept[kept < min_p * kept.max()] = 0
+        expected = kept / kept.sum()
+        ids, logp = NumpyBackend().sample(tiled, *options, u)
+        counts = np.bincount(ids, minlength=5)
+        assert np.all(counts[expected == 0] == 0)
+        live = expected > 0
+        chi2 = np.sum((counts[live] - draws * expected[live]) ** 2 / (draws * expected[live]))
+        assert chi2 < 25, (options, counts, expected)
+        np.testing.assert_allclose(logp, np.log(p)[ids], atol=1e-12)
+    greedy, _ = NumpyBackend().sample(tiled[:3], 0.0, 0, 1.0, 0.0, u[:3])
+    assert greedy.tolist() == [0, 0, 0]
