@@ -1,0 +1,1 @@
+"""asv benchmarks of loopos: epochs, ops, import time, memory, each against documented targets."""

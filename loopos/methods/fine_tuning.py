@@ -1,0 +1,429 @@
+"""Fine-tuning: a pretrained (or fresh) transformer learns to classify texts.
+
+    tuner = FineTuner("path/to/model", num_classes=2)
+    tuner.fit(train, validation, num_epochs=3, learning_rate=5e-5)
+    tuner.predict(["a wonderful little film"]).labels
+
+The body's token states are pooled, a linear head gives class logits, and cross-entropy trains all
+weights, only the head, or the head and the last k layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from loopos import ops
+from loopos.autograd import Array, Tensor, no_grad
+from loopos.data.batch import Batch
+from loopos.data.readers import LabelledTexts, read_labelled
+from loopos.data.report import DataReport
+from loopos.data.tokenizer import Tokenizer, load_tokenizer
+from loopos.errors import ConfigError, DataError
+from loopos.methods.common import (
+    Encoded,
+    encode,
+    in_order,
+    require_finite,
+    train_only,
+    with_overrides,
+)
+from loopos.models.heads import Pooling, SequenceClassifier, load_classifier
+from loopos.models.transformer import Transformer
+from loopos.models.weights import load_model
+from loopos.ops import DropoutKeys
+from loopos.training.loop import TrainingOptions, TrainResult, train
+from loopos.training.metrics import classification_metrics
+from loopos.training.trackers import Callback
+
+__all__ = ["FineTuner", "Options", "Predictions"]
+
+Labelled = LabelledTexts | str | Path | Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """Options of a fine-tuning run, beside those of every run.
+
+    Attributes
+    ----------
+    pooling : {"mean", "last", "cls"}
+        What stands for a text: the mean of its token states, the last or the first one.
+    train : {"all", "head"} or int
+        Which weights are trained: all, only the head, or the head, the last norm and the last so
+        many layers.
+    class_weights : "balanced", list of float or None
+        Weight of each class in the loss; "balanced" is ``rows / (classes * rows of the class)``.
+    label_smoothing : float
+        Share of the target spread evenly over the classes, in [0, 1).
+    max_length : int or None
+        Texts are cut to this many tokens; None takes the model's ``max_seq_len``.
+    """
+
+    pooling: Pooling = "mean"
+    train: Literal["all", "head"] | int = "all"
+    class_weights: Literal["balanced"] | list[float] | None = None
+    label_smoothing: float = 0.0
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.train, int) and self.train < 1:
+            raise ConfigError(
+                f"training.train: expected 'all', 'head' or a number of layers, found {self.train}"
+            )
+        if not 0.0 <= self.label_smoothing < 1.0:
+            raise ConfigError(
+                f"training.label_smoothing: expected a number in [0, 1), "
+                f"found {self.label_smoothing}"
+            )
+        if self.max_length is not None and self.max_length < 1:
+            raise ConfigError(f"training.max_length: expected at least 1, found {self.max_length}")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a classifier says of some texts.
+
+    Attributes
+    ----------
+    ids : ndarray int64 [n]
+        The most probable class of each text.
+    labels : list
+        Its name, or its number where classes have no names.
+    probabilities : ndarray [n, K]
+        Softmax of the logits.
+    """
+
+    ids: Array
+    labels: list[Any]
+    probabilities: Array
+
+
+class _Objective:
+    """Cross-entropy of the class logits; counts are sums of class weights."""
+
+    def __init__(self, model: SequenceClassifier, class_weights: Array | None, smoothing: float):
+        self._model, self._weights, self._smoothing = model, class_weights, smoothing
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return the sum of the class weights of the batch's labels."""
+        if self._weights is None:
+            return {"loss": float(batch.num_sequences)}
+        return {"loss": float(self._weights[batch.labels].sum())}
+
+    def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
+        """Return the summed loss of the batch."""
+        assert batch.labels is not None
+        logits = self._model.logits(batch, dropout)
+        total, _ = ops.cross_entropy(logits, batch.labels, self._weights, self._smoothing)
+        return {"loss": total}
+
+
+class FineTuner:
+    """Trains and serves a text classifier.
+
+    Parameters
+    ----------
+    model : Transformer, SequenceClassifier or path
+        The body, or a classifier to train on; a path is loaded with its tokenizer.
+    tokenizer : Tokenizer, optional
+        May be absent when `model` is a path.
+    num_classes : int, optional
+        At least 2; taken from the first training set when absent.
+    label_names : list of str, optional
+        Name of each class; taken from the first training set when absent.
+    pooling : {"mean", "last", "cls"}
+        See :class:`Options`; a SequenceClassifier has its own.
+    seed : int
+        Of the head's weights, of shuffling and of dropout.
+
+    Raises
+    ------
+    ConfigError
+        If there is no tokenizer, or it has ids outside the model's vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | SequenceClassifier | str | Path,
+        tokenizer: Tokenizer | None = None,
+        *,
+        num_classes: int | None = None,
+        label_names: Sequence[str] | None = None,
+        pooling: Pooling = "mean",
+        seed: int = 0,
+    ):
+        if isinstance(model, (str, Path)):
+            tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+            model = load_model(model)
+        if tokenizer is None:
+            raise ConfigError("FineTuner needs a tokenizer beside a model that is not a path")
+        self.tokenizer, self.seed, self._pooling = tokenizer, seed, pooling
+        self.label_names = None if label_names is None else list(label_names)
+        self._classifier: SequenceClassifier | None = None
+        if isinstance(model, SequenceClassifier):
+            self._classifier, self.body = model, model.body
+            self.label_names = self.label_names or model.labels
+        else:
+            self.body = model
+        if tokenizer.vocab_size > self.body.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, "
+                f"more than the model's vocab_size {self.body.config.vocab_size}"
+            )
+        if self._classifier is None and num_classes is not None:
+            self._make_head(num_classes)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        training_data: Labelled,
+        validation_data: Labelled | None = None,
+        options: Options | None = None,
+        *,
+        output_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: bool = False,
+        stop: Callable[[], bool] | None = None,
+        run_config: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> TrainResult:
+        """Train on labelled texts.
+
+        Parameters
+        ----------
+        training_data, validation_data : LabelledTexts, path or iterable of mappings
+            Rows with ``text`` and ``label``. With validation data the model is evaluated as the
+            options say, and ends with its best weights if `output_dir` is given.
+        options : Options, optional
+            How to train; any of its fields may be given by name instead.
+        output_dir : path, optional
+            Where ``metrics.jsonl`` and ``checkpoints/`` go; None writes nothing.
+        callbacks : sequence of Callback
+            Called at every step and evaluation.
+        resume : bool
+            Continue from the newest whole checkpoint in `output_dir`.
+        stop : callable, optional
+            Asked after every step; True saves and ends the run.
+        run_config : dict, optional
+            Kept in checkpoints, and compared on resume.
+
+        Returns
+        -------
+        TrainResult
+
+        Raises
+        ------
+        DataError
+            If a row cannot be used, or a label has no class.
+        ConfigError
+            If an option has no such name or value.
+        NumericalError
+            If a loss or gradient is not finite.
+        """
+        options = with_overrides(options or Options(), overrides)
+        training = self._labelled(training_data)
+        if self._classifier is None:
+            self.label_names = self.label_names or training.label_names
+            self._pooling = options.pooling if "pooling" in overrides else self._pooling
+            self._make_head(len(self.label_names))
+        model = self.classifier
+        self._check_labels(training)
+        encoded = encode(self.tokenizer, training.texts, self._max_length(options))
+        validation = None if validation_data is None else self._labelled(validation_data)
+        evaluate = None
+        if validation is not None:
+            self._check_labels(validation)
+            held_out = encode(self.tokenizer, validation.texts, self._max_length(options))
+            evaluate = self._evaluator(held_out, validation.labels)
+        train_only(model.parameters(), self._trained_names(options))
+        weights = _class_weights(options.class_weights, training.labels, model.num_classes)
+
+        def make_batch(indices: Array, sample_ids: Array) -> Batch:
+            return Batch.from_sequences(
+                [encoded.tokens[i] for i in indices],
+                labels=training.labels[indices],
+                sample_ids=sample_ids,
+            )
+
+        return train(
+            model.parameters(),
+            _Objective(model, weights, options.label_smoothing),
+            make_batch,
+            np.array([len(ids) for ids in encoded.tokens]),
+            options,
+            seed=self.seed,
+            output_dir=output_dir,
+            evaluate=evaluate,
+            callbacks=callbacks,
+            resume=resume,
+            stop=stop,
+            run_config=run_config,
+        )
+
+    def report(
+        self,
+        training: LabelledTexts,
+        validation: LabelledTexts | None = None,
+        options: Options | None = None,
+    ) -> DataReport:
+        """Return what the data holds, before anything is trained."""
+        limit = self._max_length(options or Options())
+        lengths = encode(self.tokenizer, training.texts, limit).lengths
+        return DataReport.build(training, validation, lengths, limit)
+
+    # -- use -----------------------------------------------------------------------------------
+
+    def evaluate(self, data: Labelled) -> dict[str, Any]:
+        """Return loss and classification metrics on labelled texts (see ``training.metrics``)."""
+        labelled = self._labelled(data)
+        self._check_labels(labelled)
+        encoded = encode(self.tokenizer, labelled.texts, self._max_length(Options()))
+        return self._evaluator(encoded, labelled.labels)()
+
+    def predict(self, texts: Sequence[str], batch_tokens: int = 4096) -> Predictions:
+        """Classify texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+        batch_tokens : int
+            Tokens computed at once; changes memory and speed, not results.
+
+        Raises
+        ------
+        DataError
+            If an entry is not a string or has no token.
+        """
+        if isinstance(texts, str):
+            raise DataError("predict() takes a list of texts, found one string")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"text {index}: expected a string, found {type(text).__name__}")
+            if not text.strip():
+                raise DataError(f"text {index}: there is nothing in it")
+        encoded = encode(self.tokenizer, texts, self._max_length(Options()))
+        logits = self._logits(encoded, batch_tokens).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True, initial=0.0)
+        probabilities = np.exp(logits)
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        ids = np.argmax(probabilities, axis=1)
+        names = self.label_names
+        labels = [int(i) if names is None else names[i] for i in ids]
+        return Predictions(ids, labels, probabilities)
+
+    def save(self, directory: str | Path) -> None:
+        """Write body, head, labels and tokenizer; transformers' AutoModel loads the body."""
+        self.classifier.save(directory, self.tokenizer, self.label_names)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> FineTuner:
+        """Read what :meth:`save` wrote."""
+        return cls(load_classifier(directory), load_tokenizer(directory))
+
+    @property
+    def classifier(self) -> SequenceClassifier:
+        """The model with its head.
+
+        Raises
+        ------
+        ConfigError
+            If there is no head yet: give `num_classes`, or call :meth:`fit` first.
+        """
+        if self._classifier is None:
+            raise ConfigError("this classifier has no head yet: give num_classes or call fit()")
+        return self._classifier
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _make_head(self, num_classes: int) -> None:
+        names = self.label_names
+        if names is not None and len(names) != num_classes:
+            raise ConfigError(f"num_classes is {num_classes} but {len(names)} labels are named")
+        self._classifier = SequenceClassifier(self.body, num_classes, self._pooling, self.seed)
+        self._classifier.labels = names
+
+    def _labelled(self, data: Labelled) -> LabelledTexts:
+        if isinstance(data, LabelledTexts):
+            return data
+        return read_labelled(data, label_names=self.label_names)
+
+    def _check_labels(self, data: LabelledTexts) -> None:
+        classes = self.classifier.num_classes
+        for row in np.flatnonzero((data.labels < 0) | (data.labels >= classes))[:1]:
+            raise DataError(
+                f"{data.where[row]}: label {data.labels[row]} is outside the {classes} classes"
+            )
+        if len(data.texts) == 0:
+            raise DataError("there is no labelled text")
+
+    def _max_length(self, options: Options) -> int:
+        limit = self.body.config.max_seq_len
+        if options.max_length is not None and options.max_length > limit:
+            raise ConfigError(
+                f"training.max_length: {options.max_length} is more than the model's "
+                f"max_seq_len {limit}"
+            )
+        return options.max_length or limit
+
+    def _trained_names(self, options: Options) -> set[str]:
+        model = self.classifier
+        head = {"classifier.weight", "classifier.bias"}
+        if options.train == "all":
+            return set(model.parameters())
+        if options.train == "head":
+            return head
+        layers = self.body.config.num_layers
+        if options.train > layers:
+            raise ConfigError(
+                f"training.train: {options.train} layers asked for, the model has {layers}"
+            )
+        wanted = tuple(f"layers.{i}." for i in range(layers - options.train, layers))
+        return head | {n for n in model.parameters() if n.startswith((*wanted, "final_norm."))}
+
+    def _logits(self, encoded: Encoded, batch_tokens: int = 4096) -> Array:
+        lengths = np.array([len(ids) for ids in encoded.tokens], dtype=np.int64)
+        logits = np.zeros((lengths.size, self.classifier.num_classes), self.body.dtype)
+        with no_grad():
+            for indices in in_order(lengths, batch_tokens):
+                batch = Batch.from_sequences([encoded.tokens[i] for i in indices])
+                logits[indices] = self.classifier.logits(batch).data
+        return logits
+
+    def _evaluator(self, encoded: Encoded, labels: Array) -> Callable[[], dict[str, Any]]:
+        """Return a function that evaluates the model as it is when called."""
+
+        def evaluate() -> dict[str, Any]:
+            logits = self._logits(encoded)
+            with no_grad():
+                total, count = ops.cross_entropy(Tensor(logits), labels)
+            loss = require_finite(total.item() / count, "the loss on the evaluation data")
+            predicted = np.argmax(logits, axis=1)
+            metrics = classification_metrics(labels, predicted, self.classifier.num_classes)
+            return {"loss": loss} | metrics
+
+        return evaluate
+
+
+def _class_weights(
+    asked: str | list[float] | None, labels: Array, num_classes: int
+) -> Array | None:
+    if asked is None:
+        return None
+    if isinstance(asked, str):
+        counts = np.bincount(labels, minlength=num_classes)
+        # A class without rows gets no weight: nothing would ever be divided by it.
+        present = np.maximum(counts, 1)
+        return np.where(counts > 0, labels.size / (num_classes * present), 0.0)
+    if len(asked) != num_classes:
+        raise ConfigError(f"training.class_weights: {len(asked)} numbers for {num_classes} classes")
+    weights = np.asarray(asked, dtype=np.float64)
+    if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
+        raise ConfigError("training.class_weights: expected numbers that are not negative")
+    return weights

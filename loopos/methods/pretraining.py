@@ -1,0 +1,196 @@
+"""Pretraining: autoregressive language modelling on plain text, to make base models.
+
+Each document is encoded, closed with the tokenizer's end-of-text token where it has one, and cut
+into sequences of at most ``sequence_length`` tokens. A sequence stands alone: attention never
+crosses from one document into the next, and nothing is padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopos.autograd import Array, Tensor, no_grad
+from loopos.data.batch import Batch
+from loopos.data.readers import Texts, read_texts
+from loopos.data.report import DataReport
+from loopos.data.tokenizer import Tokenizer
+from loopos.errors import ConfigError, DataError
+from loopos.methods.common import in_order, require_finite, train_only, with_overrides
+from loopos.models.transformer import Transformer
+from loopos.ops import DropoutKeys
+from loopos.training.loop import TrainingOptions, TrainResult, train
+from loopos.training.trackers import Callback
+
+__all__ = ["Options", "Pretrainer"]
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """Options of a pretraining run, beside those of every run.
+
+    Attributes
+    ----------
+    sequence_length : int or None
+        Documents are cut into pieces of at most this many tokens; None takes ``max_seq_len``.
+    """
+
+    sequence_length: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_length is not None and self.sequence_length < 2:
+            raise ConfigError(
+                f"training.sequence_length: expected at least 2, found {self.sequence_length}"
+            )
+
+
+class _Objective:
+    """Next-token cross-entropy over the tokens that count."""
+
+    def __init__(self, model: Transformer):
+        self._model = model
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return how many tokens of the batch count as targets."""
+        return {"loss": float(batch.next_token_targets()[1].sum(dtype=np.float64))}
+
+    def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
+        """Return the summed loss of the batch."""
+        return {"loss": self._model.next_token_loss(batch, dropout)[0]}
+
+
+class Pretrainer:
+    """Trains a language model on plain text.
+
+    Parameters
+    ----------
+    model : Transformer
+        Causal, with a language-model head.
+    tokenizer : Tokenizer
+    seed : int
+        Of shuffling and dropout.
+
+    Raises
+    ------
+    ConfigError
+        If the model is bidirectional, has no head, or a smaller vocabulary than the tokenizer.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 0):
+        if not model.config.causal or not model.config.lm_head:
+            raise ConfigError("pretraining needs a causal model with a language-model head")
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, "
+                f"more than the model's vocab_size {model.config.vocab_size}"
+            )
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+
+    def fit(
+        self,
+        training_data: Texts | str | Path,
+        validation_data: Texts | str | Path | None = None,
+        options: Options | None = None,
+        *,
+        output_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: bool = False,
+        stop: Callable[[], bool] | None = None,
+        run_config: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> TrainResult:
+        """Train on texts; parameters as :meth:`loopos.FineTuner.fit`.
+
+        Raises
+        ------
+        DataError
+            If no text has two tokens.
+        ConfigError
+            If an option has no such name or value.
+        NumericalError
+            If a loss or gradient is not finite.
+        """
+        options = with_overrides(options or Options(), overrides)
+        pieces = self._pieces(_texts(training_data), options)
+        evaluate = None
+        if validation_data is not None:
+            evaluate = self._evaluator(self._pieces(_texts(validation_data), options))
+        train_only(self.model.parameters(), set(self.model.parameters()))
+
+        def make_batch(indices: Array, sample_ids: Array) -> Batch:
+            return Batch.from_sequences([pieces[i] for i in indices], sample_ids=sample_ids)
+
+        return train(
+            self.model.parameters(),
+            _Objective(self.model),
+            make_batch,
+            np.array([len(piece) for piece in pieces]),
+            options,
+            seed=self.seed,
+            output_dir=output_dir,
+            evaluate=evaluate,
+            callbacks=callbacks,
+            resume=resume,
+            stop=stop,
+            run_config=run_config,
+        )
+
+    def report(
+        self, training: Texts, validation: Texts | None = None, options: Options | None = None
+    ) -> DataReport:
+        """Return what the data holds; documents are cut into pieces, so none is truncated."""
+        lengths = np.array([len(ids) for ids in self.tokenizer.encode_batch(training.texts)])
+        return DataReport.build(training, validation, lengths, None)
+
+    def evaluate(
+        self, data: Texts | str | Path, options: Options | None = None
+    ) -> dict[str, float]:
+        """Return ``loss`` (nats per token) and ``perplexity`` on texts."""
+        return self._evaluator(self._pieces(_texts(data), options or Options()))()
+
+    def save(self, directory: str | Path) -> None:
+        """Write model and tokenizer; transformers loads them back."""
+        self.model.save(directory, self.tokenizer)
+
+    def _pieces(self, texts: Texts, options: Options) -> list[Array]:
+        limit = self.model.config.max_seq_len
+        length = options.sequence_length or limit
+        if length > limit:
+            raise ConfigError(
+                f"training.sequence_length: {length} is more than the model's max_seq_len {limit}"
+            )
+        end = self.tokenizer.eos_id
+        pieces: list[Array] = []
+        for ids in self.tokenizer.encode_batch(texts.texts):
+            if end is not None:
+                ids = np.append(ids, np.int32(end))
+            pieces += [ids[start : start + length] for start in range(0, len(ids), length)]
+        # A single token has nothing to predict.
+        pieces = [piece for piece in pieces if len(piece) > 1]
+        if not pieces:
+            raise DataError("no text has two tokens, so there is nothing to predict")
+        return pieces
+
+    def _evaluator(self, pieces: list[Array]) -> Callable[[], dict[str, float]]:
+        lengths = np.array([len(piece) for piece in pieces])
+
+        def evaluate() -> dict[str, float]:
+            total = count = 0.0
+            with no_grad():
+                for indices in in_order(lengths):
+                    batch = Batch.from_sequences([pieces[i] for i in indices])
+                    loss, tokens = self.model.next_token_loss(batch)
+                    total, count = total + loss.item(), count + tokens
+            mean = require_finite(total / count, "the loss on the evaluation data")
+            return {"loss": mean, "perplexity": float(np.exp(mean))}
+
+        return evaluate
+
+
+def _texts(data: Texts | str | Path) -> Texts:
+    return data if isinstance(data, Texts) else read_texts(data)

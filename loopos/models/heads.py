@@ -1,0 +1,186 @@
+"""Heads on a transformer's body: pooling the tokens of a sequence and classifying it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+
+from loopos import ops
+from loopos.autograd import Array, Parameter, Tensor
+from loopos.data.batch import Batch
+from loopos.errors import ConfigError, ModelFormatError, nearest
+from loopos.files import read_json, write_json
+from loopos.models.tensor_file import TensorFile, write_tensors
+from loopos.models.transformer import SavesTokenizer, Transformer
+from loopos.models.weights import load_model, read_finite
+from loopos.ops import DropoutKeys
+
+Pooling = Literal["mean", "last", "cls"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+_INIT_STD = 0.02
+_HEAD_FILE = "classifier.safetensors"
+_HEAD_CONFIG = "classifier.json"
+
+
+def pool(x: Tensor, offsets: Array, pooling: Pooling) -> Tensor:
+    """Reduce the tokens of each sequence to one row.
+
+    Parameters
+    ----------
+    x : Tensor [N, C]
+        States of all tokens.
+    offsets : ndarray int32 [B + 1]
+        Where each sequence starts and ends.
+    pooling : {"mean", "last", "cls"}
+        The mean of all tokens, the last one, or the first one (where BERT has its CLS token).
+
+    Returns
+    -------
+    Tensor [B, C]
+    """
+    if pooling == "mean":
+        return ops.segment_mean(x, offsets)
+    if pooling == "last":
+        return ops.segment_last(x, offsets)
+    return ops.gather_rows(x, offsets[:-1])
+
+
+class SequenceClassifier:
+    """A transformer's body, pooled, under one linear layer.
+
+    Parameters
+    ----------
+    body : Transformer
+        Its hidden states are classified; it is held, not copied.
+    num_classes : int
+        At least 2.
+    pooling : {"mean", "last", "cls"}
+        See :func:`pool`.
+    seed : int
+        Of the head's weights, N(0, 0.02); its bias starts at 0.
+
+    Attributes
+    ----------
+    labels : list of str or None
+        The name of each class.
+
+    Raises
+    ------
+    ConfigError
+        If `num_classes` or `pooling` is none of these.
+    """
+
+    def __init__(
+        self, body: Transformer, num_classes: int, pooling: Pooling = "mean", seed: int = 0
+    ):
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+            raise ConfigError(f"num_classes is {num_classes!r}, expected at least 2")
+        if pooling not in POOLINGS:
+            raise ConfigError(
+                f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}"
+                + nearest(str(pooling), POOLINGS)
+            )
+        self.body, self.num_classes, self.pooling = body, num_classes, pooling
+        self.labels: list[str] | None = None
+        draws = np.random.default_rng(seed).standard_normal((num_classes, body.config.d_model))
+        weight = (draws * _INIT_STD).astype(body.dtype)
+        self.weight = Parameter(weight, "classifier.weight")
+        self.bias = Parameter(np.zeros(num_classes, body.dtype), "classifier.bias")
+
+    def parameters(self) -> dict[str, Parameter]:
+        """Return what the logits depend on: the body (without a language-model head), the head."""
+        body = self.body.parameters()
+        body.pop("lm_head.weight", None)  # no part in the logits, so never a gradient
+        return body | {"classifier.weight": self.weight, "classifier.bias": self.bias}
+
+    def logits(self, batch: Batch, dropout: DropoutKeys | None = None) -> Tensor:
+        """Return the class logits ``[B, K]`` of each sequence of `batch`.
+
+        Raises
+        ------
+        DataError
+            As :meth:`Transformer.get_hidden_states`, and if a sequence is empty.
+        """
+        hidden = self.body.get_hidden_states(batch, dropout)
+        return ops.linear(pool(hidden, batch.offsets, self.pooling), self.weight, self.bias)
+
+    def save(
+        self,
+        directory: str | Path,
+        tokenizer: SavesTokenizer | None = None,
+        labels: list[str] | None = None,
+    ) -> None:
+        """Write the body as :meth:`Transformer.save` does, and the head beside it.
+
+        Parameters
+        ----------
+        directory : path
+            Other files in it stay. transformers' AutoModel loads the body from it.
+        tokenizer : Tokenizer, optional
+            Saved with the model.
+        labels : list of str, optional
+            The name of each class; `self.labels` if None.
+
+        Raises
+        ------
+        ConfigError
+            If there are not `num_classes` labels.
+        OutputError
+            If the directory cannot be written.
+        """
+        labels = self.labels if labels is None else labels
+        if labels is not None and len(labels) != self.num_classes:
+            raise ConfigError(f"{len(labels)} labels for num_classes {self.num_classes}")
+        directory = Path(directory)
+        self.body.save(directory, tokenizer)
+        head = {"classifier.weight": self.weight.data, "classifier.bias": self.bias.data}
+        write_tensors(directory / _HEAD_FILE, head)
+        values = {"num_classes": self.num_classes, "pooling": self.pooling, "labels": labels}
+        write_json(directory / _HEAD_CONFIG, values)
+
+
+def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceClassifier:
+    """Read what :meth:`SequenceClassifier.save` wrote.
+
+    Parameters
+    ----------
+    directory : path
+        With the body, ``classifier.safetensors`` and ``classifier.json``.
+    dtype : {"float32", "float64"}
+        Of the parameters.
+
+    Raises
+    ------
+    MissingFileError
+        If one of the files is not there.
+    ModelFormatError
+        If one of them does not hold what it should.
+    """
+    directory = Path(directory)
+    values = read_json(directory / _HEAD_CONFIG, ModelFormatError)
+    expected = ["num_classes", "pooling", "labels"]
+    for key in [*expected, *values]:
+        if key not in values or key not in expected:
+            what = "unknown" if key in values else "missing"
+            raise ModelFormatError(f"{directory / _HEAD_CONFIG}: key '{key}' is {what}")
+    body = load_model(directory, dtype)
+    try:
+        classifier = SequenceClassifier(body, values["num_classes"], values["pooling"])
+    except ConfigError as error:
+        raise ModelFormatError(f"{directory / _HEAD_CONFIG}: {error}") from error
+    labels = values["labels"]
+    if labels is not None and (
+        not isinstance(labels, list) or len(labels) != classifier.num_classes
+    ):
+        raise ModelFormatError(
+            f"{directory / _HEAD_CONFIG}: expected {classifier.num_classes} labels"
+        )
+    classifier.labels = labels
+    file = TensorFile(directory / _HEAD_FILE)
+    for parameter in (classifier.weight, classifier.bias):
+        parameter.data = read_finite(file, parameter.name, parameter.shape, body.dtype)
+    file.refuse_others([classifier.weight.name, classifier.bias.name])
+    return classifier

@@ -1,0 +1,311 @@
+"""Model directories in the Hugging Face layout: ``config.json`` and ``model.safetensors``.
+
+Reading is strict: every tensor that the configuration promises must be there, with its shape and
+finite, and nothing else but the buffers and heads that the family lists.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopos.autograd import Array
+from loopos.errors import InputError, MissingFileError, ModelFormatError, NumericalError, nearest
+from loopos.files import read_json, write_json
+from loopos.models.config import TransformerConfig
+from loopos.models.families import Family, Rule, family_for, family_of
+from loopos.models.families.base import has_lm_head
+from loopos.models.tensor_file import TensorFile, write_tensors
+from loopos.models.transformer import Origin, SavesTokenizer, Transformer, parameter_shapes
+from loopos.version import __version__
+
+__all__ = ["load_config", "load_model", "read_finite", "save_model", "to_hf_tensors"]
+
+_CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "float64")}
+#: Keys in which a configuration says the dtype, new and old.
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def load_config(directory: str | Path) -> TransformerConfig:
+    """Read only the configuration of a model directory.
+
+    Parameters
+    ----------
+    directory : path
+        With ``config.json``.
+
+    Raises
+    ------
+    MissingFileError, ModelFormatError
+        As :func:`load_model`.
+    """
+    return _read_config(Path(directory))[1]
+
+
+def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
+    """Read a model in the Hugging Face layout, of the families GPT-2, Llama and BERT.
+
+    Parameters
+    ----------
+    directory : path
+        With ``config.json`` and ``model.safetensors`` (or its shards and their index).
+    dtype : {"float32", "float64"}
+        Of the parameters; files in float16 and bfloat16 are converted.
+
+    Returns
+    -------
+    Transformer
+        Its ``config.dropout`` is the file's rate; it acts only when dropout keys are given.
+
+    Raises
+    ------
+    MissingFileError
+        If the directory or one of its files is not there.
+    ModelFormatError
+        If the configuration asks for what loopos does not compute, or a tensor is missing,
+        unexpected, of another shape, cut off or not finite; one sentence with file and tensor.
+    """
+    if dtype not in _DTYPES:
+        raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    directory = Path(directory)
+    family, config, values = _read_config(directory)
+    files = _tensor_files(directory)
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in files) else ""
+    found = _by_plain_name(family, prefix, files)
+    arrays: dict[str, Array] = {}
+    shapes = parameter_shapes(config)
+    for rule in family.rules(config):
+        if rule.hf_name not in found:
+            name = (prefix if rule.prefixed else "") + rule.hf_name
+            close = nearest(name, [actual for actual, _ in found.values()])
+            raise ModelFormatError(f"{directory}: tensor '{name}' is missing{close}")
+        name, file = found.pop(rule.hf_name)
+        arrays |= _read_rule(rule, shapes, name, file, _DTYPES[dtype])
+    model = Transformer(config, dtype=_DTYPES[dtype], arrays=arrays)
+    model.extra_tensors = _read_others(family, model, found)
+    model.origin = Origin(values, prefix)
+    return model
+
+
+def read_finite(file: TensorFile, name: str, shape: tuple[int, ...] | None, dtype: Any) -> Array:
+    """Return a tensor of a file, of a given shape (any if None) and finite.
+
+    Raises
+    ------
+    ModelFormatError
+        If it is missing, of another shape, cut off or holds NaN or infinity.
+    """
+    if shape is not None and name in file.names and file.shape(name) != shape:
+        found = list(file.shape(name))
+        raise ModelFormatError(
+            f"{file.path}: tensor '{name}' has shape {found}, expected {list(shape)}"
+        )
+    array = file.read(name, dtype)
+    finite = np.isfinite(array)
+    if not finite.all():
+        where = [int(index) for index in np.argwhere(~finite)[0]]
+        raise ModelFormatError(
+            f"{file.path}: tensor '{name}' is {array[tuple(where)]} at {where}"
+            f" (as {np.dtype(dtype)})"
+        )
+    return array
+
+
+def save_model(
+    model: Transformer, directory: str | Path, tokenizer: SavesTokenizer | None = None
+) -> None:
+    """Write a model so that transformers and :func:`load_model` read it back with equal logits.
+
+    A configuration that no Hugging Face family expresses is written in loopos' own format
+    (``model_type`` "loopos"), which only :func:`load_model` reads.
+
+    Parameters
+    ----------
+    model : Transformer
+        Tied weights are written once; its `extra_tensors` under their own names.
+    directory : path
+        Made if need be; each file is written beside and renamed, other files stay.
+    tokenizer : Tokenizer, optional
+        Saved into the same directory.
+
+    Raises
+    ------
+    NumericalError
+        If a parameter is not finite; nothing is written.
+    OutputError
+        If the directory cannot be written.
+    """
+    directory = Path(directory)
+    arrays = {name: parameter.data for name, parameter in model.parameters().items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise NumericalError(f"{directory}: not saved, parameter '{name}' is not finite")
+    family = family_for(model.config)
+    values, prefix = _config_values(model, family, tokenizer)
+    tensors = to_hf_tensors(family, model.config, arrays, prefix)
+    write_tensors(directory / _WEIGHTS, tensors | model.extra_tensors)
+    write_json(directory / _CONFIG, values)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+
+
+def to_hf_tensors(
+    family: Family, config: TransformerConfig, arrays: Mapping[str, Array], prefix: str = ""
+) -> dict[str, Array]:
+    """Return arrays by parameter name (weights or gradients) under their Hugging Face names.
+
+    Parameters
+    ----------
+    family : Family
+        Whose names and layout to use.
+    config : TransformerConfig
+        Of the model.
+    arrays : mapping of str to ndarray
+        One for each parameter.
+    prefix : str
+        Put before the names of the body.
+    """
+    tensors = {}
+    for rule in family.rules(config):
+        parts = [arrays[name] for name in rule.names]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        name = (prefix if rule.prefixed else "") + rule.hf_name
+        tensors[name] = array.T if rule.transposed else array
+    return tensors
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def _read_config(directory: Path) -> tuple[Family, TransformerConfig, dict[str, Any]]:
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory}: no such directory")
+    path = directory / _CONFIG
+    if not path.is_file():
+        raise MissingFileError(f"{directory}: holds no {_CONFIG}, so it is not a model directory")
+    values = read_json(path, ModelFormatError)
+    try:
+        family = family_of(values.get("model_type"))
+        return family, family.config_from_hf(values), values
+    except InputError as error:
+        raise ModelFormatError(f"{path}: {error}") from error
+
+
+def _tensor_files(directory: Path) -> dict[str, TensorFile]:
+    """Return the file of each tensor of a model directory."""
+    if (directory / _WEIGHTS).is_file():
+        file = TensorFile(directory / _WEIGHTS)
+        return dict.fromkeys(file.names, file)
+    index = directory / _INDEX
+    if not index.is_file():
+        pickles = sorted(directory.glob("*.bin"))
+        reason = (
+            f" ({pickles[0].name} is a pickle, which loopos never opens; "
+            "save the model with safe_serialization=True)"
+            if pickles
+            else ""
+        )
+        raise MissingFileError(f"{directory}: holds no {_WEIGHTS}{reason}")
+    shards = read_json(index, ModelFormatError).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(n, str) for n in shards.values()):
+        raise ModelFormatError(f"{index}: expected an object 'weight_map' of tensors to files")
+    opened = {name: TensorFile(directory / Path(name).name) for name in set(shards.values())}
+    for tensor, name in shards.items():
+        if tensor not in opened[name].names:
+            raise ModelFormatError(f"{opened[name].path}: tensor '{tensor}' is missing")
+    for file in opened.values():
+        file.refuse_others(shards)
+    return {tensor: opened[name] for tensor, name in shards.items()}
+
+
+def _by_plain_name(
+    family: Family, prefix: str, files: Mapping[str, TensorFile]
+) -> dict[str, tuple[str, TensorFile]]:
+    """Return name in the file and the file, by the name without prefix and older endings."""
+    found: dict[str, tuple[str, TensorFile]] = {}
+    for name, file in files.items():
+        plain = name.removeprefix(prefix)
+        for old, new in family.renamed:
+            plain = plain.removesuffix(old) + new if plain.endswith(old) else plain
+        if plain in found:
+            raise ModelFormatError(f"{file.path}: tensors '{found[plain][0]}' and '{name}' clash")
+        found[plain] = name, file
+    return found
+
+
+def _read_rule(
+    rule: Rule,
+    shapes: Mapping[str, tuple[int, ...]],
+    name: str,
+    file: TensorFile,
+    dtype: np.dtype[Any],
+) -> dict[str, Array]:
+    """Read the tensor of a rule; return the parameters it holds."""
+    sizes = [shapes[name][0] for name in rule.names]
+    expected = (sum(sizes), *shapes[rule.names[0]][1:])
+    array = read_finite(file, name, expected[::-1] if rule.transposed else expected, dtype)
+    if rule.transposed:
+        array = np.ascontiguousarray(array.T)
+    if len(sizes) == 1:
+        return {rule.names[0]: array}
+    parts = np.split(array, np.cumsum(sizes)[:-1])
+    return {part: piece.copy() for part, piece in zip(rule.names, parts, strict=True)}
+
+
+def _read_others(
+    family: Family, model: Transformer, found: Mapping[str, tuple[str, TensorFile]]
+) -> dict[str, Array]:
+    """Return the heads to keep; drop buffers and copies of the tied table; refuse the rest."""
+    kept: dict[str, Array] = {}
+    for plain, (name, file) in found.items():
+        if model.config.tied and plain in family.tied_copies:
+            table = model.parameters()["embeddings.tokens"].data
+            if not np.array_equal(read_finite(file, name, table.shape, model.dtype), table):
+                raise ModelFormatError(
+                    f"{file.path}: tensor '{name}' differs from the token table, though the "
+                    "configuration ties them (tie_word_embeddings is true)"
+                )
+        elif any(re.fullmatch(pattern, plain) for pattern in family.kept):
+            kept[name] = read_finite(file, name, None, model.dtype)
+        elif not any(re.fullmatch(pattern, plain) for pattern in family.ignored):
+            expected = [rule.hf_name for rule in family.rules(model.config)]
+            raise ModelFormatError(
+                f"{file.path}: unexpected tensor '{name}' in a model of family '{family.name}' "
+                f"with {model.config.num_layers} layers{nearest(plain, expected)}"
+            )
+    return kept
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
+def _config_values(
+    model: Transformer, family: Family, tokenizer: SavesTokenizer | None
+) -> tuple[dict[str, Any], str]:
+    """Return what to write into ``config.json``, and the prefix of the tensors that fits it."""
+    config, origin = model.config, model.origin
+    if origin is not None and origin.config.get("model_type") in family.model_types:
+        values, prefix = dict(origin.config), origin.prefix
+        if replace(family.config_from_hf(values), family=None) != replace(config, family=None):
+            values = {k: v for k, v in values.items() if k not in family.replaces}
+            values |= family.config_to_hf(config)
+            if config.causal and has_lm_head(values) != config.lm_head:
+                values.pop("architectures", None)
+    else:
+        values = {"model_type": family.model_types[0], **family.config_to_hf(config)}
+        if family.name == "loopos":
+            values["loopos_version"] = __version__
+        else:  # the defaults of transformers name rows that a smaller vocabulary does not have
+            end = getattr(tokenizer, "eos_id", None)
+            values |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+        prefix = family.prefix if config.lm_head else ""
+    architecture = family.head_architecture if config.lm_head else family.base_architecture
+    values.setdefault("architectures", [architecture])
+    values = {k: v for k, v in values.items() if k not in _DTYPE_KEYS}
+    return values | {"dtype": model.dtype.name}, prefix

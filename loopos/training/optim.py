@@ -1,0 +1,257 @@
+"""Optimizers: in place on named parameters, one backend op per parameter and step.
+
+``step(scale=...)`` multiplies gradients by a factor on the way, so that a division by a count and
+clipping cost no pass over memory. Frozen parameters have no state and are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from loopos.autograd import Array, Parameter
+from loopos.backends import get_backend
+from loopos.errors import CheckpointError, ConfigError
+
+__all__ = ["SGD", "Adam", "AdamW", "DecayGroups", "Optimizer", "gradient_norm"]
+
+DecayGroups = Literal["matrices", "all"] | Callable[[str, Parameter], bool]
+
+
+def gradient_norm(parameters: Iterable[Parameter]) -> float:
+    """Return the global L2 norm of all gradients that are there."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    return float(np.sqrt(get_backend().sum_squares(grads)))
+
+
+class Optimizer:
+    """What all optimizers share: named parameters, decay groups, state in and out.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Parameter, or iterable of Parameter
+        What is trained; frozen ones are left out.
+    learning_rate : float
+        Default of :meth:`step`.
+    weight_decay : float
+        Of the parameters in the decay group.
+    decay_groups : {"matrices", "all"} or callable
+        Which parameters decay: those with two axes or more (not biases and gains), all, or those
+        for which ``decay_groups(name, parameter)`` is true.
+
+    Raises
+    ------
+    ConfigError
+        If a number is out of range or a name stands twice.
+    """
+
+    #: Names of the arrays kept for each parameter.
+    slots: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter] | Iterable[Parameter],
+        learning_rate: float,
+        weight_decay: float,
+        decay_groups: DecayGroups = "matrices",
+    ):
+        _require(learning_rate >= 0, "learning_rate", "a number that is not negative", learning_rate)
+        _require(weight_decay >= 0, "weight_decay", "a number that is not negative", weight_decay)
+        self.parameters = _named(parameters)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.steps = 0
+        self._decayed = {
+            name for name, p in self.parameters.items() if _decays(decay_groups, name, p)
+        }
+        self._state: dict[str, dict[str, Array]] = {slot: {} for slot in self.slots}
+
+    def step(self, scale: float = 1.0, learning_rate: float | None = None) -> None:
+        """Update every trained parameter that has a gradient.
+
+        Parameters
+        ----------
+        scale : float
+            Factor on all gradients, such as one over the number of tokens, or that of clipping.
+        learning_rate : float, optional
+            Of this step, from a schedule.
+        """
+        self.steps += 1
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad and parameter.grad is not None:
+                decay = self.weight_decay if name in self._decayed else 0.0
+                self._update(name, parameter, parameter.grad, scale, rate, decay)
+
+    def _update(
+        self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
+    ) -> None:
+        raise NotImplementedError
+
+    def _slot(self, slot: str, name: str, like: Array) -> Array:
+        arrays = self._state[slot]
+        if name not in arrays:
+            arrays[name] = np.zeros_like(like, order="C")
+        return arrays[name]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for parameter in self.parameters.values():
+            parameter.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``steps`` and every state array as ``"<slot>/<parameter>"``."""
+        state: dict[str, Any] = {"steps": self.steps}
+        for slot, arrays in self._state.items():
+            state |= {f"{slot}/{name}": array for name, array in arrays.items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Raises
+        ------
+        CheckpointError
+            If an array belongs to no parameter here, or has another shape or dtype.
+        """
+        fresh: dict[str, dict[str, Array]] = {slot: {} for slot in self.slots}
+        for key, value in state.items():
+            if key == "steps":
+                continue
+            slot, _, name = key.partition("/")
+            if slot not in fresh or name not in self.parameters:
+                raise CheckpointError(f"optimizer state '{key}' belongs to no parameter here")
+            expected = self.parameters[name].data
+            if value.shape != expected.shape or value.dtype != expected.dtype:
+                raise CheckpointError(
+                    f"optimizer state '{key}' is {value.dtype}{list(value.shape)}, "
+                    f"expected {expected.dtype}{list(expected.shape)}"
+                )
+            fresh[slot][name] = np.array(value, order="C")
+        self._state, self.steps = fresh, int(state["steps"])
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with momentum, as PyTorch's (``buf = momentum buf + g``).
+
+    Parameters
+    ----------
+    parameters, learning_rate, weight_decay, decay_groups
+        See :class:`Optimizer`; the decay is added to the gradient.
+    momentum : float
+        In [0, 1).
+    nesterov : bool
+        Step along ``g + momentum buf`` instead of ``buf``.
+    """
+
+    slots = ("momentum",)
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter] | Iterable[Parameter],
+        learning_rate: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        decay_groups: DecayGroups = "matrices",
+    ):
+        super().__init__(parameters, learning_rate, weight_decay, decay_groups)
+        _require(0 <= momentum < 1, "momentum", "a number in [0, 1)", momentum)
+        _require(not nesterov or momentum > 0, "nesterov", "a momentum beside it", nesterov)
+        self.momentum, self.nesterov = momentum, nesterov
+
+    def _update(
+        self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
+    ) -> None:
+        first = name not in self._state["momentum"]
+        buffer = self._slot("momentum", name, parameter.data) if self.momentum else None
+        get_backend().sgd(
+            parameter.data, grad, buffer, rate, self.momentum, decay, self.nesterov, first, scale
+        )
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2): the decay is apart from the gradient.
+
+    Parameters
+    ----------
+    parameters, learning_rate, weight_decay, decay_groups
+        See :class:`Optimizer`.
+    betas : tuple of float
+        Decay rates of the two moments, each in [0, 1).
+    eps : float
+        Added to the root of the second moment.
+    """
+
+    slots = ("first_moment", "second_moment")
+    _decoupled = True
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter] | Iterable[Parameter],
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        decay_groups: DecayGroups = "matrices",
+    ):
+        super().__init__(parameters, learning_rate, weight_decay, decay_groups)
+        for beta in betas:
+            _require(0 <= beta < 1, "betas", "numbers in [0, 1)", beta)
+        _require(eps > 0, "eps", "a positive number", eps)
+        self.betas, self.eps = betas, eps
+
+    def _update(
+        self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
+    ) -> None:
+        moments = [self._slot(slot, name, parameter.data) for slot in self.slots]
+        get_backend().adamw(
+            parameter.data, grad, *moments, rate, *self.betas, self.eps, decay, self.steps, scale,
+            self._decoupled,
+        )  # fmt: skip
+
+
+class Adam(AdamW):
+    """Adam (Kingma and Ba 2015); a weight decay is added to the gradient (L2).
+
+    Parameters as :class:`AdamW`, with no decay by default.
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter] | Iterable[Parameter],
+        learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decay_groups: DecayGroups = "matrices",
+    ):
+        super().__init__(parameters, learning_rate, betas, eps, weight_decay, decay_groups)
+
+
+def _named(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> dict[str, Parameter]:
+    if isinstance(parameters, Mapping):
+        return dict(parameters)
+    named: dict[str, Parameter] = {}
+    for index, parameter in enumerate(parameters):
+        name = parameter.name or f"parameter_{index}"
+        if name in named:
+            raise ConfigError(f"two parameters are called '{name}'")
+        named[name] = parameter
+    return named
+
+
+def _decays(groups: DecayGroups, name: str, parameter: Parameter) -> bool:
+    if callable(groups):
+        return groups(name, parameter)
+    if groups not in ("matrices", "all"):
+        raise ConfigError(f"decay_groups is {groups!r}, expected 'matrices', 'all' or a callable")
+    return groups == "all" or parameter.data.ndim >= 2
+
+
+def _require(holds: bool, name: str, expected: str, found: Any) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {found!r}, expected {expected}")
