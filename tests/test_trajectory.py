@@ -13,7 +13,7 @@ from loopos.models import SequenceClassifier, load_model
 from loopos.models.families import FAMILIES
 from loopos.models.weights import to_hf_tensors
 from loopos.training.optim import AdamW, gradient_norm
-from loopos.training.schedules import schedule
+from loopos.training.schedules import make_schedule
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -46,7 +46,7 @@ def train(reference, options, classifier):
         weight_decay=options["weight_decay"],
         decay_groups="matrices",
     )
-    rate_at = schedule(
+    rate_at = make_schedule(
         "cosine", options["learning_rate"], options["warmup_steps"], options["steps"]
     )
     sequences = np.split(reference["tokens"], reference["offsets"][1:-1])
@@ -57,7 +57,7 @@ def train(reference, options, classifier):
         total, count = ops.cross_entropy(classifier.logits(batch), labels)
         optimizer.zero_grad()
         total.backward()
-        norms.append(gradient_norm(parameters) / count)
+        norms.append(gradient_norm(parameters.values()) / count)
         clip = min(1.0, options["max_grad_norm"] / (norms[-1] + 1e-6))  # torch's clip_grad_norm_
         rates.append(rate_at(step))
         optimizer.step(scale=clip / count, learning_rate=rates[-1])

@@ -1,0 +1,1 @@
+"""Data: rows read strictly, tokenizers, ragged batches, and a report before training."""

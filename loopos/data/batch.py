@@ -65,8 +65,13 @@ class Batch:
         else:
             mask = np.concatenate([np.asarray(m, bool) for m in loss_masks])
         ids = np.arange(len(arrays)) if sample_ids is None else np.asarray(sample_ids)
-        return cls(tokens, offsets, ids.astype(np.int32), mask,
-                   None if labels is None else np.asarray(labels))
+        return cls(
+            tokens,
+            offsets,
+            ids.astype(np.int32),
+            mask,
+            None if labels is None else np.asarray(labels),
+        )
 
     @cached_property
     def lengths(self) -> Array:

@@ -45,7 +45,7 @@ def encode(tokenizer: Encoder, texts: Sequence[str], max_length: int) -> Encoded
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
     over = np.flatnonzero(lengths > max_length)
     if over.size:
-        cut = tokenizer.encode_batch([texts[i] for i in over], max_length)
+        cut = tokenizer.encode_batch([texts[i] for i in over.tolist()], max_length)
         for index, ids in zip(over, cut, strict=True):
             tokens[index] = ids
     return Encoded(tokens, lengths)

@@ -1,0 +1,1 @@
+"""Training: optimizers, schedules, one loop, checkpoints, metrics, trackers."""

@@ -6,6 +6,7 @@ clipping cost no pass over memory. Frozen parameters have no state and are never
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ def gradient_norm(parameters: Iterable[Parameter]) -> float:
     return float(np.sqrt(get_backend().sum_squares(grads)))
 
 
-class Optimizer:
+class Optimizer(ABC):
     """What all optimizers share: named parameters, decay groups, state in and out.
 
     Parameters
@@ -57,7 +58,9 @@ class Optimizer:
         weight_decay: float,
         decay_groups: DecayGroups = "matrices",
     ):
-        _require(learning_rate >= 0, "learning_rate", "a number that is not negative", learning_rate)
+        _require(
+            learning_rate >= 0, "learning_rate", "a number that is not negative", learning_rate
+        )
         _require(weight_decay >= 0, "weight_decay", "a number that is not negative", weight_decay)
         self.parameters = _named(parameters)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
@@ -84,10 +87,11 @@ class Optimizer:
                 decay = self.weight_decay if name in self._decayed else 0.0
                 self._update(name, parameter, parameter.grad, scale, rate, decay)
 
+    @abstractmethod
     def _update(
         self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
     ) -> None:
-        raise NotImplementedError
+        """Step one parameter."""
 
     def _slot(self, slot: str, name: str, like: Array) -> Array:
         arrays = self._state[slot]
@@ -205,10 +209,11 @@ class AdamW(Optimizer):
     def _update(
         self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
     ) -> None:
-        moments = [self._slot(slot, name, parameter.data) for slot in self.slots]
+        first, second = (self._slot(slot, name, parameter.data) for slot in self.slots)
+        beta1, beta2 = self.betas
         get_backend().adamw(
-            parameter.data, grad, *moments, rate, *self.betas, self.eps, decay, self.steps, scale,
-            self._decoupled,
+            parameter.data, grad, first, second, rate, beta1, beta2, self.eps, decay, self.steps,
+            scale, self._decoupled,
         )  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""Which samples make up each batch: a function of the seed and the epoch, and nothing else."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from loopos.errors import ConfigError
+
+__all__ = ["BatchSampler", "prefetch"]
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+#: Effective batches whose samples are sorted by length together.
+_BUCKET_WINDOW = 50
+
+
+class BatchSampler:
+    """Cuts each epoch's order into effective batches, and those into microbatches.
+
+    Parameters
+    ----------
+    lengths : ndarray of int [n]
+        Tokens of each sample.
+    batch_size : int or None
+        Samples in a microbatch.
+    batch_tokens : int or None
+        Tokens in a microbatch, instead; a longer sample stands alone.
+    gradient_accumulation_steps : int
+        Microbatches in an effective batch. With `batch_size`, effective batches are formed first,
+        so 8 x 1 and 1 x 8 see the same samples in the same order.
+    shuffle : bool
+        Whether each epoch has an order of its own; otherwise the samples' own.
+    length_bucketing : bool
+        Sort by length within windows of 50 effective batches, then shuffle the batches.
+    seed : int
+
+    Raises
+    ------
+    ConfigError
+        Unless exactly one of `batch_size` and `batch_tokens` is given.
+    """
+
+    def __init__(
+        self,
+        lengths: Any,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        shuffle: bool = True,
+        length_bucketing: bool = False,
+        seed: int = 0,
+    ):
+        if (batch_size is None) == (batch_tokens is None):
+            raise ConfigError("expected either batch_size or batch_tokens")
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
+        self._accumulation = gradient_accumulation_steps
+        self._shuffle, self._bucket, self._seed = shuffle, length_bucketing, seed
+
+    def epoch(self, k: int) -> list[list[Array]]:
+        """Return the effective batches of epoch `k`, each a list of microbatches (int64 [b])."""
+        rng = np.random.default_rng([self._seed, k])
+        count = self.lengths.size
+        order = rng.permutation(count) if self._shuffle else np.arange(count)
+        if self._bucket:
+            order = self._sort_windows(order)
+        batches = self._by_size(order) if self._batch_size else self._by_tokens(order)
+        if self._bucket and self._shuffle:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        return batches
+
+    def _sort_windows(self, order: Array) -> Array:
+        if self._batch_size:
+            effective = self._batch_size * self._accumulation
+        else:
+            mean = max(1.0, float(self.lengths.mean())) if self.lengths.size else 1.0
+            effective = max(1, int((self._batch_tokens or 1) * self._accumulation / mean))
+        window = effective * _BUCKET_WINDOW
+        parts = [order[start : start + window] for start in range(0, order.size, window)]
+        ranked = [part[np.argsort(self.lengths[part], kind="stable")] for part in parts]
+        return np.concatenate(ranked) if ranked else order
+
+    def _by_size(self, order: Array) -> list[list[Array]]:
+        size = self._batch_size or 1
+        effective = size * self._accumulation
+        return [
+            [whole[i : i + size] for i in range(0, whole.size, size)]
+            for whole in (order[s : s + effective] for s in range(0, order.size, effective))
+        ]
+
+    def _by_tokens(self, order: Array) -> list[list[Array]]:
+        budget = self._batch_tokens or 1
+        micro: list[Array] = []
+        start = held = 0
+        for position, length in enumerate(self.lengths[order]):
+            if position > start and held + length > budget:
+                micro.append(order[start:position])
+                start, held = position, 0
+            held += int(length)
+        if start < order.size:
+            micro.append(order[start:])
+        step = self._accumulation
+        return [micro[i : i + step] for i in range(0, len(micro), step)]
+
+
+def prefetch(thunks: Iterable[Callable[[], T]], depth: int, num_workers: int) -> Iterator[T]:
+    """Yield the results of `thunks` in their order, computing ahead in threads.
+
+    Parameters
+    ----------
+    thunks : iterable of callable
+        Each makes one item.
+    depth : int
+        Items computed ahead at the most.
+    num_workers : int
+        Threads; 0 computes each item when it is asked for.
+
+    Raises
+    ------
+    Exception
+        Whatever a thunk raises, at its place in the order.
+    """
+    if num_workers == 0 or depth == 0:
+        for thunk in thunks:
+            yield thunk()
+        return
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loopos-prefetch")
+    waiting: deque[Future[T]] = deque()
+    try:
+        for thunk in thunks:
+            waiting.append(pool.submit(thunk))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:  # also when the consumer stops early
+        pool.shutdown(wait=True, cancel_futures=True)

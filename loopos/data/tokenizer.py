@@ -1,0 +1,279 @@
+"""Tokenizers, through the `tokenizers` library: read those of models, train byte-level BPE."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopos.errors import DataError, MissingFileError, ModelFormatError
+from loopos.files import atomic_write_text, read_json, read_text, write_json
+
+__all__ = ["Tokenizer", "load_tokenizer", "train_bpe"]
+
+Array = np.ndarray[Any, Any]
+
+END_OF_TEXT = "<|endoftext|>"
+#: What may close a text, when the tokenizer's own configuration names nothing.
+_END_CANDIDATES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Parameters
+    ----------
+    backend : tokenizers.Tokenizer
+        Its padding and truncation are switched off: loopos never pads, and truncates on request.
+    eos_token : str, optional
+        The token that closes a text.
+    config : dict, optional
+        ``tokenizer_config.json`` as it was read; saved back.
+    """
+
+    def __init__(
+        self, backend: Any, eos_token: str | None = None, config: dict[str, Any] | None = None
+    ):
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._config = config or {}
+        candidates = [eos_token] if eos_token else _END_CANDIDATES
+        self.eos_token = next((t for t in candidates if backend.token_to_id(t) is not None), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, so that every id fits a table of this size."""
+        return max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the token that closes a text, if there is one."""
+        return None if self.eos_token is None else self.token_to_id(self.eos_token)
+
+    def token_to_id(self, token: str) -> int | None:
+        """Return the id of a token, None when it is unknown."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
+    def encode(self, text: str, max_length: int | None = None) -> list[int]:
+        """Return the ids of a text, with the special tokens that the tokenizer adds.
+
+        Parameters
+        ----------
+        text : str
+        max_length : int, optional
+            Ids at the most; the text is cut, closing special tokens stay.
+
+        Raises
+        ------
+        DataError
+            If it is not text, or no room is left beside the special tokens.
+        """
+        ids: list[int] = self.encode_batch([text], max_length)[0].tolist()
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[Array]:
+        """Return the ids of each text as int32; see :meth:`encode`."""
+        try:
+            if max_length is None:
+                encodings = self._backend.encode_batch(list(texts))
+                return [np.array(e.ids, dtype=np.int32) for e in encodings]
+            return self._truncated(texts, max_length)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise DataError(f"expected a list of texts in valid Unicode ({error})") from error
+
+    def _truncated(self, texts: Sequence[str], max_length: int) -> list[Array]:
+        room = max_length - self._backend.num_special_tokens_to_add(False)
+        if room < 1:
+            raise DataError(f"max_length {max_length} leaves no room beside the special tokens")
+        # Cut without special tokens, then let the post-processor add them: no state is changed.
+        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        for encoding in encodings:
+            encoding.truncate(room)
+        whole = [self._backend.post_process(encoding) for encoding in encodings]
+        return [np.array(e.ids, dtype=np.int32) for e in whole]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Return the text of some ids."""
+        text: str = self._backend.decode(
+            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
+        )
+        return text
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` (raises OutputError)."""
+        directory = Path(directory)
+        atomic_write_text(directory / "tokenizer.json", self._backend.to_str(pretty=True))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._config
+        if self.eos_token is not None:
+            config.setdefault("eos_token", self.eos_token)
+        write_json(directory / "tokenizer_config.json", config)
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read the tokenizer of a model.
+
+    Parameters
+    ----------
+    path : path
+        A directory with ``tokenizer.json``, or GPT-2's ``vocab.json`` and ``merges.txt`` (also
+        under their first names ``encoder.json`` and ``vocab.bpe``), or BERT's ``vocab.txt``; or
+        one of these files.
+
+    Raises
+    ------
+    MissingFileError
+        If there is no tokenizer.
+    ModelFormatError
+        If its files are damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingFileError(f"{path}: no such file or directory")
+    directory = path if path.is_dir() else path.parent
+    config_file = directory / "tokenizer_config.json"
+    config = read_json(config_file, ModelFormatError) if config_file.exists() else {}
+    names = [path.name] if path.is_file() else [entry.name for entry in directory.iterdir()]
+    if "tokenizer.json" in names or _is_tokenizer_json(path):
+        file = path if path.is_file() else path / "tokenizer.json"
+        return Tokenizer(_from_file(file), _eos_token(config), config)
+    for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+        if vocabulary in names or merges in names:
+            return _gpt2(directory / vocabulary, directory / merges, config)
+    if "vocab.txt" in names:
+        return _wordpiece(directory / "vocab.txt", config)
+    raise MissingFileError(
+        f"{path}: no tokenizer in it (expected tokenizer.json, vocab.json with merges.txt, "
+        "or vocab.txt)"
+    )
+
+
+def _is_tokenizer_json(path: Path) -> bool:
+    named_vocabulary = path.name in ("vocab.json", "encoder.json")
+    return path.is_file() and path.suffix == ".json" and not named_vocabulary
+
+
+def _from_file(path: Path) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    text = read_text(path, ModelFormatError)
+    try:
+        return Backend.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise ModelFormatError(f"{path}: not a tokenizer ({error})") from error
+
+
+def _eos_token(config: dict[str, Any]) -> str | None:
+    token = config.get("eos_token")
+    if isinstance(token, dict):  # an AddedToken
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _gpt2(vocabulary: Path, merges: Path, config: dict[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    vocab = read_json(vocabulary, ModelFormatError)
+    pairs = []
+    for number, line in enumerate(read_text(merges, ModelFormatError).split("\n"), start=1):
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.rstrip("\r").partition(" ")
+        if not right or " " in right:
+            raise ModelFormatError(f"{merges}:{number}: expected two symbols, found {line!r}")
+        pairs.append((left, right))
+    try:
+        backend = Backend(models.BPE(vocab=vocab, merges=pairs))
+    except Exception as error:  # the library raises plain Exception
+        raise ModelFormatError(f"{vocabulary}: does not fit {merges.name} ({error})") from error
+    prefix = bool(config.get("add_prefix_space", False))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    backend.decoder = decoders.ByteLevel()
+    if END_OF_TEXT in vocab:
+        backend.add_special_tokens([END_OF_TEXT])
+    return Tokenizer(backend, _eos_token(config), config)
+
+
+def _wordpiece(path: Path, config: dict[str, Any]) -> Tokenizer:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    tokens = [line.rstrip("\r") for line in read_text(path, ModelFormatError).split("\n")]
+    while tokens and not tokens[-1]:
+        tokens.pop()
+    vocab = {token: index for index, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
+        raise ModelFormatError(f"{path}:{tokens.index(twice) + 1}: token {twice!r} stands twice")
+    for token in ("[UNK]", "[CLS]", "[SEP]"):
+        if token not in vocab:
+            raise ModelFormatError(f"{path}: no token {token} in it")
+    backend = Backend(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    lower = bool(config.get("do_lower_case", True))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=lower,
+        strip_accents=config.get("strip_accents"),
+        handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.BertProcessing(
+        ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
+    )
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+    backend.add_special_tokens([token for token in special if token in vocab])
+    return Tokenizer(backend, _eos_token(config), config)
+
+
+# -- training ------------------------------------------------------------------------------------
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE tokenizer, GPT-2's kind, with the token ``<|endoftext|>``.
+
+    Parameters
+    ----------
+    texts : iterable of str
+    vocab_size : int
+        At least 257: the bytes and the special token. Short texts can give fewer tokens.
+
+    Raises
+    ------
+    DataError
+        If `vocab_size` is too small.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + 1:
+        raise DataError(
+            f"a byte-level vocabulary needs {len(alphabet) + 1} tokens at least, "
+            f"found vocab_size {vocab_size}"
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(_canonical(backend))
+
+
+def _canonical(backend: Any) -> Any:
+    """Rebuild from its own JSON, so that a trained and a loaded tokenizer are one thing."""
+    from tokenizers import Tokenizer as Backend
+
+    return Backend.from_str(json.dumps(json.loads(backend.to_str())))

@@ -1,0 +1,176 @@
+"""Checkpoints: directories of safetensors and JSON, checksummed, written beside and renamed.
+
+``<root>/step-00000012/`` holds ``model.safetensors`` (parameters by name),
+``optimizer.safetensors``, ``state.json`` (position, options, seed, versions) and ``manifest.json`` (size and SHA-256 of the
+other three). A directory without a manifest that fits is damaged: it is skipped, never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopos.autograd import Parameter
+from loopos.errors import CheckpointError
+from loopos.files import atomic_directory, read_json, write_json
+from loopos.training.optim import Optimizer
+from loopos.version import __version__
+
+__all__ = ["damage", "find_checkpoint", "load_checkpoint", "prune", "read_state", "save_checkpoint"]
+
+FORMAT = 1
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_log = logging.getLogger("loopos")
+
+
+def save_checkpoint(
+    root: str | Path,
+    parameters: Mapping[str, Parameter],
+    optimizer: Optimizer,
+    state: Mapping[str, Any],
+) -> Path:
+    """Write ``<root>/step-<state["step"]>``; it is there whole or not at all.
+
+    Parameters
+    ----------
+    root : path
+        Directory of a run's checkpoints.
+    parameters : mapping of str to Parameter
+    optimizer : Optimizer
+    state : mapping
+        JSON values, with the number of completed steps as ``step``.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; older checkpoints are intact.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(root) / f"step-{state['step']:08d}"
+    slots = dict(optimizer.state_dict())
+    header = {
+        "format": FORMAT,
+        "loopos_version": __version__,
+        "optimizer_steps": slots.pop("steps"),
+    }
+    with atomic_directory(path) as directory:
+        arrays = {name: np.ascontiguousarray(p.data) for name, p in parameters.items()}
+        save_file(arrays, directory / "model.safetensors")
+        save_file(slots, directory / "optimizer.safetensors")
+        write_json(directory / "state.json", header | dict(state))
+        write_json(
+            directory / "manifest.json", {name: _digest(directory / name) for name in _FILES}
+        )
+    return path
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def damage(path: Path) -> str | None:
+    """Return why the checkpoint at `path` is not whole, naming the file, or None if it is."""
+    manifest = path / "manifest.json"
+    if not manifest.is_file():
+        return f"{manifest} is missing"
+    try:
+        expected = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{manifest} cannot be read ({error})"
+    for name in _FILES:
+        file = path / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if not isinstance(expected, dict) or expected.get(name) != _digest(file):
+            return f"{file} does not match its checksum"
+    return None
+
+
+def find_checkpoint(root: str | Path) -> Path | None:
+    """Return the newest whole checkpoint under `root`, None where there is none at all.
+
+    Damaged ones are skipped with a warning in the log.
+
+    Raises
+    ------
+    CheckpointError
+        If there are checkpoints and all are damaged.
+    """
+    candidates = sorted(Path(root).glob("step-*"), reverse=True)
+    reasons = []
+    for path in candidates:
+        reason = damage(path)
+        if reason is None:
+            return path
+        reasons.append(reason)
+        _log.warning("skipped a damaged checkpoint: %s", reason)
+    if reasons:
+        raise CheckpointError(f"no checkpoint in {root} is whole: {reasons[0]}")
+    return None
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Return the state of a checkpoint, refusing one of a format that this version cannot read."""
+    file = Path(path) / "state.json"
+    state = read_json(file, CheckpointError)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{file}: format {state.get('format')} was written by loopos "
+            f"{state.get('loopos_version')}; loopos {__version__} reads format {FORMAT}"
+        )
+    return state
+
+
+def load_checkpoint(
+    path: str | Path, parameters: Mapping[str, Parameter], optimizer: Optimizer | None = None
+) -> dict[str, Any]:
+    """Put the weights (and the optimizer's state) of a checkpoint in place; return its state.
+
+    Raises
+    ------
+    CheckpointError
+        If it is damaged, or its arrays are not those of `parameters`: nothing is changed then.
+    """
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    reason = damage(path)
+    if reason is not None:
+        raise CheckpointError(reason)
+    state = read_state(path)
+    file = path / "model.safetensors"
+    arrays = load_file(file)
+    for name in sorted({*arrays, *parameters}):
+        if name not in arrays or name not in parameters:
+            where = "the model" if name not in parameters else str(file)
+            raise CheckpointError(f"{file}: parameter '{name}' is not in {where}")
+        found, expected = arrays[name], parameters[name].data
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise CheckpointError(
+                f"{file}: parameter '{name}' is {found.dtype}{list(found.shape)}, "
+                f"expected {expected.dtype}{list(expected.shape)}"
+            )
+    if optimizer is not None:
+        slots: dict[str, Any] = dict(load_file(path / "optimizer.safetensors"))
+        optimizer.load_state_dict(slots | {"steps": state["optimizer_steps"]})
+    for name, parameter in parameters.items():
+        parameter.data[...] = arrays[name]
+    return state
+
+
+def prune(root: str | Path, keep: Iterable[Path]) -> None:
+    """Delete the checkpoints under `root` that are not in `keep`."""
+    kept = {path.name for path in keep}
+    for path in Path(root).glob("step-*"):
+        if path.name not in kept:
+            shutil.rmtree(path)

@@ -1,0 +1,425 @@
+"""One plain loop. It knows parameters and an objective; it knows no method and no model.
+
+Per optimizer step: add up the counts of the whole effective batch, run each microbatch backward
+with upstream gradient one over the total of each term, clip, update, record. The order of batches
+is a function of the seed and the epoch, so a position is two integers, and resuming gives the same
+bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from loopos.autograd import Array, Parameter, Tensor, backward
+from loopos.backends import get_backend
+from loopos.data.batch import Batch
+from loopos.data.sampler import BatchSampler, prefetch
+from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError
+from loopos.ops import DropoutKeys
+from loopos.training.checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from loopos.training.optim import gradient_norm
+from loopos.training.options import TrainingOptions, make_optimizer
+from loopos.training.schedules import make_schedule
+from loopos.training.trackers import Callback, MetricsFile, RunInfo
+
+__all__ = ["Interrupted", "Objective", "TrainResult", "TrainingOptions", "train"]
+
+_log = logging.getLogger("loopos")
+#: May grow between a run and its continuation; everything else must be the same.
+_MAY_CHANGE = {"num_epochs", "max_steps", "prefetch_batches", "num_workers"}
+
+
+class Objective(Protocol):
+    """What is minimised: terms, each a sum over what it counts."""
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return the count of each term, from the data alone, before any forward."""
+
+    def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
+        """Return the sum of each term, a tensor with one element."""
+
+
+class Interrupted(LooposError):
+    """The run was interrupted; `checkpoint` is where it continues, None if nothing was saved."""
+
+    def __init__(self, message: str, checkpoint: Path | None):
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+@dataclass
+class TrainResult:
+    """What came of a run.
+
+    Attributes
+    ----------
+    steps : int
+        Optimizer steps done, those before a resume included.
+    stopped_reason : {"finished", "early_stopping", "interrupted"}
+    history : list of dict
+        The records of the steps of this call.
+    evaluations : list of dict
+        The records of its evaluations.
+    best_metric : float or None
+        Best value of the monitored figure.
+    best_checkpoint, last_checkpoint : Path or None
+        Where they are, if the run writes.
+    """
+
+    steps: int
+    stopped_reason: str
+    history: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    best_metric: float | None
+    best_checkpoint: Path | None
+    last_checkpoint: Path | None
+
+
+@dataclass
+class _Progress:
+    """Where a run is: all that changes beside weights and optimizer."""
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0
+    best_value: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    #: True while an evaluation that is due at `step` has not been made.
+    evaluation_due: bool = False
+    #: True once `early_stopping_patience` has run out.
+    exhausted: bool = False
+
+
+def train(
+    parameters: Mapping[str, Parameter],
+    objective: Objective,
+    make_batch: Callable[[Array, Array], Batch],
+    lengths: Array,
+    options: TrainingOptions,
+    *,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+    monitor: tuple[str, str] = ("loss", "min"),
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    stop: Callable[[], bool] | None = None,
+    run_config: dict[str, Any] | None = None,
+) -> TrainResult:
+    """Train.
+
+    Parameters
+    ----------
+    parameters : mapping of str to Parameter
+        Frozen ones are saved and not touched.
+    objective : Objective
+        What is minimised.
+    make_batch : callable
+        ``(indices, sample_ids) -> Batch`` of the samples `indices`; ``sample_ids`` are their places
+        in the effective batch.
+    lengths : ndarray of int
+        Tokens of each sample.
+    options : TrainingOptions
+        How to train.
+    seed : int
+        Of the order of samples and of dropout.
+    output_dir : path, optional
+        Gets ``metrics.jsonl`` and ``checkpoints/`` (the best and the last); None writes nothing.
+    evaluate : callable, optional
+        Returns figures on held-out data.
+    monitor : (str, "min" or "max")
+        Which of them says what is best.
+    callbacks : sequence of Callback
+        Told of every step and evaluation.
+    resume : bool
+        Continue from the newest whole checkpoint.
+    stop : callable, optional
+        Asked after every step; True saves and ends the run.
+    run_config : dict, optional
+        Kept in checkpoints.
+
+    Raises
+    ------
+    CheckpointError
+        If there is nothing whole to resume, or it belongs to another run.
+    NumericalError
+        If a loss or gradient is not finite or nothing counts; the state before it is saved.
+    Interrupted
+        On KeyboardInterrupt; the last completed step is saved.
+    """
+    root = None if output_dir is None else Path(output_dir)
+    run = _Run(parameters, objective, make_batch, lengths, options, seed, root, evaluate, monitor)
+    run.stop, run.run_config = stop, run_config
+    if root is not None:
+        callbacks = (MetricsFile(root / "metrics.jsonl"), *callbacks)
+    run.callbacks = callbacks
+    if resume:
+        run.restore()
+    return run.go()
+
+
+@dataclass
+class _Run:
+    parameters: Mapping[str, Parameter]
+    objective: Objective
+    make_batch: Callable[[Array, Array], Batch]
+    lengths: Array
+    options: TrainingOptions
+    seed: int
+    root: Path | None
+    evaluate: Callable[[], dict[str, Any]] | None
+    monitor: tuple[str, str]
+    stop: Callable[[], bool] | None = None
+    run_config: dict[str, Any] | None = None
+    callbacks: Sequence[Callback] = ()
+    at: _Progress = field(default_factory=_Progress)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    saved: Path | None = None
+    updating: bool = False
+
+    def __post_init__(self) -> None:
+        options = self.options
+        if len(self.lengths) == 0:
+            raise ConfigError("there is no sample to train on")
+        self.sampler = BatchSampler(
+            self.lengths,
+            batch_size=None if options.batch_tokens else options.batch_size,
+            batch_tokens=options.batch_tokens,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            shuffle=options.shuffle,
+            length_bucketing=options.length_bucketing,
+            seed=self.seed,
+        )
+        self.total_steps = self._count_steps()
+        self.rate = make_schedule(
+            options.scheduler, options.learning_rate, options.warmup_steps, self.total_steps
+        )
+        trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        if not trained:
+            raise ConfigError("every parameter is frozen, so there is nothing to train")
+        self.optimizer = make_optimizer(trained, options)
+
+    def _count_steps(self) -> int:
+        epochs, limit = self.options.num_epochs, self.options.max_steps
+        if epochs is None and limit is not None:
+            return limit
+        total = sum(len(self.sampler.epoch(k)) for k in range(epochs or 1))
+        return total if limit is None else min(total, limit)
+
+    # -- the loop --------------------------------------------------------------------------------
+
+    def go(self) -> TrainResult:
+        """Run to the end, and tell callbacks whatever happens."""
+        info = RunInfo(self.total_steps, self.at.step, len(self.lengths), self.root)
+        for callback in self.callbacks:
+            callback.on_start(info)
+        try:
+            reason = self._epochs()
+            if self.root is not None:
+                self.save()
+        except KeyboardInterrupt as interrupt:
+            raise self._interrupted() from interrupt
+        finally:
+            for callback in self.callbacks:
+                callback.on_end()
+        return TrainResult(
+            self.at.step, reason, self.history, self.evaluations, self.at.best_value,
+            self._checkpoint_of(self.at.best_step), self.saved,
+        )  # fmt: skip
+
+    def _epochs(self) -> str:
+        """Return why the run ended."""
+        if self.at.evaluation_due:
+            self._evaluate()
+        while self.at.step < self.total_steps and not self.at.exhausted:
+            batches = self.sampler.epoch(self.at.epoch)
+            plan = batches[self.at.index :][: self.total_steps - self.at.step]
+            thunks = [partial(self._make, micro) for micro in plan]
+            options = self.options
+            for made in prefetch(thunks, options.prefetch_batches, options.num_workers):
+                self._step(made, batches[self.at.index])
+                self._after_step(len(batches))
+                if self.at.exhausted:
+                    break
+                if self.stop is not None and self.at.step < self.total_steps and self.stop():
+                    return "interrupted"
+        return "early_stopping" if self.at.exhausted else "finished"
+
+    def _make(self, microbatches: list[Array]) -> list[Batch]:
+        """Make the microbatches of one step; a sample's place in the whole keys its dropout."""
+        starts = np.cumsum([0, *(len(indices) for indices in microbatches)])
+        return [
+            self.make_batch(indices, np.arange(start, start + len(indices), dtype=np.int32))
+            for start, indices in zip(starts, microbatches, strict=False)
+        ]
+
+    def _step(self, batches: list[Batch], indices: list[Array]) -> None:
+        started = time.perf_counter()
+        totals = self._totals(batches, indices)
+        sums = dict.fromkeys(totals, 0.0)
+        self._zero_grad()
+        for batch, samples in zip(batches, indices, strict=True):
+            terms = self.objective.losses(batch, DropoutKeys(self.seed, self.at.step))
+            for name, term in terms.items():
+                sums[name] += term.item()
+                if not np.isfinite(sums[name]):
+                    self._fail(f"{name} is {term.item()}", samples)
+            backward([(term, 1.0 / totals[name]) for name, term in terms.items()])
+        norm = gradient_norm(self.optimizer.parameters.values())
+        if not np.isfinite(norm):
+            self._fail(f"the gradient of {self._first_bad()} is not finite", indices)
+        limit = self.options.max_grad_norm
+        scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+        rate = self.rate(self.at.step)
+        self.updating = True
+        self.optimizer.step(scale, rate)
+        self.at.step, self.at.index = self.at.step + 1, self.at.index + 1
+        self.updating = False
+        terms_mean = {name: sums[name] / totals[name] for name in sums}
+        tokens, spent = sum(batch.num_tokens for batch in batches), time.perf_counter() - started
+        record: dict[str, Any] = {"step": self.at.step, "epoch": self.at.epoch}
+        record["loss"] = sum(terms_mean.values())
+        record |= terms_mean if len(terms_mean) > 1 else {}
+        record |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
+        record |= {"tokens_per_s": tokens / spent, "time_s": spent}
+        self.history.append(record)
+        for callback in self.callbacks:
+            callback.on_step(record)
+
+    def _totals(self, batches: list[Batch], indices: list[Array]) -> dict[str, float]:
+        totals: dict[str, float] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                totals[name] = totals.get(name, 0.0) + count
+        for name, total in totals.items():
+            if not total > 0:
+                self._fail(f"nothing counts towards {name}", indices)
+        return totals
+
+    def _zero_grad(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.zero_grad()
+
+    def _first_bad(self) -> str:
+        for name, parameter in self.optimizer.parameters.items():
+            if parameter.grad is not None and not np.isfinite(parameter.grad).all():
+                return f"'{name}'"
+        return "all parameters together"
+
+    def _fail(self, what: str, samples: Any) -> None:
+        """Save the last good state and stop the run with a sentence."""
+        rows = np.concatenate([np.atleast_1d(s) for s in samples]).tolist()
+        shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        message = f"step {self.at.step + 1}: {what} (samples {shown})"
+        if self.root is not None:
+            message += f"; the state before it is in {self.save()}"
+        raise NumericalError(message)
+
+    # -- after a step ------------------------------------------------------------------------------
+
+    def _after_step(self, batches_in_epoch: int) -> None:
+        at, options = self.at, self.options
+        epoch_ends = at.index == batches_in_epoch
+        if epoch_ends:
+            at.epoch, at.index = at.epoch + 1, 0
+        run_ends = at.step == self.total_steps
+
+        def due(every: int | None) -> bool:
+            return run_ends or (epoch_ends if every is None else at.step % every == 0)
+
+        if self.evaluate is not None and due(options.eval_steps):
+            at.evaluation_due = True
+            self._evaluate()
+        if self.root is not None and due(options.save_steps):
+            self.save()
+
+    def _evaluate(self) -> None:
+        assert self.evaluate is not None
+        figures = self.evaluate()
+        at, (name, direction) = self.at, self.monitor
+        if name not in figures:
+            raise ConfigError(f"the evaluation has no figure '{name}' to monitor")
+        value = float(figures[name])
+        if not np.isfinite(value):
+            raise NumericalError(f"step {at.step}: the evaluation's {name} is {value}")
+        sign = 1.0 if direction == "min" else -1.0
+        better = at.best_value is None or sign * value < sign * at.best_value
+        record = {"step": at.step, "epoch": at.epoch, "eval": figures, "best": better}
+        self.evaluations.append(record)
+        for callback in self.callbacks:
+            callback.on_evaluate(record)
+        at.evaluation_due = False
+        at.evaluations_since_best = 0 if better else at.evaluations_since_best + 1
+        patience = self.options.early_stopping_patience
+        at.exhausted = patience is not None and at.evaluations_since_best >= patience
+        if better:
+            at.best_value, at.best_step = value, at.step
+            if self.root is not None:
+                self.save()
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def _checkpoint_of(self, step: int | None) -> Path | None:
+        if step is None or self.root is None:
+            return None
+        return self.root / "checkpoints" / f"step-{step:08d}"
+
+    def save(self) -> Path:
+        """Write the state after the last completed step; keep it and the best one."""
+        assert self.root is not None
+        state = {
+            **vars(self.at),
+            "seed": self.seed,
+            "options": self.options.as_dict(),
+            "run_config": self.run_config,
+            "num_samples": len(self.lengths),
+            "monitor": list(self.monitor),
+            "backend": get_backend().describe()["name"],
+        }
+        checkpoints = self.root / "checkpoints"
+        self.saved = save_checkpoint(checkpoints, self.parameters, self.optimizer, state)
+        best = self._checkpoint_of(self.at.best_step)
+        prune(checkpoints, [self.saved] if best is None else [self.saved, best])
+        return self.saved
+
+    def restore(self) -> None:
+        """Take over the newest whole checkpoint."""
+        path = None if self.root is None else find_checkpoint(self.root / "checkpoints")
+        if path is None:
+            raise CheckpointError(f"there is no checkpoint to resume in {self.root}")
+        state = load_checkpoint(path, self.parameters, self.optimizer)
+        now = {"seed": self.seed, "num_samples": len(self.lengths), "monitor": list(self.monitor)}
+        for key, value in now.items():
+            if state[key] != value:
+                raise CheckpointError(f"{path}: {key} was {state[key]}, now it is {value}")
+        for key, value in self.options.as_dict().items():
+            if key not in _MAY_CHANGE and state["options"].get(key) != value:
+                was = state["options"].get(key)
+                raise CheckpointError(f"{path}: training.{key} was {was}, now it is {value}")
+        self.at = _Progress(**{name: state[name] for name in vars(self.at)})
+        self.saved = path
+        backend = get_backend().describe()["name"]
+        if state["backend"] != backend:
+            _log.warning("resumed on backend %s what ran on %s", backend, state["backend"])
+
+    def _interrupted(self) -> Interrupted:
+        if self.updating:
+            where = f"; continue from {self.saved}" if self.saved else "; nothing was saved"
+            return Interrupted(
+                f"interrupted in the update of step {self.at.step + 1}{where}", self.saved
+            )
+        if self.root is None:
+            return Interrupted(f"interrupted after step {self.at.step}", None)
+        return Interrupted(
+            f"interrupted after step {self.at.step}, saved in {self.save()}", self.saved
+        )

@@ -1,0 +1,79 @@
+"""Classification metrics from a confusion matrix, by scikit-learn's definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from loopos.errors import DataError
+
+__all__ = ["classification_metrics", "confusion_matrix"]
+
+Array = np.ndarray[Any, Any]
+
+
+def confusion_matrix(labels: Array, predictions: Array, num_classes: int) -> Array:
+    """Return int64 ``[K, K]``: rows are true classes, columns predicted ones.
+
+    Raises
+    ------
+    DataError
+        If the lengths differ or a class is outside ``0 .. num_classes - 1``.
+    """
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    if labels.shape != predictions.shape:
+        raise DataError(f"{labels.size} labels for {predictions.size} predictions")
+    for name, values in (("label", labels), ("prediction", predictions)):
+        wrong = values[(values < 0) | (values >= num_classes)]
+        if wrong.size:
+            raise DataError(f"{name} {wrong[0]} is outside the {num_classes} classes")
+    matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(matrix, (labels, predictions), 1)
+    return matrix
+
+
+def _ratio(numerator: Array, denominator: Array) -> Array:
+    """Elementwise quotient, 0 where nothing is divided (scikit-learn's ``zero_division=0``)."""
+    quotient = np.zeros(np.shape(numerator), dtype=np.float64)
+    return np.divide(numerator, denominator, out=quotient, where=np.asarray(denominator) > 0)
+
+
+def classification_metrics(labels: Array, predictions: Array, num_classes: int) -> dict[str, Any]:
+    """Return accuracy, precision, recall, F1 and the confusion matrix.
+
+    Parameters
+    ----------
+    labels, predictions : ndarray of int [n]
+        True and predicted classes.
+    num_classes : int
+        K. Averages are over the classes that occur among labels or predictions.
+
+    Returns
+    -------
+    dict
+        ``accuracy``; ``precision_<avg>``, ``recall_<avg>``, ``f1_<avg>`` with ``<avg>`` one of
+        ``macro``, ``micro``, ``weighted``; ``per_class`` (lists of precision, recall, f1 and
+        support); ``confusion_matrix`` (list of rows); ``count``.
+    """
+    matrix = confusion_matrix(labels, predictions, num_classes)
+    hits, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    count = int(matrix.sum())
+    accuracy = float(hits.sum() / count) if count else 0.0
+    scores = {
+        "precision": _ratio(hits, predicted),
+        "recall": _ratio(hits, support),
+        "f1": _ratio(2.0 * hits, support + predicted),
+    }
+    seen = (support + predicted) > 0
+    metrics: dict[str, Any] = {"accuracy": accuracy}
+    for name, values in scores.items():
+        metrics[f"{name}_macro"] = float(values[seen].mean()) if seen.any() else 0.0
+        # One class per row: micro-averaged precision, recall and F1 are all the accuracy.
+        metrics[f"{name}_micro"] = accuracy
+        metrics[f"{name}_weighted"] = float((values * support).sum() / count) if count else 0.0
+    per_class = {name: values.tolist() for name, values in scores.items()}
+    metrics["per_class"] = per_class | {"support": support.tolist()}
+    metrics["confusion_matrix"] = matrix.tolist()
+    metrics["count"] = count
+    return metrics

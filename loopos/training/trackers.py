@@ -1,0 +1,184 @@
+"""Who is told about a run: the callback protocol, ``metrics.jsonl``, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from loopos.errors import OutputError
+from loopos.files import atomic_write_text
+
+__all__ = ["Callback", "ConsoleProgress", "MetricsFile", "RunInfo"]
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known when a run begins.
+
+    Attributes
+    ----------
+    total_steps : int
+        Optimizer steps of the whole run.
+    start_step : int
+        Steps that were done before, more than 0 on resume.
+    num_samples : int
+        Training samples.
+    output_dir : Path or None
+        Where the run writes.
+    """
+
+    total_steps: int
+    start_step: int
+    num_samples: int
+    output_dir: Path | None
+
+
+class Callback:
+    """Told what happens; override what is of interest."""
+
+    def on_start(self, info: RunInfo) -> None:
+        """Before the first step."""
+
+    def on_step(self, record: Record) -> None:
+        """After every optimizer step."""
+
+    def on_evaluate(self, record: Record) -> None:
+        """After every evaluation; the metrics are ``record["eval"]``."""
+
+    def on_end(self) -> None:
+        """After the last step, and when the run fails or is interrupted."""
+
+
+class MetricsFile(Callback):
+    """One JSON object a line: every step, and every evaluation under the key ``eval``.
+
+    Parameters
+    ----------
+    path : path
+        Written to as the run goes, each line flushed. On resume, lines of steps after the
+        checkpoint's are dropped: the run writes them again.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file: IO[str] | None = None
+
+    def on_start(self, info: RunInfo) -> None:
+        """Open the file, keeping the lines up to the step that the run starts from."""
+        kept = []
+        if info.start_step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.endswith("\n") or json.loads(line)["step"] > info.start_step:
+                    break
+                kept.append(line)
+        atomic_write_text(self.path, "".join(kept))
+        try:
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def _write(self, record: Record) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    on_step = _write
+    on_evaluate = _write
+
+    def on_end(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class ConsoleProgress(Callback):
+    """A bar with loss, tokens/s and time left on a terminal; plain lines elsewhere.
+
+    Parameters
+    ----------
+    stream : text stream, optional
+        Standard error by default.
+    interval_s : float
+        Seconds between plain lines.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, interval_s: float = 5.0):
+        self._stream = sys.stderr if stream is None else stream
+        self._interval_s = interval_s
+        self._progress: Any = None
+        self._task: Any = None
+        self._total = 0
+        self._last = self._started = 0.0
+        self._first = 0
+
+    def on_start(self, info: RunInfo) -> None:
+        """Show the bar, or remember when the run began."""
+        self._total, self._first = info.total_steps, info.start_step
+        self._last = self._started = time.monotonic()
+        if not self._stream.isatty():
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=Console(file=self._stream), expand=True)
+        self._task = self._progress.add_task("", total=info.total_steps, completed=info.start_step)
+        self._progress.start()
+
+    def on_step(self, record: Record) -> None:
+        """Move the bar; or print a line when the last one is old enough."""
+        text = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=record["step"], description=text)
+            return
+        now = time.monotonic()
+        if now - self._last < self._interval_s:
+            return
+        self._last = now
+        done = record["step"] - self._first
+        left_s = (now - self._started) / done * (self._total - record["step"])
+        self._print(f"step {record['step']}/{self._total}  {text}  {_duration(left_s)} left")
+
+    def on_evaluate(self, record: Record) -> None:
+        """Print the figures of an evaluation."""
+        figures = [
+            f"{name} {value:.4f}"
+            for name, value in record["eval"].items()
+            if isinstance(value, float) and name in ("loss", "accuracy", "f1_macro", "perplexity")
+        ]
+        self._print(f"step {record['step']}/{self._total}  evaluation: {', '.join(figures)}")
+
+    def on_end(self) -> None:
+        """Take the bar down."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _print(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, highlight=False, markup=False)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
