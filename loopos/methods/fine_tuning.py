@@ -51,8 +51,6 @@ class Options(TrainingOptions):
 
     Attributes
     ----------
-    pooling : {"mean", "last", "cls"}
-        What stands for a text: the mean of its token states, the last or the first one.
     train : {"all", "head"} or int
         Which weights are trained: all, only the head, or the head, the last norm and the last so
         many layers.
@@ -64,7 +62,6 @@ class Options(TrainingOptions):
         Texts are cut to this many tokens; None takes the model's ``max_seq_len``.
     """
 
-    pooling: Pooling = "mean"
     train: Literal["all", "head"] | int = "all"
     class_weights: Literal["balanced"] | list[float] | None = None
     label_smoothing: float = 0.0
@@ -93,14 +90,14 @@ class Predictions:
     ----------
     ids : ndarray int64 [n]
         The most probable class of each text.
-    labels : list
-        Its name, or its number where classes have no names.
+    labels : list of str
+        Its name; its number where labels were integers.
     probabilities : ndarray [n, K]
         Softmax of the logits.
     """
 
     ids: Array
-    labels: list[Any]
+    labels: list[str]
     probabilities: Array
 
 
@@ -138,7 +135,8 @@ class FineTuner:
     label_names : list of str, optional
         Name of each class; taken from the first training set when absent.
     pooling : {"mean", "last", "cls"}
-        See :class:`Options`; a SequenceClassifier has its own.
+        What stands for a text: the mean of its token states, the last or the first one. A
+        SequenceClassifier has its own.
     seed : int
         Of the head's weights, of shuffling and of dropout.
 
@@ -229,11 +227,7 @@ class FineTuner:
         """
         options = with_overrides(options or Options(), overrides)
         training = self._labelled(training_data)
-        if self._classifier is None:
-            self.label_names = self.label_names or training.label_names
-            self._pooling = options.pooling if "pooling" in overrides else self._pooling
-            self._make_head(len(self.label_names))
-        model = self.classifier
+        model = self._head_for(training)
         self._check_labels(training)
         encoded = encode(self.tokenizer, training.texts, self._max_length(options))
         validation = None if validation_data is None else self._labelled(validation_data)
@@ -315,7 +309,7 @@ class FineTuner:
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         ids = np.argmax(probabilities, axis=1)
         names = self.label_names
-        labels = [int(i) if names is None else names[i] for i in ids]
+        labels = [str(i) if names is None else names[i] for i in ids.tolist()]
         return Predictions(ids, labels, probabilities)
 
     def save(self, directory: str | Path) -> None:
@@ -341,6 +335,17 @@ class FineTuner:
         return self._classifier
 
     # -- inside --------------------------------------------------------------------------------
+
+    def _head_for(self, training: LabelledTexts) -> SequenceClassifier:
+        """Return the classifier, its head made and its classes named after the first data."""
+        if self.label_names is None and (
+            self._classifier is None or self._classifier.num_classes == len(training.label_names)
+        ):
+            self.label_names = training.label_names
+        if self._classifier is None:
+            self._make_head(len(training.label_names))
+        self.classifier.labels = self.label_names
+        return self.classifier
 
     def _make_head(self, num_classes: int) -> None:
         names = self.label_names

@@ -1,8 +1,9 @@
 """Checkpoints: directories of safetensors and JSON, checksummed, written beside and renamed.
 
 ``<root>/step-00000012/`` holds ``model.safetensors`` (parameters by name),
-``optimizer.safetensors``, ``state.json`` (position, options, seed, versions) and ``manifest.json`` (size and SHA-256 of the
-other three). A directory without a manifest that fits is damaged: it is skipped, never read.
+``optimizer.safetensors``, ``state.json`` (position, options, seed, versions) and
+``manifest.json`` (size and SHA-256 of the other three). A directory without a manifest that fits
+is damaged: it is skipped, never read.
 """
 
 from __future__ import annotations
