@@ -10,7 +10,8 @@ import numpy as np
 
 from loopos.autograd import Parameter
 from loopos.errors import ConfigError, NumericalError, nearest
-from loopos.training.loop import TrainingOptions
+from loopos.training.checkpoint import load_checkpoint
+from loopos.training.loop import TrainingOptions, TrainResult
 
 Array = np.ndarray[Any, Any]
 OptionsType = TypeVar("OptionsType", bound=TrainingOptions)
@@ -82,6 +83,13 @@ def train_only(parameters: Mapping[str, Parameter], wanted: set[str]) -> None:
     for name, parameter in parameters.items():
         parameter.requires_grad = name in wanted
         parameter.zero_grad()
+
+
+def restore_best(result: TrainResult, parameters: Mapping[str, Parameter]) -> None:
+    """Put the weights of the best evaluation in place, unless the run is to be continued."""
+    best = result.best_checkpoint
+    if best is not None and result.stopped_reason != "interrupted":
+        load_checkpoint(best, parameters)
 
 
 def require_finite(value: float, what: str) -> float:

@@ -29,6 +29,7 @@ from loopos.methods.common import (
     encode,
     in_order,
     require_finite,
+    restore_best,
     train_only,
     with_overrides,
 )
@@ -51,6 +52,9 @@ class Options(TrainingOptions):
 
     Attributes
     ----------
+    pooling : {"mean", "last", "cls"} or None
+        What stands for a text: the mean of its token states, the last or the first one. None keeps
+        what the classifier has, the mean for a new one.
     train : {"all", "head"} or int
         Which weights are trained: all, only the head, or the head, the last norm and the last so
         many layers.
@@ -62,6 +66,7 @@ class Options(TrainingOptions):
         Texts are cut to this many tokens; None takes the model's ``max_seq_len``.
     """
 
+    pooling: Pooling | None = None
     train: Literal["all", "head"] | int = "all"
     class_weights: Literal["balanced"] | list[float] | None = None
     label_smoothing: float = 0.0
@@ -134,9 +139,6 @@ class FineTuner:
         At least 2; taken from the first training set when absent.
     label_names : list of str, optional
         Name of each class; taken from the first training set when absent.
-    pooling : {"mean", "last", "cls"}
-        What stands for a text: the mean of its token states, the last or the first one. A
-        SequenceClassifier has its own.
     seed : int
         Of the head's weights, of shuffling and of dropout.
 
@@ -153,7 +155,6 @@ class FineTuner:
         *,
         num_classes: int | None = None,
         label_names: Sequence[str] | None = None,
-        pooling: Pooling = "mean",
         seed: int = 0,
     ):
         if isinstance(model, (str, Path)):
@@ -161,7 +162,7 @@ class FineTuner:
             model = load_model(model)
         if tokenizer is None:
             raise ConfigError("FineTuner needs a tokenizer beside a model that is not a path")
-        self.tokenizer, self.seed, self._pooling = tokenizer, seed, pooling
+        self.tokenizer, self.seed = tokenizer, seed
         self.label_names = None if label_names is None else list(label_names)
         self._classifier: SequenceClassifier | None = None
         if isinstance(model, SequenceClassifier):
@@ -228,6 +229,7 @@ class FineTuner:
         options = with_overrides(options or Options(), overrides)
         training = self._labelled(training_data)
         model = self._head_for(training)
+        model.pooling = options.pooling or model.pooling
         self._check_labels(training)
         encoded = encode(self.tokenizer, training.texts, self._max_length(options))
         validation = None if validation_data is None else self._labelled(validation_data)
@@ -246,7 +248,7 @@ class FineTuner:
                 sample_ids=sample_ids,
             )
 
-        return train(
+        result = train(
             model.parameters(),
             _Objective(model, weights, options.label_smoothing),
             make_batch,
@@ -260,6 +262,8 @@ class FineTuner:
             stop=stop,
             run_config=run_config,
         )
+        restore_best(result, model.parameters())
+        return result
 
     def report(
         self,
@@ -351,7 +355,7 @@ class FineTuner:
         names = self.label_names
         if names is not None and len(names) != num_classes:
             raise ConfigError(f"num_classes is {num_classes} but {len(names)} labels are named")
-        self._classifier = SequenceClassifier(self.body, num_classes, self._pooling, self.seed)
+        self._classifier = SequenceClassifier(self.body, num_classes, seed=self.seed)
         self._classifier.labels = names
 
     def _labelled(self, data: Labelled) -> LabelledTexts:

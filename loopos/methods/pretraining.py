@@ -20,7 +20,7 @@ from loopos.data.readers import Texts, read_texts
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError, DataError
-from loopos.methods.common import in_order, require_finite, train_only, with_overrides
+from loopos.methods.common import in_order, require_finite, restore_best, train_only, with_overrides
 from loopos.models.transformer import Transformer
 from loopos.ops import DropoutKeys
 from loopos.training.loop import TrainingOptions, TrainResult, train
@@ -125,7 +125,7 @@ class Pretrainer:
         def make_batch(indices: Array, sample_ids: Array) -> Batch:
             return Batch.from_sequences([pieces[i] for i in indices], sample_ids=sample_ids)
 
-        return train(
+        result = train(
             self.model.parameters(),
             _Objective(self.model),
             make_batch,
@@ -139,6 +139,8 @@ class Pretrainer:
             stop=stop,
             run_config=run_config,
         )
+        restore_best(result, self.model.parameters())
+        return result
 
     def report(
         self, training: Texts, validation: Texts | None = None, options: Options | None = None
