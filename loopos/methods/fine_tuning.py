@@ -41,7 +41,7 @@ from loopos.training.loop import TrainingOptions, TrainResult, train
 from loopos.training.metrics import classification_metrics
 from loopos.training.trackers import Callback
 
-__all__ = ["FineTuner", "Options", "Predictions"]
+__all__ = ["FineTuner", "Options", "Predictions", "make", "read"]
 
 Labelled = LabelledTexts | str | Path | Iterable[Mapping[str, Any]]
 
@@ -278,11 +278,14 @@ class FineTuner:
 
     # -- use -----------------------------------------------------------------------------------
 
-    def evaluate(self, data: Labelled) -> dict[str, Any]:
-        """Return loss and classification metrics on labelled texts (see ``training.metrics``)."""
+    def evaluate(self, data: Labelled, options: Options | None = None) -> dict[str, Any]:
+        """Return loss and classification metrics on labelled texts (see ``training.metrics``).
+
+        Of `options` only ``max_length`` matters.
+        """
         labelled = self._labelled(data)
         self._check_labels(labelled)
-        encoded = encode(self.tokenizer, labelled.texts, self._max_length(Options()))
+        encoded = encode(self.tokenizer, labelled.texts, self._max_length(options or Options()))
         return self._evaluator(encoded, labelled.labels)()
 
     def predict(self, texts: Sequence[str], batch_tokens: int = 4096) -> Predictions:
@@ -418,6 +421,37 @@ class FineTuner:
             return {"loss": loss} | metrics
 
         return evaluate
+
+
+def read(
+    source: str | Path,
+    text_field: str,
+    label_field: str,
+    *,
+    like: LabelledTexts | None = None,
+    num_classes: int | None = None,
+) -> LabelledTexts:
+    """Read labelled texts for a run, with the classes of `like` where it is given."""
+    names = None if like is None else like.label_names
+    return read_labelled(source, text_field, label_field, names, num_classes)
+
+
+def make(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    training: LabelledTexts,
+    *,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> FineTuner:
+    """Make the trainer of a run."""
+    names = training.label_names
+    if num_classes is not None and num_classes != len(names):
+        raise ConfigError(
+            f"model.num_classes: {num_classes}, but the data has {len(names)} classes "
+            f"({', '.join(names[:10])})"
+        )
+    return FineTuner(model, tokenizer, num_classes=len(names), label_names=names, seed=seed)
 
 
 def _class_weights(

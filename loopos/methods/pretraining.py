@@ -26,7 +26,7 @@ from loopos.ops import DropoutKeys
 from loopos.training.loop import TrainingOptions, TrainResult, train
 from loopos.training.trackers import Callback
 
-__all__ = ["Options", "Pretrainer"]
+__all__ = ["Options", "Pretrainer", "make", "read"]
 
 
 @dataclass(frozen=True)
@@ -196,3 +196,35 @@ class Pretrainer:
 
 def _texts(data: Texts | str | Path) -> Texts:
     return data if isinstance(data, Texts) else read_texts(data)
+
+
+def read(
+    source: str | Path,
+    text_field: str,
+    label_field: str,
+    *,
+    like: Texts | None = None,
+    num_classes: int | None = None,
+) -> Texts:
+    """Read texts for a run; there are no labels to read.
+
+    Raises
+    ------
+    ConfigError
+        If `num_classes` is given: a language model has none.
+    """
+    if num_classes is not None:
+        raise ConfigError("model.num_classes: a language model has no classes")
+    return read_texts(source, text_field)
+
+
+def make(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    training: Texts,
+    *,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> Pretrainer:
+    """Make the trainer of a run."""
+    return Pretrainer(model, tokenizer, seed=seed)

@@ -1,0 +1,5 @@
+"""``python -m loopos``."""
+
+from loopos.cli import main
+
+main()

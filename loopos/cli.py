@@ -1,0 +1,370 @@
+"""The command line: ``loopos run``, ``validate``, ``configs``, ``info``, ``predict``, ``demo``.
+
+Exit codes: 0 done; 2 the input is wrong or the output cannot be written; 130 interrupted, with the
+state saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loopos.errors import InputError, LooposError, MissingFileError, OutputError
+from loopos.files import atomic_write_text
+from loopos.version import __version__
+
+if TYPE_CHECKING:
+    from loopos.runner import Prepared, Summary
+
+app = typer.Typer(
+    name="loopos",
+    help="Post-training of transformer language models on CPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+_CONFIG = typer.Argument(
+    metavar="CONFIG", help="A configuration file, or the name of a shipped one."
+)
+_SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be repeated.")
+_OUTPUT = typer.Option("--output-dir", help="Where the run goes, instead of data.output_dir.")
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        code = app(standalone_mode=False)
+    except typer.Exit as request:
+        code = request.exit_code
+    except (InputError, OutputError) as error:
+        code = _complain(error, 2)
+    except LooposError as error:
+        code = _complain(error, 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _complain("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has left: say nothing more, not even at exit.
+        sys.stdout = None
+        code = 1
+    except Exception as error:
+        code = _usage_or_bug(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_or_bug(error: Exception) -> int:
+    """Show a usage error as click does (exit 2); raise anything else again, as the bug it is."""
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        context = getattr(error, "ctx", None)
+        if context is not None:
+            print(context.get_usage(), file=sys.stderr)
+        return _complain(error.format_message(), 2)
+    print("This is a bug in loopos; please report it with what follows.", file=sys.stderr)
+    raise error
+
+
+def _complain(message: object, code: int) -> int:
+    for line in str(message).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return code
+
+
+def _say(line: str = "") -> None:
+    print(line, flush=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        _say(f"loopos {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- run and validate ----------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    config: Annotated[str, _CONFIG],
+    overrides: Annotated[list[str] | None, _SET] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")
+    ] = False,
+    output_dir: Annotated[Path | None, _OUTPUT] = None,
+) -> None:
+    """Carry out a configuration: check it, train, evaluate, save."""
+    from loopos.config import load_config
+    from loopos.runner import run as run_config
+    from loopos.training.loop import Interrupted
+    from loopos.training.trackers import ConsoleProgress
+
+    loaded = load_config(config, _with_output(overrides, output_dir))
+    with _stop_on_signals() as stop:
+        try:
+            summary = run_config(
+                loaded,
+                resume=resume,
+                callbacks=[ConsoleProgress()],
+                stop=stop,
+                on_prepared=show_prepared,
+            )
+        except Interrupted as interrupted:
+            again = ["loopos", "run", config]
+            again += [part for o in _with_output(overrides, output_dir) for part in ("--set", o)]
+            print(f"{interrupted}", file=sys.stderr)
+            if interrupted.checkpoint is not None:
+                print(f"continue with: {shlex.join([*again, '--resume'])}", file=sys.stderr)
+            raise typer.Exit(130) from interrupted
+    show_summary(summary)
+
+
+@app.command()
+def validate(
+    config: Annotated[str, _CONFIG],
+    overrides: Annotated[list[str] | None, _SET] = None,
+) -> None:
+    """Check a configuration, its data and its model, and report; nothing is trained or written."""
+    from loopos.config import load_config
+    from loopos.runner import computing, prepare
+
+    loaded = load_config(config, overrides or [])
+    with computing(loaded):
+        show_prepared(prepare(loaded))
+    _say(f"{loaded.source}: fine")
+
+
+def _with_output(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
+    given = [] if output_dir is None else [f"data.output_dir={json.dumps(str(output_dir))}"]
+    return [*(overrides or []), *given]
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
+    asked: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("stopping after this step (again to stop now)", file=sys.stderr, flush=True)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def show_prepared(prepared: Prepared) -> None:
+    """Print the data report and the size of what is trained."""
+    _say("data")
+    for line in prepared.report.lines():
+        _say(f"  {line}")
+    _say(f"model\n  {prepared.num_parameters:,} parameters")
+
+
+def show_summary(summary: Summary) -> None:
+    """Print final figures, the confusion matrix, and what to do next."""
+    result, figures = summary.result, summary.evaluation
+    _say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}")
+    if figures:
+        _say("evaluation")
+        for name, value in figures.items():
+            if isinstance(value, float):
+                _say(f"  {name:<20} {value:.4f}")
+        _confusion(figures, summary.output_dir)
+    _say(f"saved in {summary.output_dir}")
+    if "confusion_matrix" in figures:
+        _say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
+
+
+def _confusion(figures: dict[str, Any], directory: Path) -> None:
+    """Print the confusion matrix, unless it is too wide to read."""
+    from loopos.files import read_json
+
+    matrix = figures.get("confusion_matrix")
+    if matrix is None or len(matrix) > 20:
+        return
+    names = read_json(directory / "model" / "classifier.json")["labels"]
+    names = [str(n) for n in names or range(len(matrix))]
+    width = max(8, *(len(n) for n in names), *(len(str(v)) for row in matrix for v in row)) + 1
+    _say("  true \\ predicted")
+    _say("  " + " " * width + "".join(f"{name:>{width}}" for name in names))
+    for name, row in zip(names, matrix, strict=True):
+        _say("  " + f"{name:<{width}}" + "".join(f"{value:>{width}}" for value in row))
+
+
+# -- configs and info ----------------------------------------------------------------------------
+
+
+@app.command()
+def configs(
+    show: Annotated[str | None, typer.Option(metavar="NAME", help="Print one of them.")] = None,
+    copy: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(metavar="NAME PATH", help="Copy one of them to a file that does not exist."),
+    ] = None,
+) -> None:
+    """List the configurations that come with loopos."""
+    from loopos.config import shipped_configs
+    from loopos.errors import nearest
+
+    shipped = shipped_configs()
+
+    def path_of(name: str) -> Path:
+        if name not in shipped:
+            raise MissingFileError(f"no shipped configuration '{name}'{nearest(name, shipped)}")
+        return shipped[name]
+
+    if show is not None:
+        _say(path_of(show).read_text(encoding="utf-8").rstrip())
+        return
+    if copy is not None:
+        source, target = path_of(copy[0]), copy[1]
+        if target.exists():
+            raise InputError(f"{target}: exists already")
+        atomic_write_text(target, source.read_text(encoding="utf-8"))
+        _say(f"copied to {target}")
+        return
+    for name, path in shipped.items():
+        description = json.loads(path.read_text(encoding="utf-8"))["computation"]["description"]
+        _say(f"{name:<16} {description}")
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what loopos found on this machine: backends, instruction sets, threads, versions."""
+    import numpy as np
+
+    from loopos.backends import available_backends, get_backend, unavailable_backends, use_backend
+    from loopos.backends.threads import available_cpus
+
+    described = {}
+    for name in available_backends():
+        with use_backend(name) as backend:
+            described[name] = backend.describe()
+    facts: dict[str, Any] = {
+        "loopos": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpus": available_cpus(),
+        "backend": get_backend().describe()["name"],
+        "backends": described,
+        "unavailable": unavailable_backends(),
+    }
+    if as_json:
+        _say(json.dumps(facts, indent=2))
+        return
+    for name in ("loopos", "python", "numpy", "platform", "cpus"):
+        _say(f"{name:<12} {facts[name]}")
+    for name, what in described.items():
+        chosen = " (in force)" if name == facts["backend"] else ""
+        _say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
+        _say(f"             {len(what['native'])} ops native, {len(what['inherited'])} inherited")
+        if "products" in what:
+            _say(f"             matrix products: {what['products']}")
+    for name, reason in facts["unavailable"].items():
+        _say(f"unavailable  {name}: {reason}")
+
+
+# -- predict and demo ----------------------------------------------------------------------------
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run directory, or a saved classifier.")],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.")] = None,
+    input_file: Annotated[
+        Path | None, typer.Option("--input", help="A file of rows with a text each.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Name of that field.")] = "text",
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Write JSON lines to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Classify texts given as arguments, in a file, or line by line on standard input."""
+    from loopos.data.readers import read_texts
+    from loopos.methods.fine_tuning import FineTuner
+
+    if texts and input_file is not None:
+        raise InputError("give either texts or --input, not both")
+    if not model.is_dir():
+        raise MissingFileError(f"{model}: no such directory")
+    inner = model / "model"
+    tuner = FineTuner.load(inner if inner.is_dir() else model)
+    if input_file is not None:
+        given = read_texts(input_file, text_field).texts
+    else:
+        given = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not given:
+        raise InputError("there is no text to classify")
+    predictions = tuner.predict(given)
+    names = tuner.label_names or [str(i) for i in range(predictions.probabilities.shape[1])]
+    rows = [
+        {
+            "text": text,
+            "label": label,
+            "probabilities": dict(zip(names, map(float, p), strict=True)),
+        }
+        for text, label, p in zip(given, predictions.labels, predictions.probabilities, strict=True)
+    ]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if output is not None:
+        atomic_write_text(output, "".join(f"{line}\n" for line in lines))
+    if as_json:
+        _say("\n".join(lines))
+    elif output is not None:
+        _say(f"{len(rows)} predictions in {output}")
+    else:
+        _show_predictions(rows)
+
+
+def _show_predictions(rows: list[dict[str, Any]]) -> None:
+    width = shutil.get_terminal_size((80, 20)).columns
+    longest = max(len(row["label"]) for row in rows)
+    for row in rows:
+        head = f"{row['label']:<{longest}}  {max(row['probabilities'].values()):6.1%}  "
+        text = " ".join(row["text"].split())
+        room = max(20, width - len(head))
+        _say(head + (text if len(text) <= room else text[: room - 3] + "..."))
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="Where the run goes [outputs/demo].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of order, head and dropout.")] = 0,
+) -> None:
+    """Fine-tune the shipped base model on real texts, offline, and compare it."""
+    from loopos.demo import run_demo
+
+    with _stop_on_signals() as stop:
+        raise typer.Exit(run_demo(output_dir, seed=seed, stop=stop))
