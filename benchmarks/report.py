@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Print medians of the documented works as multiples of their targets; needs an idle machine.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import loopos
 from suite import works
+
+import loopos
 
 
 def median_s(run: object, repeats: int = 9) -> float:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loopos.data.tokenizer import Tokenizer as Tokenizer
     from loopos.data.tokenizer import load_tokenizer as load_tokenizer
     from loopos.errors import LooposError as LooposError
+    from loopos.files import builtin as builtin
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
     from loopos.models.heads import SequenceClassifier as SequenceClassifier
@@ -40,6 +41,7 @@ _HOMES = {
     "loopos.data.batch": ["Batch"],
     "loopos.data.tokenizer": ["Tokenizer", "load_tokenizer"],
     "loopos.errors": ["LooposError"],
+    "loopos.files": ["builtin"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
     "loopos.models.heads": ["SequenceClassifier"],

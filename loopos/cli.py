@@ -130,7 +130,8 @@ def run(
             )
         except Interrupted as interrupted:
             again = ["loopos", "run", config]
-            again += [part for o in _with_output(overrides, output_dir) for part in ("--set", o)]
+            again += [part for override in overrides or [] for part in ("--set", override)]
+            again += [] if output_dir is None else ["--output-dir", str(output_dir)]
             print(f"{interrupted}", file=sys.stderr)
             if interrupted.checkpoint is not None:
                 print(f"continue with: {shlex.join([*again, '--resume'])}", file=sys.stderr)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
-from loopos.files import read_text
+from loopos.files import builtin, read_text
 from loopos.methods import METHODS, PLANNED
 from loopos.models.config import TransformerConfig
 from loopos.training.options import TrainingOptions
@@ -27,7 +27,6 @@ from loopos.training.options import TrainingOptions
 __all__ = ["Computation", "Data", "RunConfig", "load_config", "shipped_configs"]
 
 SHIPPED = Path(__file__).with_name("configs")
-ASSETS = Path(__file__).with_name("assets")
 #: Fields of TransformerConfig that the files of a family decide, not a configuration.
 _NOT_CONFIGURED = {"family"}
 
@@ -145,11 +144,10 @@ class RunConfig:
         value = str(getattr(self.data, key))
         where = f"{self.source}: data.{key}"
         if value.startswith("builtin:"):
-            name = value.removeprefix("builtin:")
-            names = sorted(p.name for p in ASSETS.iterdir() if not p.name.startswith("_"))
-            if name not in names:
-                raise MissingFileError(f"{where}: loopos ships no '{name}'{nearest(name, names)}")
-            return ASSETS / name
+            try:
+                return builtin(value.removeprefix("builtin:"))
+            except MissingFileError as error:
+                raise MissingFileError(f"{where}: {error}") from error
         path = Path(value).expanduser()
         beside = Path(self.source).parent / path
         for candidate in (path, beside):

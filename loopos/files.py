@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loopos.errors import InputError, LooposError, MissingFileError, OutputError
+from loopos.errors import InputError, LooposError, MissingFileError, OutputError, nearest
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
@@ -124,6 +124,23 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
                 os.replace(old, target)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
+
+
+ASSETS = Path(__file__).with_name("assets")
+
+
+def builtin(name: str) -> Path:
+    """Return the path of a file or directory that loopos ships, such as ``"base_model"``.
+
+    Raises
+    ------
+    MissingFileError
+        If there is none of that name.
+    """
+    names = sorted(path.name for path in ASSETS.iterdir() if not path.name.startswith("_"))
+    if name not in names:
+        raise MissingFileError(f"loopos ships no '{name}'{nearest(name, names)}")
+    return ASSETS / name
 
 
 def read_text(path: str | Path, error: type[InputError] = InputError) -> str:

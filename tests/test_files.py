@@ -240,7 +240,10 @@ def test_what_cannot_be_read_is_said(tmp_path):
     ("text", "message"),
     [
         ("", ":1: not valid JSON (Expecting value)"),
-        ('{\n  "a": 1,\n', ":3: not valid JSON (Expecting property name enclosed in double quotes)"),
+        (
+            '{\n  "a": 1,\n',
+            ":3: not valid JSON (Expecting property name enclosed in double quotes)",
+        ),
         ("[1, 2]", ":1: expected a JSON object, found list"),
         ("[" * 100_000, ":1: not valid JSON (nested too deeply)"),
         ('{"a": ' + "1" * 5000 + "}", ":1: not valid JSON (a number with too many digits)"),

@@ -1,46 +1,40 @@
-"""Reading rows: JSONL, JSON arrays, CSV, TSV, plain text and any iterable of mappings.
+"""Texts, with and without labels, from files or any iterable of mappings; and splitting them.
 
-Every row remembers where it stands, so that whatever is wrong with it is said with file and line.
+Every text remembers where it stands, so that whatever is wrong with it is said with file and line.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loopos.errors import DataError, MissingFileError, nearest
+from loopos.data.rows import Row, Source, existing, read_rows
+from loopos.errors import DataError, nearest
 from loopos.files import read_text
 
 __all__ = [
     "LabelledTexts",
     "Row",
+    "Source",
     "Texts",
     "read_labelled",
     "read_rows",
     "read_texts",
+    "split",
 ]
 
 Array = np.ndarray[Any, Any]
-Source = str | Path | Iterable[Mapping[str, Any]]
 
-#: What a file is, by its ending.
-_TABLES = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
-
-
-@dataclass(frozen=True)
-class Row:
-    """The fields of a row, and where it stands (``"t.jsonl:41"``, or ``"row 41"``)."""
-
-    fields: Mapping[str, Any]
-    where: str
+#: Integer labels are class numbers: one beyond this is an identifier that got into the wrong field.
+_MAX_CLASSES = 100_000
+#: Nobody numbers classes with more digits, and Python refuses to read very long ones.
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -80,141 +74,21 @@ class LabelledTexts(Texts):
             picked.texts, picked.where, labels, self.label_names, dropped=self.dropped
         )
 
+    def with_label_names(self, label_names: Sequence[str]) -> LabelledTexts:
+        """Return the rows with their classes numbered as `label_names` says, matched by name.
 
-# -- rows --------------------------------------------------------------------------------------
-
-
-def read_rows(source: Source) -> list[Row]:
-    """Read the rows of a file or of an iterable of mappings.
-
-    Parameters
-    ----------
-    source : path or iterable of mappings
-        A path ends in .jsonl, .ndjson, .json (an array of objects), .csv or .tsv (with a header).
-
-    Raises
-    ------
-    MissingFileError
-        If there is no such file.
-    DataError
-        If a row cannot be read, naming file and line, or there is none.
-    """
-    rows = list(_rows(source))
-    if not rows:
-        name = source if isinstance(source, (str, Path)) else "the data"
-        raise DataError(f"{name}: there is no row in it")
-    return rows
-
-
-def _rows(source: Source) -> Iterator[Row]:
-    if isinstance(source, (str, Path)):
-        path = _existing(Path(source))
-        suffix = path.suffix.lower()
-        if suffix in (".jsonl", ".ndjson"):
-            yield from _json_lines(path)
-        elif suffix == ".json":
-            yield from _json_array(path)
-        elif suffix in _TABLES:
-            yield from _table(path, _TABLES[suffix])
-        else:
-            raise DataError(
-                f"{path}: expected a file of rows ending in .jsonl, .json, .csv or .tsv, "
-                f"found '{suffix or 'no ending'}'"
-            )
-        return
-    for number, fields in enumerate(source, start=1):
-        if not isinstance(fields, Mapping):
-            raise DataError(f"row {number}: expected a mapping, found {type(fields).__name__}")
-        yield Row(fields, f"row {number}")
-
-
-def _existing(path: Path) -> Path:
-    if path.is_dir():
-        raise DataError(f"{path}: is a directory, expected a file")
-    if not path.exists():
-        beside = path.parent if path.parent.is_dir() else Path()
-        names = [entry.name for entry in beside.iterdir()]
-        raise MissingFileError(f"{path}: no such file{nearest(path.name, names)}")
-    return path
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        cut = " (is the line cut short?)" if error.pos >= len(text.rstrip()) else ""
-        raise DataError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}{cut}"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{where}: JSON nested too deeply") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _json_lines(path: Path) -> Iterator[Row]:
-    # Not splitlines(): U+2028 and its like are valid inside JSON strings.
-    for number, line in enumerate(read_text(path, DataError).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}:{number}"
-            yield Row(_object(line, where), where)
-
-
-def _json_array(path: Path) -> Iterator[Row]:
-    text = read_text(path, DataError)
-    decoder = json.JSONDecoder()
-    position = _skip(text, 0)
-    if text[position : position + 1] != "[":
-        raise DataError(f"{path}:1: expected a JSON array of objects")
-    position = _skip(text, position + 1)
-    while text[position : position + 1] != "]":
-        where = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON (is the file cut short?)") from error
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: expected an object, found {type(value).__name__}")
-        yield Row(value, where)
-        position = _skip(text, position)
-        if text[position : position + 1] == ",":
-            position = _skip(text, position + 1)
-        elif text[position : position + 1] != "]":
-            raise DataError(f"{where}: expected ',' or ']' after this object")
-    if text[position + 1 :].strip():
-        raise DataError(f"{path}: there is text after the array")
-
-
-def _skip(text: str, position: int) -> int:
-    """Return the position after any white space."""
-    while text[position : position + 1] in (" ", "\t", "\n", "\r"):
-        position += 1
-    return position
-
-
-def _table(path: Path, delimiter: str) -> Iterator[Row]:
-    text = read_text(path, DataError)
-    # The default limit of 128 kB a field would refuse long documents.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for cells in reader:
-            where, line = f"{path}:{line}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                if len(set(header)) != len(header) or not all(header):
-                    raise DataError(f"{where}: expected a header of different, filled names")
-                continue
-            if len(cells) != len(header):
-                raise DataError(f"{where}: expected {len(header)} fields, found {len(cells)}")
-            yield Row(dict(zip(header, cells, strict=True)), where)
-    except csv.Error as error:
-        raise DataError(f"{path}:{line}: not a valid table ({error})") from error
+        Raises
+        ------
+        DataError
+            If a row has a class that is not among them.
+        """
+        names = list(label_names)
+        if names == self.label_names:
+            return self
+        numbers = self.label_names == [str(i) for i in range(len(self.label_names))]
+        values = [int(i) if numbers else self.label_names[i] for i in self.labels]
+        labels = _known(values, self.where, "label", names)
+        return LabelledTexts(self.texts, self.where, labels, names, dropped=self.dropped)
 
 
 # -- texts ---------------------------------------------------------------------------------------
@@ -222,22 +96,29 @@ def _table(path: Path, delimiter: str) -> Iterator[Row]:
 
 def _field_of(row: Row, name: str) -> Any:
     if name not in row.fields:
-        found = ", ".join(map(str, row.fields)) or "nothing"
-        raise DataError(
-            f"{row.where}: no field '{name}'{nearest(name, map(str, row.fields))} (found: {found})"
-        )
+        names = [str(field) for field in row.fields]
+        found = _first(names, 10) or "nothing"
+        raise DataError(f"{row.where}: no field '{name}'{nearest(name, names)} (found: {found})")
     return row.fields[name]
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _text(row: Row, name: str) -> str:
     value = _field_of(row, name)
     if not isinstance(value, str):
-        raise DataError(f"{row.where}: expected '{name}' to be text, found {value!r}")
+        raise DataError(f"{row.where}: expected '{name}' to be text, found {reprlib.repr(value)}")
+    _check_unicode(value, row, name)
+    return value
+
+
+def _check_unicode(value: str, row: Row, name: str) -> None:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"{row.where}: '{name}' has half a surrogate pair, so no text") from error
-    return value
 
 
 def read_texts(source: Source, text_field: str = "text") -> Texts:
@@ -249,7 +130,7 @@ def read_texts(source: Source, text_field: str = "text") -> Texts:
         As :func:`read_rows`; also when no text has anything in it.
     """
     if isinstance(source, (str, Path)) and Path(source).suffix.lower() == ".txt":
-        path = _existing(Path(source))
+        path = existing(Path(source))
         texts, where, line = [], [], 1
         for part in read_text(path, DataError).split("\f"):
             texts.append(part)
@@ -284,7 +165,8 @@ def read_labelled(
     text_field, label_field : str
         Names of the fields.
     label_names : sequence of str, optional
-        The classes that are known already; any other label is an error.
+        The classes that are known already; any other label is an error. Integer labels are their
+        numbers, unless the names are numbers themselves.
     num_classes : int, optional
         How many classes there are at the most, when labels are integers.
 
@@ -312,15 +194,18 @@ def _label(row: Row, name: str) -> int | str:
     if isinstance(value, str):
         if not value.strip():
             raise DataError(f"{row.where}: '{name}' is empty")
+        _check_unicode(value, row, name)
         return value.strip()
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise DataError(f"{row.where}: expected '{name}' to be an integer or text, found {value!r}")
+        raise DataError(
+            f"{row.where}: expected '{name}' to be an integer or text, found {reprlib.repr(value)}"
+        )
     return int(value)
 
 
 def _integers_of_table(values: list[int | str]) -> list[int | str]:
     """Turn labels that were written as text into integers, if every one of them is one."""
-    if all(isinstance(v, str) and v.lstrip("-").isdecimal() for v in values):
+    if all(isinstance(v, str) and _INTEGER.fullmatch(v) for v in values):
         return [int(v) for v in values]
     return values
 
@@ -342,20 +227,16 @@ def _classes(
     if known is not None:
         return _known(values, where, field, list(known)), list(known)
     if kinds == {int}:
-        numbers = np.array(values, dtype=np.int64)
-        limit = num_classes if num_classes is not None else np.iinfo(np.int64).max
-        for at in np.flatnonzero((numbers < 0) | (numbers >= limit))[:1]:
-            expected = "0 or more" if num_classes is None else f"0 to {num_classes - 1}"
-            raise DataError(f"{where[at]}: expected '{field}' from {expected}, found {numbers[at]}")
-        names = [str(i) for i in range(num_classes or int(numbers.max()) + 1)]
+        numbers, names = _numbered(values, where, field, num_classes)
     else:
         names = sorted({str(value) for value in values})
         if num_classes is not None and len(names) > num_classes:
             raise DataError(
-                f"'{field}' has {len(names)} different names ({', '.join(names[:5])}...), "
+                f"'{field}' has {len(names)} different names ({_first(names, 5)}), "
                 f"more than num_classes {num_classes}"
             )
-        numbers = np.array([names.index(str(value)) for value in values], dtype=np.int64)
+        ids = {name: index for index, name in enumerate(names)}
+        numbers = np.array([ids[str(value)] for value in values], dtype=np.int64)
     if np.unique(numbers).size < 2:
         raise DataError(
             f"{where[0]}: every row has the '{field}' {values[0]!r}, expected two classes at least"
@@ -363,25 +244,64 @@ def _classes(
     return numbers, names
 
 
-def _known(values: list[int | str], where: list[str], field: str, names: list[str]) -> Array:
-    ids = {name: index for index, name in enumerate(names)}
+def _numbered(
+    values: Sequence[Any], where: list[str], field: str, num_classes: int | None
+) -> tuple[Array, list[str]]:
+    limit = _MAX_CLASSES if num_classes is None else num_classes
     for value, place in zip(values, where, strict=True):
-        if str(value) not in ids:
+        if not 0 <= value < limit:
+            expected = f"0 to {limit - 1}" if num_classes is not None or value > 0 else "0 or more"
+            raise DataError(f"{place}: expected '{field}' from {expected}, found {value}")
+    numbers = np.array(values, dtype=np.int64)
+    return numbers, [str(i) for i in range(num_classes or int(numbers.max()) + 1)]
+
+
+def _known(values: Sequence[int | str], where: list[str], field: str, names: list[str]) -> Array:
+    ids: dict[int | str, int] = {name: index for index, name in enumerate(names)}
+    if len(ids) != len(names):
+        twice = next(name for i, name in enumerate(names) if ids[name] != i)
+        raise DataError(f"the label name {twice!r} is given twice")
+    # Integers are numbers of the classes, unless classes have numbers for names.
+    if not any(_INTEGER.fullmatch(name) for name in names):
+        ids |= {index: index for index in range(len(names))}
+    numbers = np.empty(len(values), dtype=np.int64)
+    for row, (value, place) in enumerate(zip(values, where, strict=True)):
+        found = ids.get(value, ids.get(str(value)))
+        if found is None:
             raise DataError(
                 f"{place}: unknown '{field}' {value!r}{nearest(str(value), names)} "
-                f"(known: {', '.join(names[:10])})"
+                f"(known: {_first(names, 10)})"
             )
-    return np.array([ids[str(value)] for value in values], dtype=np.int64)
+        numbers[row] = found
+    return numbers
 
 
 # -- splitting -----------------------------------------------------------------------------------
+
+
+def _share(groups: list[list[int]], fraction: float) -> list[list[int]]:
+    """Return groups with about `fraction` of the rows: one at least, and never all, of two."""
+    if len(groups) < 2:
+        return []
+    wanted = int(fraction * sum(map(len, groups)) + 0.5)
+    taken: list[list[int]] = []
+    rows = 0
+    for group in groups:
+        if rows + len(group) <= wanted:
+            taken.append(group)
+            rows += len(group)
+    smallest = min(groups, key=len)
+    if not taken:
+        return [smallest]
+    return taken if len(taken) < len(groups) else [g for g in groups if g is not smallest]
 
 
 def split(data: Texts, fraction: float, seed: int) -> tuple[Any, Any]:
     """Divide rows into training and validation, seeded, stratified by label, without leaks.
 
     Rows with the same text stay on one side. Of each class about `fraction` of the rows go to
-    validation: at least one and never all, where it has two different texts or more.
+    validation: at least one and never all, where it has two different texts or more. A text with
+    several labels counts for its first.
 
     Parameters
     ----------
@@ -413,14 +333,9 @@ def split(data: Texts, fraction: float, seed: int) -> tuple[Any, Any]:
     held_out: list[int] = []
     for label in sorted(by_class):
         members_of_class = by_class[label]
-        rows = sum(map(len, members_of_class))
-        taken = 0
-        for place, position in enumerate(rng.permutation(len(members_of_class))):
-            last = place == len(members_of_class) - 1
-            if last or (place > 0 and taken + 0.5 >= fraction * rows):
-                break
-            held_out += members_of_class[position]
-            taken += len(members_of_class[position])
+        order = [members_of_class[i] for i in rng.permutation(len(members_of_class))]
+        for members in _share(order, fraction):
+            held_out += members
     outside = set(held_out)
     training = [i for i in range(len(data.texts)) if i not in outside]
     if not held_out or not training:
