@@ -9,7 +9,6 @@ than 10 points above always answering the commonest class.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -23,10 +22,11 @@ import numpy as np
 from loopos.config import RunConfig, load_config, shipped_configs
 from loopos.data.readers import LabelledTexts
 from loopos.files import write_json
+from loopos.methods.fine_tuning import FineTuner
 from loopos.models.weights import load_config as load_model_config
-from loopos.runner import Prepared, Summary, prepare, run
+from loopos.runner import Prepared, Summary, run
 from loopos.training.loop import Interrupted
-from loopos.training.trackers import Callback
+from loopos.training.trackers import Callback, ConsoleProgress
 
 __all__ = ["DemoResult", "Shown", "compare", "free_directory", "run_demo"]
 
@@ -86,6 +86,28 @@ class DemoResult:
                 f"pretraining ({self.fresh_accuracy:.1%})"
             )
         return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values."""
+        values = dataclasses.asdict(self)
+        return values | {"output_dir": str(self.output_dir), "faults": self.faults}
+
+    def lines(self) -> list[str]:
+        """Return the result as text for a terminal."""
+        figures = (
+            ("commonest class", self.majority),
+            ("without pretraining", self.fresh_accuracy),
+            ("pretrained", self.accuracy),
+        )
+        lines = ["== accuracy on held-out sentences =="]
+        lines += [f"  {name:<20} {value:6.1%}" for name, value in figures]
+        lines.append("== three of them ==")
+        for one in self.shown:
+            lines.append(f"  {one.text}")
+            lines.append(f"    {one.predicted} ({one.probability:.0%}); raters say {one.label}")
+        lines.append(f"done in {self.seconds:.0f} s; try it on a sentence of your own:")
+        command = shlex.join(["loopos", "predict", str(self.output_dir)])
+        return [*lines, f"  {command} 'a clever and moving film'"]
 
 
 def free_directory(wanted: Path) -> Path:
@@ -152,21 +174,96 @@ def compare(
         As :func:`loopos.runner.run`.
     """
     started = time.perf_counter()
-    summaries = []
+    prepared: list[Prepared] = []
+    summaries: list[Summary] = []
+
+    def keep(one: Prepared) -> None:
+        prepared.append(one)
+        if on_prepared is not None:
+            on_prepared(one)
+
     for config in configurations(output_dir, seed, max_steps):
-        summary = run(config, callbacks=callbacks, stop=stop, on_prepared=on_prepared)
-        summaries.append(summary)
+        summaries.append(run(config, callbacks=callbacks, stop=stop, on_prepared=keep))
         if on_run is not None:
-            on_run(summary)
-    seconds = time.perf_counter() - started
-    held_out = _held_out(configurations(output_dir, seed, max_steps)[0])
-    share = np.bincount(held_out.labels).max() / held_out.labels.size
+            on_run(summaries[-1])
+    held_out = prepared[0].validation
+    assert isinstance(held_out, LabelledTexts)  # the shipped configuration names a file of them
+    accuracy, fresh_accuracy = (float(summary.evaluation["accuracy"]) for summary in summaries)
     result = DemoResult(
         output_dir,
-        *(float(summary.evaluation["accuracy"]) for summary in summaries),
-        float(share),
+        accuracy,
+        fresh_accuracy,
+        float(np.bincount(held_out.labels).max() / held_out.labels.size),
         _show(output_dir, held_out, seed),
-        seconds,
+        time.perf_counter() - started,
     )
-    write_json(output_dir / "demo.json", _as_json(result))
+    write_json(output_dir / "demo.json", result.as_dict())
     return result
+
+
+def _show(directory: Path, held_out: LabelledTexts, seed: int) -> tuple[Shown, ...]:
+    """Classify three held-out sentences with what the run saved."""
+    indices = np.random.default_rng(seed).choice(len(held_out.texts), size=3, replace=False)
+    picked = held_out.take(indices)
+    predictions = FineTuner.load(directory / "model").predict(picked.texts)
+    names = picked.label_names
+    return tuple(
+        Shown(text, names[label], str(predicted), float(probabilities.max()))
+        for text, label, predicted, probabilities in zip(
+            picked.texts,
+            picked.labels,
+            predictions.labels,
+            predictions.probabilities,
+            strict=True,
+        )
+    )
+
+
+def run_demo(
+    output_dir: Path | None = None, *, seed: int = 0, stop: Callable[[], bool] | None = None
+) -> int:
+    """Run the demo on the terminal; see :func:`compare`.
+
+    Parameters
+    ----------
+    output_dir : Path, optional
+        Where the run goes, ``outputs/demo`` by default. A directory with anything in it is left
+        alone: the first free of ``outputs/demo-2``, ``outputs/demo-3``, ... is taken.
+    seed : int
+    stop : callable, optional
+        Asked after every step; True saves the state and ends the demo.
+
+    Returns
+    -------
+    int
+        Exit code: 0 done, 1 when the result is not what the demo promises, 130 when stopped.
+    """
+    from loopos.cli import show_prepared, show_summary
+
+    wanted = output_dir or Path(load_config(shipped_configs()["demo"]).output_dir)
+    directory = free_directory(wanted)
+    if directory != wanted:
+        print(f"{wanted} is not empty, so this run goes to {directory}")
+    titles = iter(("1. from the pretrained base model", "2. the same without pretraining"))
+
+    def prepared(one: Prepared) -> None:
+        print(f"== {next(titles)} ==", flush=True)
+        show_prepared(one)
+
+    try:
+        result = compare(
+            directory,
+            seed,
+            callbacks=[ConsoleProgress()],
+            stop=stop,
+            on_prepared=prepared,
+            on_run=show_summary,
+        )
+    except Interrupted as interrupted:
+        print(f"{interrupted}; 'loopos demo' starts again in a new directory", file=sys.stderr)
+        return 130
+    for line in result.lines():
+        print(line)
+    for fault in result.faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return 1 if result.faults else 0

@@ -79,10 +79,12 @@ def card(pretrainer: Pretrainer, result: TrainResult, seconds: float, directory:
     """Return the model card."""
     curve = []
     for record in result.evaluations:
-        last = [r["loss"] for r in result.history if record["step"] - 50 < r["step"] <= record["step"]]
+        last = [
+            r["loss"] for r in result.history if record["step"] - 50 < r["step"] <= record["step"]
+        ]
         held_out = record["eval"]
         curve.append(
-            f"| {record['step']} | {sum(last) / len(last):.4f} | {held_out['loss']:.4f} "
+            f"| {step} | {sum(last) / len(last):.4f} | {held_out['loss']:.4f} "
             f"| {held_out['perplexity']:.1f} |"
         )
     files = sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors"))
@@ -111,7 +113,9 @@ Sizes: `{json.dumps(SIZES)}`.
 Training: `{json.dumps(OPTIONS)}`, AdamW, {result.steps:,} steps of {tokens / result.steps:,.0f}
 tokens on average.
 
-| step | training loss (mean of 50 steps, with dropout) | held-out loss (nats per token) | perplexity |
+Losses in nats per token; the training loss, with dropout, is the mean of the last 50 steps.
+
+| step | training loss | held-out loss | held-out perplexity |
 |---|---|---|---|
 {newline.join(curve)}
 

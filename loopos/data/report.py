@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import textwrap
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from loopos.data.readers import LabelledTexts, Texts
+from loopos.errors import DataError
 
 __all__ = ["DataReport", "Finding"]
 
 Array = np.ndarray[Any, Any]
 
 _PLACES = 5
+#: Classes that are listed, before it is said how many more there are.
+_NAMES = 8
+_WIDTH, _INDENT = 80, 15
 _QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "max": 100}
 #: The most frequent class over the rarest: beyond this it is said.
 _IMBALANCE = 10.0
@@ -37,8 +42,14 @@ class Finding:
     def __str__(self) -> str:
         if not self.count:
             return "none"
+        shown, file = [], None
+        for place in self.places:
+            # Of places in one file only the first one names it.
+            name, colon, line = place.rpartition(":")
+            shown.append(f":{line}" if colon and name == file else place)
+            file = name
         more = ", ..." if self.count > len(self.places) else ""
-        return f"{self.count} ({', '.join(self.places)}{more})"
+        return f"{self.count} ({', '.join(shown)}{more})"
 
 
 @dataclass(frozen=True)
@@ -58,13 +69,13 @@ class DataReport:
     max_length : int or None
         Where texts are cut.
     truncated : Finding
-        Training texts over `max_length`.
+        Texts over `max_length`, of the training and then of the validation set.
     dropped : Finding
-        Rows without any text, left out.
+        Rows without any text, left out; of both sets.
     duplicates : Finding
-        Training rows whose text stands further up.
+        Rows whose text stands further up in the same set; of both sets.
     conflicts : Finding
-        Among them, those with another label.
+        Rows whose text stands further up, in either set, with another label.
     leaks : Finding
         Validation rows whose text is in the training set.
     warnings : list of str
@@ -92,40 +103,52 @@ class DataReport:
         validation: Texts | None,
         lengths: Array,
         max_length: int | None,
+        validation_lengths: Array | None = None,
     ) -> DataReport:
         """Look through the data.
 
         Parameters
         ----------
         training, validation : Texts or LabelledTexts
+            With the same label names.
         lengths : ndarray of int [n]
             Tokens of each training text before truncation.
         max_length : int or None
             Where texts are cut.
+        validation_lengths : ndarray of int [m], optional
+            Tokens of each validation text; without them its truncated texts are not reported.
+
+        Raises
+        ------
+        DataError
+            If there is no training text.
         """
-        long = [] if max_length is None else np.flatnonzero(lengths > max_length).tolist()
-        duplicates, conflicts = _duplicates(training)
+        if not training.texts:
+            raise DataError("there is no text to train on")
+        both = [(training, lengths)]
+        if validation is not None:
+            both.append((validation, np.array([]) if validation_lengths is None
+                         else validation_lengths))  # fmt: skip
+        long = [
+            data.where[i]
+            for data, found in both
+            for i in np.flatnonzero(np.asarray(found) > (max_length or np.inf)).tolist()
+        ]
         seen = set(training.texts)
-        leaks = [
-            place
-            for text, place in zip(validation.texts, validation.where, strict=True)
-            if text in seen
-        ] if validation is not None else []  # fmt: skip
+        leaks = [] if validation is None else _places(validation, lambda text: text in seen)
         levels = np.percentile(lengths, list(_QUANTILES.values()), method="nearest")
         report = cls(
             rows=len(training.texts),
             validation_rows=0 if validation is None else len(validation.texts),
             classes=_classes(training),
             validation_classes={} if validation is None else _classes(validation),
-            tokens=int(lengths.sum()),
+            tokens=int(np.sum(lengths)),
             lengths={name: int(v) for name, v in zip(_QUANTILES, levels, strict=True)},
             max_length=max_length,
-            truncated=Finding.of([training.where[i] for i in long]),
-            dropped=Finding.of(
-                [*training.dropped, *([] if validation is None else validation.dropped)]
-            ),
-            duplicates=Finding.of(duplicates),
-            conflicts=Finding.of(conflicts),
+            truncated=Finding.of(long),
+            dropped=Finding.of([place for data, _ in both for place in data.dropped]),
+            duplicates=Finding.of([place for data, _ in both for place in _duplicates(data)]),
+            conflicts=Finding.of(_conflicts([data for data, _ in both])),
             leaks=Finding.of(leaks),
             warnings=[],
         )
@@ -134,24 +157,27 @@ class DataReport:
 
     def _warnings(self) -> list[str]:
         found = []
-        absent = [name for name, count in self.classes.items() if not count]
+        for what, classes in (("row", self.classes), ("validation row", self.validation_classes)):
+            absent = [name for name, count in classes.items() if not count]
+            if absent:
+                found.append(f"no {what} has the class {_listed(absent, ' or ')}")
         present = [count for count in self.classes.values() if count]
-        if absent:
-            found.append(f"no row has the class {', '.join(absent)}")
         if present and max(present) > _IMBALANCE * min(present):
             found.append(
                 f"the classes are out of balance, {max(present)} rows to {min(present)}: "
                 "consider class_weights 'balanced'"
             )
-        if self.truncated.count > _TRUNCATED * self.rows:
-            share = self.truncated.count / self.rows
+        rows = self.rows + self.validation_rows
+        if self.truncated.count > _TRUNCATED * rows:
+            share = self.truncated.count / rows
             found.append(f"{share:.0%} of the texts are cut to {self.max_length} tokens")
         if self.conflicts.count:
-            found.append(f"{self.conflicts.count} texts stand there twice with different labels")
+            repeat = "row repeats" if self.conflicts.count == 1 else "rows repeat"
+            found.append(f"{self.conflicts.count} {repeat} a text with another label")
         if self.leaks.count:
             found.append(
-                f"{self.leaks.count} validation texts are in the training set: "
-                "the evaluation flatters the model"
+                f"{self.leaks.count} of {self.validation_rows} validation texts also in the "
+                "training set: the evaluation flatters the model"
             )
         return found
 
@@ -160,7 +186,7 @@ class DataReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the report as lines of plain text."""
+        """Return the report as lines of plain text, of 80 columns where words allow it."""
         rows = f"{self.rows} training, {self.validation_rows} validation"
         lengths = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         table = [("rows", rows)]
@@ -173,8 +199,8 @@ class DataReport:
             table.append((f"cut to {self.max_length}", str(self.truncated)))
         for name in ("dropped", "duplicates", "conflicts", "leaks"):
             table.append((name, str(getattr(self, name))))
-        lines = [f"{name:<14} {value}" for name, value in table]
-        return lines + [f"warning: {text}" for text in self.warnings]
+        table += [("warning:", text) for text in self.warnings]
+        return [line for name, value in table for line in _wrapped(name, value)]
 
 
 def _classes(data: Texts) -> dict[str, int]:
@@ -185,25 +211,48 @@ def _classes(data: Texts) -> dict[str, int]:
 
 
 def _balance(classes: dict[str, int]) -> str:
-    total = sum(classes.values())
+    total = max(sum(classes.values()), 1)
     shown = sorted(classes.items(), key=lambda item: -item[1])
-    text = ", ".join(f"{name} {count} ({count / total:.0%})" for name, count in shown[:8])
-    return text + (f", and {len(shown) - 8} more" if len(shown) > 8 else "")
+    return _listed([f"{name} {count} ({count / total:.0%})" for name, count in shown], ", ")
 
 
-def _duplicates(data: Texts) -> tuple[list[str], list[str]]:
-    """Return where texts stand again, and where they do with another label."""
-    repeated = {text for text, count in Counter(data.texts).items() if count > 1}
-    labels = data.labels if isinstance(data, LabelledTexts) else np.zeros(len(data.texts), int)
-    first: dict[str, int] = {}
-    again, conflicts = [], []
-    for index, text in enumerate(data.texts):
-        if text not in repeated:
-            continue
-        if text not in first:
-            first[text] = index
-            continue
-        again.append(data.where[index])
-        if labels[index] != labels[first[text]]:
-            conflicts.append(data.where[index])
-    return again, conflicts
+def _listed(names: list[str], last: str) -> str:
+    """Join `names`, the first few and how many more."""
+    if len(names) > _NAMES:
+        return f"{', '.join(names[:_NAMES])} and {len(names) - _NAMES} more"
+    return last.join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _wrapped(name: str, value: str) -> list[str]:
+    """Return a row of the report, its value in a column of its own."""
+    lines = textwrap.wrap(value, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+    return [f"{name if not i else '':<{_INDENT}}{line}" for i, line in enumerate(lines)]
+
+
+def _places(data: Texts, wanted: Callable[[str], bool]) -> list[str]:
+    return [place for text, place in zip(data.texts, data.where, strict=True) if wanted(text)]
+
+
+def _duplicates(data: Texts) -> list[str]:
+    """Return where texts stand again."""
+    seen: set[str] = set()
+
+    def again(text: str) -> bool:
+        known = text in seen
+        seen.add(text)
+        return known
+
+    return _places(data, again)
+
+
+def _conflicts(sets: list[Texts]) -> list[str]:
+    """Return where texts stand again with another label than the first time."""
+    first: dict[str, str] = {}
+    found = []
+    for data in sets:
+        if isinstance(data, LabelledTexts):
+            for text, label, place in zip(data.texts, data.labels, data.where, strict=True):
+                name = data.label_names[label]
+                if first.setdefault(text, name) != name:
+                    found.append(place)
+    return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from loopos.errors import DataError, MissingFileError, ModelFormatError
+from loopos.errors import DataError, MissingFileError, ModelFormatError, nearest
 from loopos.files import atomic_write_text, read_json, read_text, write_json
 
 __all__ = ["Tokenizer", "load_tokenizer", "train_bpe"]
@@ -78,30 +78,45 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[Array]:
         """Return the ids of each text as int32; see :meth:`encode`."""
-        try:
-            if max_length is None:
-                encodings = self._backend.encode_batch(list(texts))
-                return [np.array(e.ids, dtype=np.int32) for e in encodings]
-            return self._truncated(texts, max_length)
-        except (TypeError, UnicodeEncodeError) as error:
-            raise DataError(f"expected a list of texts in valid Unicode ({error})") from error
+        if isinstance(texts, str):
+            raise DataError("expected a list of texts, found one text")
+        texts = list(_checked(texts))
+        if max_length is None:
+            encodings = self._backend.encode_batch(texts)
+            return [np.array(e.ids, dtype=np.int32) for e in encodings]
+        return self._truncated(texts, max_length)
 
-    def _truncated(self, texts: Sequence[str], max_length: int) -> list[Array]:
+    def _truncated(self, texts: list[str], max_length: int) -> list[Array]:
         room = max_length - self._backend.num_special_tokens_to_add(False)
         if room < 1:
             raise DataError(f"max_length {max_length} leaves no room beside the special tokens")
         # Cut without special tokens, then let the post-processor add them: no state is changed.
-        encodings = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        encodings = self._backend.encode_batch(texts, add_special_tokens=False)
         for encoding in encodings:
             encoding.truncate(room)
         whole = [self._backend.post_process(encoding) for encoding in encodings]
         return [np.array(e.ids, dtype=np.int32) for e in whole]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Return the text of some ids."""
-        text: str = self._backend.decode(
-            [int(i) for i in ids], skip_special_tokens=skip_special_tokens
-        )
+        """Return the text of some ids.
+
+        Parameters
+        ----------
+        ids : iterable of int
+            Those over the vocabulary give nothing: models have tables with rows to spare.
+        skip_special_tokens : bool
+
+        Raises
+        ------
+        DataError
+            If an id is no whole number from 0.
+        """
+        numbers = []
+        for id_ in ids:
+            if not isinstance(id_, (int, np.integer)) or not 0 <= id_ < 2**32:
+                raise DataError(f"expected token ids from 0, found {id_!r}")
+            numbers.append(int(id_))
+        text: str = self._backend.decode(numbers, skip_special_tokens=skip_special_tokens)
         return text
 
     def save(self, directory: str | Path) -> None:
@@ -112,6 +127,18 @@ class Tokenizer:
         if self.eos_token is not None:
             config.setdefault("eos_token", self.eos_token)
         write_json(directory / "tokenizer_config.json", config)
+
+
+def _checked(texts: Iterable[Any]) -> Iterator[str]:
+    """Yield what are texts; the library would take a tuple for a pair, and says little else."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {index}: expected a string, found {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(f"text {index}: has half a surrogate pair, so no text") from error
+        yield text
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -136,7 +163,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.exists():
-        raise MissingFileError(f"{path}: no such file or directory")
+        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise MissingFileError(f"{path}: no such file or directory{nearest(path.name, beside)}")
     directory = path if path.is_dir() else path.parent
     config_file = directory / "tokenizer_config.json"
     config = read_json(config_file, ModelFormatError) if config_file.exists() else {}
@@ -167,7 +195,9 @@ def _from_file(path: Path) -> Any:
     try:
         return Backend.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise ModelFormatError(f"{path}: not a tokenizer ({error})") from error
+        raise ModelFormatError(
+            f"{path}: not a tokenizer ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _eos_token(config: dict[str, Any]) -> str | None:
@@ -181,25 +211,44 @@ def _gpt2(vocabulary: Path, merges: Path, config: dict[str, Any]) -> Tokenizer:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
-    vocab = read_json(vocabulary, ModelFormatError)
-    pairs = []
-    for number, line in enumerate(read_text(merges, ModelFormatError).split("\n"), start=1):
-        if not line.strip() or (number == 1 and line.startswith("#version")):
-            continue
-        left, _, right = line.rstrip("\r").partition(" ")
-        if not right or " " in right:
-            raise ModelFormatError(f"{merges}:{number}: expected two symbols, found {line!r}")
-        pairs.append((left, right))
-    try:
-        backend = Backend(models.BPE(vocab=vocab, merges=pairs))
-    except Exception as error:  # the library raises plain Exception
-        raise ModelFormatError(f"{vocabulary}: does not fit {merges.name} ({error})") from error
+    vocab = _vocabulary(vocabulary)
+    pairs = _merges(merges, vocab, vocabulary.name)
+    backend = Backend(models.BPE(vocab=vocab, merges=pairs))
     prefix = bool(config.get("add_prefix_space", False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     backend.decoder = decoders.ByteLevel()
     if END_OF_TEXT in vocab:
         backend.add_special_tokens([END_OF_TEXT])
     return Tokenizer(backend, _eos_token(config), config)
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    vocab = read_json(path, ModelFormatError)
+    owners: dict[int, str] = {}
+    for token, index in vocab.items():
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**31:
+            raise ModelFormatError(f"{path}: expected an id for {token!r}, found {index!r}")
+        if owners.setdefault(index, token) != token:
+            raise ModelFormatError(
+                f"{path}: the tokens {owners[index]!r} and {token!r} have one id, {index}"
+            )
+    return vocab
+
+
+def _merges(path: Path, vocab: dict[str, int], beside: str) -> list[tuple[str, str]]:
+    pairs = []
+    for number, line in enumerate(read_text(path, ModelFormatError).split("\n"), start=1):
+        line = line.rstrip("\r")
+        if not line.strip() or (number == 1 and line.startswith("#version")):
+            continue
+        left, _, right = line.partition(" ")
+        if not left or not right or " " in right:
+            raise ModelFormatError(f"{path}:{number}: expected two symbols, found {line!r}")
+        for symbol in (left, right, left + right):
+            if symbol not in vocab:
+                raise ModelFormatError(f"{path}:{number}: {symbol!r} is not in {beside}")
+        pairs.append((left, right))
+    return pairs
 
 
 def _wordpiece(path: Path, config: dict[str, Any]) -> Tokenizer:
@@ -212,7 +261,10 @@ def _wordpiece(path: Path, config: dict[str, Any]) -> Tokenizer:
     vocab = {token: index for index, token in enumerate(tokens)}
     if len(vocab) != len(tokens):
         twice = next(t for i, t in enumerate(tokens) if vocab[t] != i)
-        raise ModelFormatError(f"{path}:{tokens.index(twice) + 1}: token {twice!r} stands twice")
+        raise ModelFormatError(
+            f"{path}:{vocab[twice] + 1}: token {twice!r} stands twice, "
+            f"first on line {tokens.index(twice) + 1}"
+        )
     for token in ("[UNK]", "[CLS]", "[SEP]"):
         if token not in vocab:
             raise ModelFormatError(f"{path}: no token {token} in it")
@@ -248,11 +300,13 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Raises
     ------
     DataError
-        If `vocab_size` is too small.
+        If `vocab_size` is too small, or an entry is no text.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
+    if isinstance(texts, str):
+        raise DataError("expected a list of texts, found one text")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size < len(alphabet) + 1:
         raise DataError(
@@ -268,7 +322,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=alphabet,
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator(_checked(texts), trainer)
     return Tokenizer(_canonical(backend))
 
 

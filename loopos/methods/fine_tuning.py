@@ -274,7 +274,10 @@ class FineTuner:
         """Return what the data holds, before anything is trained."""
         limit = self._max_length(options or Options())
         lengths = encode(self.tokenizer, training.texts, limit).lengths
-        return DataReport.build(training, validation, lengths, limit)
+        held_out = None
+        if validation is not None:
+            held_out = encode(self.tokenizer, validation.texts, limit).lengths
+        return DataReport.build(training, validation, lengths, limit, held_out)
 
     # -- use -----------------------------------------------------------------------------------
 

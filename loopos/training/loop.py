@@ -220,7 +220,8 @@ class _Run:
 
     def go(self) -> TrainResult:
         """Run to the end, and tell callbacks whatever happens."""
-        info = RunInfo(self.total_steps, self.at.step, len(self.lengths), self.root)
+        at = self.at
+        info = RunInfo(self.total_steps, at.step, len(self.lengths), self.root, at.evaluation_due)
         for callback in self.callbacks:
             callback.on_start(info)
         try:
@@ -247,8 +248,8 @@ class _Run:
             thunks = [partial(self._make, micro) for micro in plan]
             options = self.options
             for made in prefetch(thunks, options.prefetch_batches, options.num_workers):
-                self._step(made, batches[self.at.index])
-                self._after_step(len(batches))
+                self._step(made, batches[self.at.index], len(batches))
+                self._after_step()
                 if self.at.exhausted:
                     break
                 if self.stop is not None and self.at.step < self.total_steps and self.stop():
@@ -263,7 +264,7 @@ class _Run:
             for start, indices in zip(starts, microbatches, strict=False)
         ]
 
-    def _step(self, batches: list[Batch], indices: list[Array]) -> None:
+    def _step(self, batches: list[Batch], indices: list[Array], steps_in_epoch: int) -> None:
         started = time.perf_counter()
         totals = self._totals(batches, indices)
         sums = dict.fromkeys(totals, 0.0)
@@ -281,13 +282,14 @@ class _Run:
         limit = self.options.max_grad_norm
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         rate = self.rate(self.at.step)
+        epoch = self.at.epoch
         self.updating = True
         self.optimizer.step(scale, rate)
-        self.at.step, self.at.index = self.at.step + 1, self.at.index + 1
+        self._advance(steps_in_epoch)
         self.updating = False
         terms_mean = {name: sums[name] / totals[name] for name in sums}
         tokens, spent = sum(batch.num_tokens for batch in batches), time.perf_counter() - started
-        record: dict[str, Any] = {"step": self.at.step, "epoch": self.at.epoch}
+        record: dict[str, Any] = {"step": self.at.step, "epoch": epoch}
         record["loss"] = sum(terms_mean.values())
         record |= terms_mean if len(terms_mean) > 1 else {}
         record |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
@@ -327,20 +329,24 @@ class _Run:
 
     # -- after a step ------------------------------------------------------------------------------
 
-    def _after_step(self, batches_in_epoch: int) -> None:
-        at, options = self.at, self.options
-        epoch_ends = at.index == batches_in_epoch
-        if epoch_ends:
+    def _advance(self, steps_in_epoch: int) -> None:
+        """Move on by one step, all at once: an interrupt must find position and plans in accord."""
+        at = self.at
+        at.step, at.index = at.step + 1, at.index + 1
+        if at.index == steps_in_epoch:
             at.epoch, at.index = at.epoch + 1, 0
-        run_ends = at.step == self.total_steps
+        at.evaluation_due = self.evaluate is not None and self._due(self.options.eval_steps)
 
-        def due(every: int | None) -> bool:
-            return run_ends or (epoch_ends if every is None else at.step % every == 0)
+    def _due(self, every: int | None) -> bool:
+        """Whether what happens every so many steps (None: every epoch) is due after this one."""
+        if self.at.step == self.total_steps:
+            return True
+        return self.at.index == 0 if every is None else self.at.step % every == 0
 
-        if self.evaluate is not None and due(options.eval_steps):
-            at.evaluation_due = True
+    def _after_step(self) -> None:
+        if self.at.evaluation_due:
             self._evaluate()
-        if self.root is not None and due(options.save_steps):
+        if self.root is not None and self._due(self.options.save_steps):
             self.save()
 
     def _evaluate(self) -> None:

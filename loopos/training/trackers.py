@@ -32,12 +32,15 @@ class RunInfo:
         Training samples.
     output_dir : Path or None
         Where the run writes.
+    evaluation_due : bool
+        Whether the evaluation after `start_step` is still to be made.
     """
 
     total_steps: int
     start_step: int
     num_samples: int
     output_dir: Path | None
+    evaluation_due: bool = False
 
 
 class Callback:
@@ -75,7 +78,13 @@ class MetricsFile(Callback):
         kept = []
         if info.start_step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n") or json.loads(line)["step"] > info.start_step:
+                if not line.endswith("\n"):  # cut short when the run was killed
+                    break
+                record = json.loads(line)
+                again = info.evaluation_due and "eval" in record
+                if record["step"] > info.start_step or (
+                    again and record["step"] == info.start_step
+                ):
                     break
                 kept.append(line)
         atomic_write_text(self.path, "".join(kept))

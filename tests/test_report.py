@@ -1,0 +1,194 @@
+"""The data report, figure by figure against data counted by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loopos.data.readers import LabelledTexts, Texts, read_labelled, split
+from loopos.data.report import DataReport, Finding
+from loopos.errors import DataError
+
+NAMES = ["neg", "neutral", "pos"]
+
+
+def labelled(name, rows, dropped=()):
+    texts = [text for text, _ in rows]
+    where = [f"{name}:{i + 1}" for i in range(len(rows))]
+    labels = np.array([label for _, label in rows], dtype=np.int64)
+    return LabelledTexts(texts, where, labels, NAMES, dropped=list(dropped))
+
+
+TRAINING = labelled(
+    "t.jsonl",
+    [("a", 0), ("b", 0), ("a", 0), ("c", 2), ("b", 2), ("d", 0), ("a", 2)],
+    dropped=["t.jsonl:8", "t.jsonl:11"],
+)
+VALIDATION = labelled(
+    "v.jsonl", [("e", 0), ("c", 0), ("e", 0), ("d", 0), ("f", 2)], dropped=["v.jsonl:6"]
+)
+LENGTHS = np.array([1, 4, 1, 9, 4, 30, 1])
+
+
+@pytest.fixture
+def report():
+    return DataReport.build(TRAINING, VALIDATION, LENGTHS, 8, np.array([2, 9, 2, 30, 8]))
+
+
+def test_every_figure(report):
+    assert (report.rows, report.validation_rows) == (7, 5)
+    assert report.classes == {"neg": 4, "neutral": 0, "pos": 3}
+    assert report.validation_classes == {"neg": 4, "neutral": 0, "pos": 1}
+    assert report.tokens == 50
+    assert report.max_length == 8
+    assert report.truncated == Finding(4, ["t.jsonl:4", "t.jsonl:6", "v.jsonl:2", "v.jsonl:4"])
+    assert report.dropped == Finding(3, ["t.jsonl:8", "t.jsonl:11", "v.jsonl:6"])
+    assert report.duplicates == Finding(4, ["t.jsonl:3", "t.jsonl:5", "t.jsonl:7", "v.jsonl:3"])
+    # "b" and "a" in the training set, "c" from there to the validation set; "d" agrees.
+    assert report.conflicts == Finding(3, ["t.jsonl:5", "t.jsonl:7", "v.jsonl:2"])
+    assert report.leaks == Finding(2, ["v.jsonl:2", "v.jsonl:4"])
+    assert report.warnings == [
+        "no row has the class neutral",
+        "no validation row has the class neutral",
+        "33% of the texts are cut to 8 tokens",
+        "3 rows repeat a text with another label",
+        "2 of 5 validation texts also in the training set: the evaluation flatters the model",
+    ]
+
+
+def test_quantiles_are_lengths_that_occur():
+    data = Texts([f"t{i}" for i in range(101)], [f"row {i}" for i in range(101)])
+    lengths = np.random.default_rng(0).permutation(101) * 10
+    found = DataReport.build(data, None, lengths, None).lengths
+    assert found == {
+        "min": 0, "5%": 50, "25%": 250, "median": 500, "75%": 750, "95%": 950, "max": 1000,
+    }  # fmt: skip
+    one = DataReport.build(data.take([0]), None, np.array([7]), None).lengths
+    assert set(one.values()) == {7}
+
+
+def test_a_clean_set_has_no_findings():
+    data = labelled("t", [("a", 0), ("b", 1), ("c", 2)])
+    report = DataReport.build(data, None, np.array([1, 2, 3]), 3)
+    for finding in ("truncated", "dropped", "duplicates", "conflicts", "leaks"):
+        assert getattr(report, finding) == Finding(0, [])
+    assert report.warnings == []
+    assert report.lines() == [
+        "rows           3 training, 0 validation",
+        "classes        neg 1 (33%), neutral 1 (33%), pos 1 (33%)",
+        "tokens         6 (min 1, 5% 1, 25% 2, median 2, 75% 2, 95% 3, max 3)",
+        "cut to 3       none",
+        "dropped        none",
+        "duplicates     none",
+        "conflicts      none",
+        "leaks          none",
+    ]
+
+
+def test_texts_without_labels_have_no_classes():
+    training = Texts(["a", "a", "b"], ["row 1", "row 2", "row 3"])
+    validation = Texts(["b"], ["row 1"])
+    report = DataReport.build(training, validation, np.array([1, 1, 2]), None, np.array([2]))
+    assert (report.classes, report.validation_classes) == ({}, {})
+    assert report.conflicts == Finding(0, [])
+    assert (report.duplicates, report.leaks) == (Finding(1, ["row 2"]), Finding(1, ["row 1"]))
+    assert [line.split()[0] for line in report.lines()][:2] == ["rows", "tokens"]
+    assert not any(line.startswith("cut to") for line in report.lines())
+
+
+def test_the_lines_for_a_person(report):
+    assert report.lines() == [
+        "rows           7 training, 5 validation",
+        "classes        neg 4 (57%), pos 3 (43%), neutral 0 (0%)",
+        "  validation   neg 4 (80%), pos 1 (20%), neutral 0 (0%)",
+        "tokens         50 (min 1, 5% 1, 25% 1, median 4, 75% 9, 95% 30, max 30)",
+        "cut to 8       4 (t.jsonl:4, :6, v.jsonl:2, :4)",
+        "dropped        3 (t.jsonl:8, :11, v.jsonl:6)",
+        "duplicates     4 (t.jsonl:3, :5, :7, v.jsonl:3)",
+        "conflicts      3 (t.jsonl:5, :7, v.jsonl:2)",
+        "leaks          2 (v.jsonl:2, :4)",
+        "warning:       no row has the class neutral",
+        "warning:       no validation row has the class neutral",
+        "warning:       33% of the texts are cut to 8 tokens",
+        "warning:       3 rows repeat a text with another label",
+        "warning:       2 of 5 validation texts also in the training set: the evaluation",
+        "               flatters the model",
+    ]
+
+
+def test_many_places_are_counted_and_the_first_shown():
+    data = labelled("data/reviews/train.jsonl", [("same", 0)] * 40)
+    report = DataReport.build(data, None, np.full(40, 3), 2)
+    assert report.duplicates.count == 39
+    assert report.duplicates.places == [f"data/reviews/train.jsonl:{i}" for i in range(2, 7)]
+    assert str(report.duplicates) == "39 (data/reviews/train.jsonl:2, :3, :4, :5, :6, ...)"
+    assert str(Finding.of(["row 3", "row 4"])) == "2 (row 3, row 4)"
+    assert report.truncated.count == 40
+    assert "100% of the texts are cut to 2 tokens" in report.warnings
+
+
+def test_lines_fit_a_terminal():
+    names = [f"class number {i}" for i in range(30)]
+    rows = [(f"t{i % 20}", i % 11) for i in range(60)]
+    where = [f"a/rather/long/path/to/some/data/part-{i % 3}.jsonl:{i}" for i in range(60)]
+    data = LabelledTexts(
+        [text for text, _ in rows], where, np.array([label for _, label in rows]), names
+    )
+    report = DataReport.build(data, data, np.full(60, 10**6), 10**5)
+    lines = report.lines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "class number 7 5 (8%) and 22 more" in text.replace("(9%)", "(8%)")
+    assert (
+        "no row has the class class number 11, class number 12, class number 13, "
+        "class number 14, class number 15, class number 16, class number 17, class number 18 "
+        "and 11 more" in text.replace(" warning:", "")
+    )
+
+
+def test_classes_out_of_balance_are_said():
+    rows = [(f"t{i}", 2 * (i >= 44)) for i in range(48)]
+    report = DataReport.build(labelled("t", rows), None, np.ones(48, int), 8)
+    assert report.warnings == [
+        "no row has the class neutral",
+        "the classes are out of balance, 44 rows to 4: consider class_weights 'balanced'",
+    ]
+    report = DataReport.build(labelled("t", rows[4:]), None, np.ones(44, int), 8)
+    assert report.warnings == ["no row has the class neutral"]
+
+
+def test_an_empty_validation_set_is_no_fault():
+    report = DataReport.build(TRAINING, labelled("v", []), LENGTHS, 8, np.array([], int))
+    assert report.validation_classes == {"neg": 0, "neutral": 0, "pos": 0}
+    assert "  validation   neg 0 (0%), neutral 0 (0%), pos 0 (0%)" in report.lines()
+
+
+def test_an_empty_training_set_is_one():
+    with pytest.raises(DataError, match="^there is no text to train on$"):
+        DataReport.build(Texts([], []), None, np.array([], int), None)
+
+
+def test_the_report_is_json(report):
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert values["truncated"] == {"count": 4, "places": report.truncated.places}
+    assert values["classes"] == {"neg": 4, "neutral": 0, "pos": 3}
+    assert values["warnings"] == report.warnings
+    assert list(values) == [
+        "rows", "validation_rows", "classes", "validation_classes", "tokens", "lengths",
+        "max_length", "truncated", "dropped", "duplicates", "conflicts", "leaks", "warnings",
+    ]  # fmt: skip
+
+
+def test_places_are_those_of_the_file(tmp_path):
+    path = tmp_path / "t.jsonl"
+    texts = ["one", "two", "", "one", "three", "four", "five", "one"]
+    lines = [json.dumps({"text": text, "label": i % 2}) for i, text in enumerate(texts)]
+    path.write_text("\n\n".join(lines))
+    data = read_labelled(path)
+    training, validation = split(data, 0.4, seed=0)
+    lengths = np.array([len(text) for text in training.texts])
+    report = DataReport.build(training, validation, lengths, None)
+    assert report.dropped == Finding(1, [f"{path}:5"])
+    assert report.duplicates == Finding(2, [f"{path}:7", f"{path}:15"])
+    assert report.conflicts == Finding(2, [f"{path}:7", f"{path}:15"])
+    assert report.leaks == Finding(0, [])
