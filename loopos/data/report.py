@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 _PLACES = 5
 #: Classes that are listed, before it is said how many more there are.
 _NAMES = 8
-_WIDTH, _INDENT = 80, 15
+_WIDTH, _INDENT = 78, 15
 _QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "max": 100}
 #: The most frequent class over the rarest: beyond this it is said.
 _IMBALANCE = 10.0
@@ -176,8 +176,8 @@ class DataReport:
             found.append(f"{self.conflicts.count} {repeat} a text with another label")
         if self.leaks.count:
             found.append(
-                f"{self.leaks.count} of {self.validation_rows} validation texts also in the "
-                "training set: the evaluation flatters the model"
+                f"{self.leaks.count} of {self.validation_rows} validation texts stand in "
+                "the training set too: the evaluation flatters the model"
             )
         return found
 
@@ -186,7 +186,7 @@ class DataReport:
         return asdict(self)
 
     def lines(self) -> list[str]:
-        """Return the report as lines of plain text, of 80 columns where words allow it."""
+        """Return the report as lines of plain text, of 78 columns where words allow it."""
         rows = f"{self.rows} training, {self.validation_rows} validation"
         lengths = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
         table = [("rows", rows)]

@@ -23,7 +23,7 @@ from loopos.data.batch import Batch
 from loopos.data.readers import LabelledTexts, read_labelled
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
-from loopos.errors import ConfigError, DataError
+from loopos.errors import ConfigError, DataError, nearest
 from loopos.methods.common import (
     Encoded,
     encode,
@@ -33,7 +33,7 @@ from loopos.methods.common import (
     train_only,
     with_overrides,
 )
-from loopos.models.heads import Pooling, SequenceClassifier, load_classifier
+from loopos.models.heads import POOLINGS, Pooling, SequenceClassifier, load_classifier
 from loopos.models.transformer import Transformer
 from loopos.models.weights import load_model
 from loopos.ops import DropoutKeys
@@ -74,9 +74,21 @@ class Options(TrainingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.train, int) and self.train < 1:
+        if self.pooling is not None and self.pooling not in POOLINGS:
             raise ConfigError(
-                f"training.train: expected 'all', 'head' or a number of layers, found {self.train}"
+                f"training.pooling: expected one of {', '.join(POOLINGS)}, found {self.pooling!r}"
+                + nearest(str(self.pooling), POOLINGS)
+            )
+        layers = isinstance(self.train, int) and not isinstance(self.train, bool)
+        if self.train < 1 if layers else self.train not in ("all", "head"):
+            raise ConfigError(
+                "training.train: expected 'all', 'head' or a number of layers, "
+                f"found {self.train!r}"
+            )
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise ConfigError(
+                "training.class_weights: expected 'balanced' or a number for each class, "
+                f"found {self.class_weights!r}"
             )
         if not 0.0 <= self.label_smoothing < 1.0:
             raise ConfigError(
@@ -314,7 +326,7 @@ class FineTuner:
                 raise DataError(f"text {index}: there is nothing in it")
         encoded = encode(self.tokenizer, texts, self._max_length(Options()))
         logits = self._logits(encoded, batch_tokens).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True, initial=0.0)
+        logits -= logits.max(axis=1, keepdims=True)
         probabilities = np.exp(logits)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
         ids = np.argmax(probabilities, axis=1)
