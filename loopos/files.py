@@ -178,8 +178,9 @@ def read_json(path: str | Path, error: type[InputError] = InputError) -> dict[st
     InputError
         (or the class given as `error`) if the file is not a JSON object in UTF-8.
     """
+    text = read_text(path, error)  # its errors are ValueErrors too
     try:
-        value = json.loads(read_text(path, error))
+        value = json.loads(text)
     except json.JSONDecodeError as fault:
         raise error(f"{path}:{fault.lineno}: not valid JSON ({fault.msg})") from fault
     except RecursionError as fault:

@@ -29,6 +29,7 @@ import tarfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -87,10 +88,10 @@ def member(archive: tarfile.TarFile, ending: str) -> bytes:
     """Return the bytes of the one member whose name ends so."""
     names = [name for name in archive.getnames() if name.endswith(ending)]
     if len(names) != 1:
-        raise SystemExit(f"{archive.name}: expected one member '*{ending}', found {len(names)}")
+        raise SystemExit(f"expected one member '*{ending}' in the archive, found {len(names)}")
     file = archive.extractfile(names[0])
     if file is None:
-        raise SystemExit(f"{archive.name}: {names[0]} is not a file")
+        raise SystemExit(f"{names[0]} in the archive is not a file")
     return file.read()
 
 
@@ -99,20 +100,25 @@ def clean(text: str) -> str:
     return " ".join(html.unescape(text).split())
 
 
-def read_vader(path: Path) -> tuple[list[Rated], str]:
-    """Return the rated texts of all four sources, each text once, and the licence."""
+def read_archive(path: Path) -> tuple[IO[bytes], str]:
+    """Return the archive of rated texts inside the sdist, and the licence."""
     with tarfile.open(path) as outer:
         licence = member(outer, "/LICENSE.txt").decode("utf-8")
         inner = io.BytesIO(member(outer, "/hutto_ICWSM_2014.tar.gz"))
+    return inner, licence.replace("\r\n", "\n")
+
+
+def read_rated(archive_file: IO[bytes]) -> list[Rated]:
+    """Return the rated texts of all four sources, each text once."""
     rated: dict[str, Rated] = {}
-    with tarfile.open(fileobj=inner) as archive:
+    with tarfile.open(fileobj=archive_file) as archive:
         for source, name in VADER_SOURCES.items():
             lines = member(archive, f"/{name}_GroundTruth.txt").decode("utf-8").splitlines()
             for line in lines:
                 _, rating, text = line.split("\t")
                 text = clean(text)
                 rated.setdefault(key_of(text), Rated(source, text, float(rating)))
-    return list(rated.values()), licence.replace("\r\n", "\n")
+    return list(rated.values())
 
 
 def words_of(text: str) -> list[str]:
@@ -237,7 +243,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     packages = ROOT / "build" / "packages"
     parser.add_argument("--packages", type=Path, default=packages, help="where the archive lies")
-    rated, licence = read_vader(fetch(parser.parse_args().packages))
+    archive, licence = read_archive(fetch(parser.parse_args().packages))
+    rated = read_rated(archive)
     train, validation = choose(rated)
     hashes = {
         name: write(ASSETS / name, data)

@@ -82,10 +82,8 @@ def card(pretrainer: Pretrainer, result: TrainResult, seconds: float, directory:
     """Return the model card."""
     curve = []
     for record in result.evaluations:
-        last = [
-            r["loss"] for r in result.history if record["step"] - 50 < r["step"] <= record["step"]
-        ]
-        held_out = record["eval"]
+        step, held_out = record["step"], record["eval"]
+        last = [r["loss"] for r in result.history if step - 50 < r["step"] <= step]
         curve.append(
             f"| {step} | {sum(last) / len(last):.4f} | {held_out['loss']:.4f} "
             f"| {held_out['perplexity']:.1f} |"
@@ -101,8 +99,8 @@ BPE vocabulary, made to be fine-tuned by `loopos demo`. It knows little beside t
 use it to try things out, not to write text.
 
 - **Made by** loopos {loopos.__version__}, `python tools/make_base_model.py`, seed {SEED},
-  on {date.today().isoformat()}, in {seconds / 60:.0f} minutes on one core of a {platform.machine()} machine
-  ({blas().name}).
+  on {date.today().isoformat()}, in {seconds / 60:.0f} minutes on one core of a
+  {platform.machine()} machine ({blas().name}).
 - **Text**: `build/demo/pretraining.jsonl` of `tools/make_assets.py` (sha256
   `{sha256(TEXT)}`): the sentences
   of `vaderSentiment` 3.3.2 (MIT licence, `../LICENSE-vader.txt`) from film reviews, product

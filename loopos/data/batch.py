@@ -14,7 +14,7 @@ from loopos.errors import DataError
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth to compare by
 class Batch:
     """A ragged batch of ``B`` sequences with ``N`` tokens in all.
 
@@ -48,30 +48,37 @@ class Batch:
     ) -> Batch:
         """Make a batch of lists of token ids.
 
+        Parameters
+        ----------
+        sequences : sequence of int sequences
+            At least one token each; no sequence at all gives an empty batch.
+        labels : array_like [B], optional
+        loss_masks : sequence of bool sequences, optional
+            As long as `sequences`; by default every token counts.
+        sample_ids : array_like of int [B], optional
+            By default the place in this batch.
+
         Raises
         ------
         DataError
-            If a sequence is empty, or labels or masks do not fit.
+            If a sequence is empty or no list of token ids, or labels, masks or sample ids do not
+            fit.
         """
-        arrays = [np.asarray(s, dtype=np.int32) for s in sequences]
-        for index, array in enumerate(arrays):
-            if array.size == 0:
-                raise DataError(f"sequence {index} is empty")
+        arrays = [_token_ids(index, sequence) for index, sequence in enumerate(sequences)]
         lengths = np.array([a.size for a in arrays], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
         if loss_masks is None:
             mask = np.ones(tokens.size, dtype=bool)
         else:
-            mask = np.concatenate([np.asarray(m, bool) for m in loss_masks])
+            mask = _joined_masks(loss_masks, lengths)
         ids = np.arange(len(arrays)) if sample_ids is None else np.asarray(sample_ids)
-        return cls(
-            tokens,
-            offsets,
-            ids.astype(np.int32),
-            mask,
-            None if labels is None else np.asarray(labels),
-        )
+        marks = None if labels is None else np.asarray(labels)
+        for name, values in (("sample_ids", ids), ("labels", marks)):
+            if values is not None and values.shape[:1] != (len(arrays),):
+                found = len(values) if values.ndim else "a single value"
+                raise DataError(f"expected {name} for {len(arrays)} sequences, found {found}")
+        return cls(tokens, offsets, ids.astype(np.int32), mask, marks)
 
     @cached_property
     def lengths(self) -> Array:
@@ -95,10 +102,50 @@ class Batch:
         return int(self.offsets.size - 1)
 
     def next_token_targets(self) -> tuple[Array, Array]:
-        """Return (targets int32 [N], weights float32 [N])."""
+        """Return what each token is to predict, and whether that counts.
+
+        Returns
+        -------
+        targets : ndarray int32 [N]
+            The next token of the same sequence; meaningless where the weight is 0.
+        weights : ndarray float32 [N]
+            The loss mask of the next token; 0 at the last token of each sequence.
+        """
         targets = np.zeros_like(self.tokens)
         weights = np.zeros(self.tokens.size, dtype=np.float32)
         targets[:-1] = self.tokens[1:]
         weights[:-1] = self.loss_mask[1:]
         weights[self.offsets[1:] - 1] = 0
         return targets, weights
+
+
+def _token_ids(index: int, sequence: Any) -> Array:
+    """Return a sequence as int32 [n]; a cast alone would cut fractions and wrap large numbers."""
+    try:
+        array = np.asarray(sequence)
+    except ValueError as error:  # lists of different lengths inside
+        raise DataError(f"sequence {index}: expected a list of token ids") from error
+    if array.ndim == 1 and array.size == 0:
+        raise DataError(f"sequence {index} is empty")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DataError(
+            f"sequence {index}: expected a list of token ids, "
+            f"found {array.ndim} dimensions of {array.dtype}"
+        )
+    bounds = np.iinfo(np.int32)
+    if array.min() < bounds.min or array.max() > bounds.max:
+        raise DataError(f"sequence {index}: a token id does not fit 32 bits")
+    return array.astype(np.int32, copy=False)
+
+
+def _joined_masks(masks: Sequence[Any], lengths: Array) -> Array:
+    """Return the masks of all sequences, bool [N]."""
+    if len(masks) != lengths.size:
+        raise DataError(f"expected loss_masks for {lengths.size} sequences, found {len(masks)}")
+    arrays = [np.asarray(mask, dtype=bool) for mask in masks]
+    for index, (mask, length) in enumerate(zip(arrays, lengths, strict=True)):
+        if mask.shape != (length,):
+            raise DataError(
+                f"sequence {index}: expected a loss mask of {length} values, found {mask.size}"
+            )
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=bool)

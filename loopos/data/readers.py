@@ -183,7 +183,9 @@ def read_labelled(
         raise DataError(f"{rows[0].where}: no row has any text in '{text_field}'")
     where = [rows[i].where for i in kept]
     values = [_label(rows[i], label_field) for i in kept]
-    values = _integers_of_table(values)
+    # "01" may be the name of a class: what is known by its name is no number.
+    if label_names is None or not set(values) <= set(label_names):
+        values = _integers_of_table(values)
     labels, names = _classes(values, where, label_field, label_names, num_classes)
     dropped = [row.where for row, text in zip(rows, texts, strict=True) if not text.strip()]
     return LabelledTexts([texts[i] for i in kept], where, labels, names, dropped=dropped)

@@ -121,10 +121,19 @@ class DataReport:
         Raises
         ------
         DataError
-            If there is no training text.
+            If there is no training text, or not one length for each text.
         """
         if not training.texts:
             raise DataError("there is no text to train on")
+        given = {
+            "lengths": (training, lengths),
+            "validation_lengths": (validation, validation_lengths),
+        }
+        for name, (data, found) in given.items():
+            if data is not None and found is not None and len(found) != len(data.texts):
+                raise DataError(
+                    f"{name}: expected {len(data.texts)}, one a text, found {len(found)}"
+                )
         both = [(training, lengths)]
         if validation is not None:
             both.append((validation, np.array([]) if validation_lengths is None

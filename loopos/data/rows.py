@@ -9,7 +9,9 @@ import csv
 import io
 import json
 import reprlib
+import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ Source = str | Path | Iterable[Mapping[str, Any]]
 
 #: What divides the cells of a table, by the ending of its file.
 _TABLES = {".csv": ",", ".tsv": "\t"}
+#: csv has one limit for the whole process, which belongs to the host.
+_CSV_LIMIT = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -167,10 +171,26 @@ def _skip(text: str, position: int) -> int:
     return position
 
 
+@contextmanager
+def _long_fields(size: int) -> Iterator[None]:
+    """Let fields have `size` characters: the default of 128 kB would refuse long documents."""
+    with _CSV_LIMIT:
+        before = csv.field_size_limit()
+        csv.field_size_limit(max(before, size))
+        try:
+            yield
+        finally:
+            csv.field_size_limit(before)
+
+
 def _table(path: Path, delimiter: str) -> Iterator[Row]:
     text = read_text(path, DataError)
-    # The default limit of 128 kB a field would refuse long documents.
-    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))
+    with _long_fields(len(text) + 1):
+        rows = list(_records(path, text, delimiter))
+    yield from rows
+
+
+def _records(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     line = 1

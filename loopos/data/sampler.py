@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -43,7 +44,7 @@ class BatchSampler:
     Raises
     ------
     ConfigError
-        Unless exactly one of `batch_size` and `batch_tokens` is given.
+        Unless exactly one of `batch_size` and `batch_tokens` is given, and every number fits.
     """
 
     def __init__(
@@ -58,7 +59,17 @@ class BatchSampler:
     ):
         if (batch_size is None) == (batch_tokens is None):
             raise ConfigError("expected either batch_size or batch_tokens")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("batch_tokens", batch_tokens, 1),
+            ("gradient_accumulation_steps", gradient_accumulation_steps, 1),
+            ("seed", seed, 0),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name}: expected {least} at least, found {value}")
         self.lengths = np.asarray(lengths, dtype=np.int64)
+        if self.lengths.ndim != 1:
+            raise ConfigError(f"expected one length a sample, found {self.lengths.ndim} dimensions")
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._accumulation = gradient_accumulation_steps
         self._shuffle, self._bucket, self._seed = shuffle, length_bucketing, seed
@@ -67,7 +78,7 @@ class BatchSampler:
         """Return the effective batches of epoch `k`, each a list of microbatches (int64 [b])."""
         rng = np.random.default_rng([self._seed, k])
         count = self.lengths.size
-        order = rng.permutation(count) if self._shuffle else np.arange(count)
+        order = rng.permutation(count) if self._shuffle else np.arange(count, dtype=np.int64)
         if self._bucket:
             order = self._sort_windows(order)
         batches = self._by_size(order) if self._batch_size else self._by_tokens(order)
@@ -117,15 +128,25 @@ def prefetch(thunks: Iterable[Callable[[], T]], depth: int, num_workers: int) ->
     thunks : iterable of callable
         Each makes one item.
     depth : int
-        Items computed ahead at the most.
+        Items computed ahead at the most; 0 as `num_workers` 0.
     num_workers : int
         Threads; 0 computes each item when it is asked for.
 
     Raises
     ------
+    ConfigError
+        If a number is negative.
     Exception
-        Whatever a thunk raises, at its place in the order.
+        Whatever a thunk, or the iteration over `thunks`, raises: at its place in the order.
+
+    Notes
+    -----
+    Workers see the caller's context variables (the backend in use). Closing the iterator, or
+    dropping it, cancels what has not begun and waits for what has.
     """
+    for name, value in (("depth", depth), ("num_workers", num_workers)):
+        if value < 0:
+            raise ConfigError(f"{name}: expected 0 at least, found {value}")
     if num_workers == 0 or depth == 0:
         for thunk in thunks:
             yield thunk()
@@ -133,11 +154,23 @@ def prefetch(thunks: Iterable[Callable[[], T]], depth: int, num_workers: int) ->
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loopos-prefetch")
     waiting: deque[Future[T]] = deque()
     try:
-        for thunk in thunks:
-            waiting.append(pool.submit(thunk))
+        for future in _submitted(pool, thunks):
+            waiting.append(future)
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:  # also when the consumer stops early
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submitted(pool: ThreadPoolExecutor, thunks: Iterable[Callable[[], T]]) -> Iterator[Future[T]]:
+    """Yield a future for each thunk, and a failed one if `thunks` itself raises."""
+    try:
+        for thunk in thunks:
+            yield pool.submit(copy_context().run, thunk)
+    except Exception as error:
+        # Raised here it would overtake the items that are still waiting.
+        failed: Future[T] = Future()
+        failed.set_exception(error)
+        yield failed

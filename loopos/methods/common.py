@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from loopos.autograd import Parameter
-from loopos.errors import ConfigError, NumericalError, nearest
+from loopos.errors import ConfigError, DataError, NumericalError, nearest
 from loopos.training.checkpoint import load_checkpoint
 from loopos.training.loop import TrainingOptions, TrainResult
 
@@ -40,10 +40,21 @@ class Encoded:
     lengths: Array
 
 
-def encode(tokenizer: Encoder, texts: Sequence[str], max_length: int) -> Encoded:
-    """Encode `texts`; those over `max_length` tokens are cut, their full lengths are kept."""
+def encode(
+    tokenizer: Encoder, texts: Sequence[str], max_length: int, where: Sequence[str] | None = None
+) -> Encoded:
+    """Encode `texts`; those over `max_length` tokens are cut, their full lengths are kept.
+
+    Raises
+    ------
+    DataError
+        If a text has no token, naming its place in `where`, its index without.
+    """
     tokens = tokenizer.encode_batch(texts)
     lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
+    for index in np.flatnonzero(lengths == 0)[:1]:
+        place = f"text {index}" if where is None else where[index]
+        raise DataError(f"{place}: the tokenizer finds no token in this text")
     over = np.flatnonzero(lengths > max_length)
     if over.size:
         cut = tokenizer.encode_batch([texts[i] for i in over.tolist()], max_length)

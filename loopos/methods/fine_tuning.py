@@ -79,12 +79,10 @@ class Options(TrainingOptions):
                 f"training.pooling: expected one of {', '.join(POOLINGS)}, found {self.pooling!r}"
                 + nearest(str(self.pooling), POOLINGS)
             )
-        layers = isinstance(self.train, int) and not isinstance(self.train, bool)
-        if self.train < 1 if layers else self.train not in ("all", "head"):
-            raise ConfigError(
-                "training.train: expected 'all', 'head' or a number of layers, "
-                f"found {self.train!r}"
-            )
+        number = isinstance(self.train, int) and not isinstance(self.train, bool)
+        if not (self.train in ("all", "head") or (number and int(self.train) >= 1)):
+            expected = "'all', 'head' or a number of layers"
+            raise ConfigError(f"training.train: expected {expected}, found {self.train!r}")
         if isinstance(self.class_weights, str) and self.class_weights != "balanced":
             raise ConfigError(
                 "training.class_weights: expected 'balanced' or a number for each class, "
@@ -242,13 +240,18 @@ class FineTuner:
         training = self._labelled(training_data)
         model = self._head_for(training)
         model.pooling = options.pooling or model.pooling
-        self._check_labels(training)
-        encoded = encode(self.tokenizer, training.texts, self._max_length(options))
+        if np.unique(training.labels).size < 2:
+            raise DataError(
+                f"{training.where[0]}: every row has the class "
+                f"'{training.label_names[training.labels[0]]}', expected two classes at least"
+            )
+        encoded = encode(self.tokenizer, training.texts, self._max_length(options), training.where)
         validation = None if validation_data is None else self._labelled(validation_data)
         evaluate = None
         if validation is not None:
             self._check_labels(validation)
-            held_out = encode(self.tokenizer, validation.texts, self._max_length(options))
+            limit = self._max_length(options)
+            held_out = encode(self.tokenizer, validation.texts, limit, validation.where)
             evaluate = self._evaluator(held_out, validation.labels)
         train_only(model.parameters(), self._trained_names(options))
         weights = _class_weights(options.class_weights, training.labels, model.num_classes)
@@ -300,7 +303,8 @@ class FineTuner:
         """
         labelled = self._labelled(data)
         self._check_labels(labelled)
-        encoded = encode(self.tokenizer, labelled.texts, self._max_length(options or Options()))
+        limit = self._max_length(options or Options())
+        encoded = encode(self.tokenizer, labelled.texts, limit, labelled.where)
         return self._evaluator(encoded, labelled.labels)()
 
     def predict(self, texts: Sequence[str], batch_tokens: int = 4096) -> Predictions:
@@ -360,12 +364,20 @@ class FineTuner:
 
     def _head_for(self, training: LabelledTexts) -> SequenceClassifier:
         """Return the classifier, its head made and its classes named after the first data."""
-        if self.label_names is None and (
-            self._classifier is None or self._classifier.num_classes == len(training.label_names)
-        ):
-            self.label_names = training.label_names
+        names = training.label_names
         if self._classifier is None:
-            self._make_head(len(training.label_names))
+            self.label_names = self.label_names or names
+            self._make_head(len(self.label_names))
+        self._check_labels(training)
+        if self.label_names is None:
+            classes = self.classifier.num_classes
+            if len(names) > classes:
+                raise ConfigError(f"num_classes is {classes} but the data names {len(names)}")
+            # Classes that the data does not show have numbers only.
+            numbers = names == [str(i) for i in range(len(names))]
+            self.label_names = names + [
+                str(i) if numbers else f"class {i}" for i in range(len(names), classes)
+            ]
         self.classifier.labels = self.label_names
         return self.classifier
 
@@ -378,17 +390,17 @@ class FineTuner:
 
     def _labelled(self, data: Labelled) -> LabelledTexts:
         if isinstance(data, LabelledTexts):
-            return data
+            return data if self.label_names is None else data.with_label_names(self.label_names)
         return read_labelled(data, label_names=self.label_names)
 
     def _check_labels(self, data: LabelledTexts) -> None:
         classes = self.classifier.num_classes
+        if len(data.texts) == 0:
+            raise DataError("there is no labelled text")
         for row in np.flatnonzero((data.labels < 0) | (data.labels >= classes))[:1]:
             raise DataError(
                 f"{data.where[row]}: label {data.labels[row]} is outside the {classes} classes"
             )
-        if len(data.texts) == 0:
-            raise DataError("there is no labelled text")
 
     def _max_length(self, options: Options) -> int:
         limit = self.body.config.max_seq_len

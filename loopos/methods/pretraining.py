@@ -169,7 +169,7 @@ class Pretrainer:
         end = self.tokenizer.eos_id
         pieces: list[Array] = []
         for ids in self.tokenizer.encode_batch(texts.texts):
-            if end is not None:
+            if end is not None and ids[-1:] != [end]:  # some tokenizers close texts themselves
                 ids = np.append(ids, np.int32(end))
             pieces += [ids[start : start + length] for start in range(0, len(ids), length)]
         # A single token has nothing to predict.
