@@ -258,6 +258,17 @@ def test_json_faults_are_one_sentence(tmp_path, text, message):
     assert str(caught.value) == f"{path}{message}"
 
 
+def test_text_faults_of_json_are_those_of_text(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'{\n"a": "\xff"}')
+    with pytest.raises(DataError) as caught:
+        read_json(path, DataError)
+    assert str(caught.value) == f"{path}:2: not UTF-8 text (byte 0xff)"
+    with pytest.raises(MissingFileError) as caught:
+        read_json(tmp_path / "b.json", DataError)
+    assert str(caught.value) == f"{tmp_path / 'b.json'}: no such file"
+
+
 def test_json_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"a": "\u2028"}), encoding="utf-8")
