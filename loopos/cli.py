@@ -7,6 +7,7 @@ state saved; 1 anything else.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -25,43 +26,70 @@ from loopos.files import atomic_write_text
 from loopos.version import __version__
 
 if TYPE_CHECKING:
+    from loopos.config import RunConfig
+    from loopos.methods.fine_tuning import FineTuner
     from loopos.runner import Prepared, Summary
+    from loopos.training.trackers import RunInfo
 
 app = typer.Typer(
     name="loopos",
     help="Post-training of transformer language models on CPUs.",
-    no_args_is_help=True,
+    epilog="First steps: 'loopos demo', then 'loopos configs --copy fine_tuning my.json', "
+    "'loopos validate my.json' and 'loopos run my.json'. "
+    "Exit codes: 0 done, 2 wrong input, 130 interrupted with the state saved, 1 anything else.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _CONFIG = typer.Argument(
-    metavar="CONFIG", help="A configuration file, or the name of a shipped one."
+    metavar="CONFIG",
+    help="A configuration file (.json, .toml, .yaml), or the name of a shipped one.",
 )
-_SET = typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key; may be repeated.")
-_OUTPUT = typer.Option("--output-dir", help="Where the run goes, instead of data.output_dir.")
+_SET = typer.Option(
+    "--set",
+    metavar="SECTION.KEY=VALUE",
+    help="Override one key, as in training.learning_rate=1e-4; may be repeated.",
+)
+_OUTPUT = typer.Option(
+    "--output-dir", metavar="DIRECTORY", help="Where the run goes, instead of data.output_dir."
+)
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a text is no reason to die
+            stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        sys.exit(_run_app())
+    except BrokenPipeError:
+        # Whoever read our output has left: say nothing more, not even at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        sys.exit(1)
+
+
+def _run_app() -> int:
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Exit as request:
         code = request.exit_code
     except (InputError, OutputError) as error:
-        code = _complain(error, 2)
+        return _complain(error, 2)
     except LooposError as error:
-        code = _complain(error, 1)
+        return _complain(error, 1)
+    except MemoryError as error:
+        return _complain(f"there is not enough memory{f' ({error})' if str(error) else ''}", 1)
     except (KeyboardInterrupt, typer.Abort):
-        code = _complain("interrupted", 130)
+        return _complain("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read our output has left: say nothing more, not even at exit.
-        sys.stdout = None
-        code = 1
+        raise
     except Exception as error:
-        code = _usage_or_bug(error)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _usage_or_bug(error)
+    return code if isinstance(code, int) else 0
 
 
 def _usage_or_bug(error: Exception) -> int:
@@ -75,14 +103,18 @@ def _usage_or_bug(error: Exception) -> int:
     raise error
 
 
+#: Control characters would act on the terminal instead of being shown.
+_SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
 def _complain(message: object, code: int) -> int:
     for line in str(message).splitlines():
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {line.translate(_SHOWN)}", file=sys.stderr)
     return code
 
 
 def _say(line: str = "") -> None:
-    print(line, flush=True)
+    print(line.translate(_SHOWN), flush=True)
 
 
 def _version(asked: bool) -> None:
@@ -112,30 +144,38 @@ def run(
     ] = False,
     output_dir: Annotated[Path | None, _OUTPUT] = None,
 ) -> None:
-    """Carry out a configuration: check it, train, evaluate, save."""
+    """Carry out a configuration: check, train, evaluate, save.
+
+    Ctrl-C stops after the step, saves, and says how to go on.
+    """
     from loopos.config import load_config
     from loopos.runner import run as run_config
     from loopos.training.loop import Interrupted
-    from loopos.training.trackers import ConsoleProgress
+    from loopos.training.trackers import Callback, ConsoleProgress
 
     loaded = load_config(config, _with_output(overrides, output_dir))
+
+    class Announce(Callback):
+        def on_start(self, info: RunInfo) -> None:
+            _show_start(loaded, info)
+
     with _stop_on_signals() as stop:
         try:
             summary = run_config(
                 loaded,
                 resume=resume,
-                callbacks=[ConsoleProgress()],
+                callbacks=[Announce(), ConsoleProgress()],
                 stop=stop,
                 on_prepared=show_prepared,
             )
-        except Interrupted as interrupted:
-            again = ["loopos", "run", config]
-            again += [part for override in overrides or [] for part in ("--set", override)]
-            again += [] if output_dir is None else ["--output-dir", str(output_dir)]
-            print(f"{interrupted}", file=sys.stderr)
-            if interrupted.checkpoint is not None:
+        except (Interrupted, KeyboardInterrupt) as interrupt:
+            print(str(interrupt) or "interrupted", file=sys.stderr)
+            if any((loaded.output_dir / "checkpoints").glob("step-*")):
+                again = ["loopos", "run", config]
+                again += [part for override in overrides or [] for part in ("--set", override)]
+                again += [] if output_dir is None else ["--output-dir", str(output_dir)]
                 print(f"continue with: {shlex.join([*again, '--resume'])}", file=sys.stderr)
-            raise typer.Exit(130) from interrupted
+            raise typer.Exit(130) from interrupt
     show_summary(summary)
 
 
@@ -143,14 +183,20 @@ def run(
 def validate(
     config: Annotated[str, _CONFIG],
     overrides: Annotated[list[str] | None, _SET] = None,
+    output_dir: Annotated[Path | None, _OUTPUT] = None,
 ) -> None:
-    """Check a configuration, its data and its model, and report; nothing is trained or written."""
+    """Check a configuration, its data and model; train and write nothing."""
     from loopos.config import load_config
-    from loopos.runner import computing, prepare
+    from loopos.runner import computing, plan, prepare
 
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config, _with_output(overrides, output_dir))
     with computing(loaded):
-        show_prepared(prepare(loaded))
+        prepared = prepare(loaded)
+        show_prepared(prepared)
+        steps = plan(loaded, prepared)
+        _say("run")
+        _say(f"  {steps.steps_per_epoch:,} optimizer steps an epoch, {steps.total_steps:,} in all")
+        _show_place(loaded)
     _say(f"{loaded.source}: fine")
 
 
@@ -164,19 +210,46 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C or SIGTERM asks the run to stop after its step; a second one stops it at once."""
     asked: list[int] = []
 
+    training: list[bool] = []
+
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if asked or not training:  # nothing is lost before the first step
             raise KeyboardInterrupt
         asked.append(number)
-        print("stopping after this step (again to stop now)", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of another one.
+        os.write(2, b"stopping after this step (again to stop now)\n")
+
+    def stop() -> bool:
+        training[:] = [True]
+        return bool(asked)
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield lambda: bool(asked)
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _show_start(config: RunConfig, info: RunInfo) -> None:
+    """Print how long the run will be, from where, and with what it computes."""
+    left = f", {info.start_step:,} of them done before" if info.start_step else ""
+    _say(f"run\n  {info.total_steps:,} optimizer steps{left}")
+    _show_place(config)
+
+
+def _show_place(config: RunConfig) -> None:
+    """Print who computes, and where results go."""
+    from loopos.backends import get_backend
+
+    described = get_backend().describe()
+    threads = described["threads"]
+    _say(
+        f"  backend {described['name']} ({threads} thread{'s' * (threads != 1)}), "
+        f"seed {config.computation.seed}"
+    )
+    _say(f"  output in {config.output_dir}")
 
 
 def show_prepared(prepared: Prepared) -> None:
@@ -204,18 +277,22 @@ def show_summary(summary: Summary) -> None:
 
 def _confusion(figures: dict[str, Any], directory: Path) -> None:
     """Print the confusion matrix, unless it is too wide to read."""
+    from rich.cells import cell_len, set_cell_size
+
     from loopos.files import read_json
 
     matrix = figures.get("confusion_matrix")
     if matrix is None or len(matrix) > 20:
         return
     names = read_json(directory / "model" / "classifier.json")["labels"]
-    names = [str(n) for n in names or range(len(matrix))]
-    width = max(8, *(len(n) for n in names), *(len(str(v)) for row in matrix for v in row)) + 1
+    # Long names would make lines that no terminal holds.
+    names = [set_cell_size(n, 16) if cell_len(n) > 16 else n
+             for n in map(str, names or range(len(matrix)))]  # fmt: skip
+    width = max(8, *map(cell_len, names), *(len(str(v)) for row in matrix for v in row)) + 1
     _say("  true \\ predicted")
-    _say("  " + " " * width + "".join(f"{name:>{width}}" for name in names))
+    _say("  " + " " * width + "".join(" " * (width - cell_len(name)) + name for name in names))
     for name, row in zip(names, matrix, strict=True):
-        _say("  " + f"{name:<{width}}" + "".join(f"{value:>{width}}" for value in row))
+        _say("  " + set_cell_size(name, width) + "".join(f"{value:>{width}}" for value in row))
 
 
 # -- configs and info ----------------------------------------------------------------------------
@@ -259,7 +336,7 @@ def configs(
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say what loopos found on this machine: backends, instruction sets, threads, versions."""
+    """Show backends, instruction sets, threads and versions."""
     import numpy as np
 
     from loopos.backends import available_backends, get_backend, unavailable_backends, use_backend
@@ -310,20 +387,23 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:
-    """Classify texts given as arguments, in a file, or line by line on standard input."""
+    """Classify texts with a trained model.
+
+    Texts are given as arguments, in a file, or line by line on standard input.
+    """
     from loopos.data.readers import read_texts
-    from loopos.methods.fine_tuning import FineTuner
 
     if texts and input_file is not None:
         raise InputError("give either texts or --input, not both")
-    if not model.is_dir():
-        raise MissingFileError(f"{model}: no such directory")
-    inner = model / "model"
-    tuner = FineTuner.load(inner if inner.is_dir() else model)
+    tuner = _load_tuner(model)
     if input_file is not None:
-        given = read_texts(input_file, text_field).texts
+        read = read_texts(input_file, text_field)
+        given = read.texts
+        if read.dropped:
+            places = ", ".join(read.dropped[:5]) + (", ..." if len(read.dropped) > 5 else "")
+            print(f"left out, as there is no text: {places}", file=sys.stderr)
     else:
-        given = texts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        given = texts or _standard_input()
     if not given:
         raise InputError("there is no text to classify")
     predictions = tuner.predict(given)
@@ -336,25 +416,69 @@ def predict(
         }
         for text, label, p in zip(given, predictions.labels, predictions.probabilities, strict=True)
     ]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     if output is not None:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         atomic_write_text(output, "".join(f"{line}\n" for line in lines))
     if as_json:
-        _say("\n".join(lines))
+        escaped = "utf" not in (sys.stdout.encoding or "").lower()
+        for row in rows:
+            _say(json.dumps(row, ensure_ascii=escaped))
     elif output is not None:
         _say(f"{len(rows)} predictions in {output}")
     else:
         _show_predictions(rows)
 
 
+def _load_tuner(directory: Path) -> FineTuner:
+    """Load the classifier of a run directory, or one that was saved by itself."""
+    from loopos.methods.fine_tuning import FineTuner
+
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory}: no such directory")
+    inner = directory / "model"
+    if not inner.is_dir():
+        if (directory / "metrics.jsonl").exists():
+            raise InputError(
+                f"{directory}: this run has not finished, so there is no model in it; "
+                "continue it with 'loopos run CONFIG --resume'"
+            )
+        inner = directory
+    if (inner / "config.json").exists() and not (inner / "classifier.json").exists():
+        raise InputError(
+            f"{inner}: is no classifier (classifier.json is missing); "
+            "fine-tune it first, as data.pretrained_weights"
+        )
+    return FineTuner.load(inner)
+
+
+def _standard_input() -> list[str]:
+    """Return the lines of standard input that have text."""
+    if sys.stdin.isatty():
+        print("reading texts, one a line, up to Ctrl-D", file=sys.stderr)
+    raw = sys.stdin.buffer.read()  # UTF-8 like every file, whatever the locale says
+    try:
+        lines = raw.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = raw[error.start]
+        raise InputError(f"standard input:{line}: not UTF-8 text (byte 0x{byte:02x})") from error
+    return [line.rstrip("\r") for line in lines if line.strip()]
+
+
 def _show_predictions(rows: list[dict[str, Any]]) -> None:
-    width = shutil.get_terminal_size((80, 20)).columns
-    longest = max(len(row["label"]) for row in rows)
+    """Print a line each; on a terminal, cut to its width."""
+    from rich.cells import cell_len, set_cell_size
+
+    width = shutil.get_terminal_size((80, 20)).columns if sys.stdout.isatty() else None
+    longest = max(cell_len(row["label"]) for row in rows)
     for row in rows:
-        head = f"{row['label']:<{longest}}  {max(row['probabilities'].values()):6.1%}  "
+        label = set_cell_size(row["label"], longest)
+        head = f"{label}  {max(row['probabilities'].values()):6.1%}  "
         text = " ".join(row["text"].split())
-        room = max(20, width - len(head))
-        _say(head + (text if len(text) <= room else text[: room - 3] + "..."))
+        if width is not None:
+            room = max(20, width - cell_len(head))
+            text = text if cell_len(text) <= room else set_cell_size(text, room - 3) + "..."
+        _say(head + text)
 
 
 @app.command()
@@ -364,7 +488,11 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of order, head and dropout.")] = 0,
 ) -> None:
-    """Fine-tune the shipped base model on real texts, offline, and compare it."""
+    """Fine-tune the shipped base model, offline.
+
+    It learns from the shipped film reviews, and is compared with the same network without
+    pretraining; about two minutes on two cores.
+    """
     from loopos.demo import run_demo
 
     with _stop_on_signals() as stop:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopos.config_files import COMMAND, Faults, Lines, describe, place, read_config_file
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
-from loopos.files import builtin, read_text
+from loopos.files import builtin
 from loopos.methods import METHODS, PLANNED
-from loopos.models.config import TransformerConfig
+from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
 from loopos.training.options import TrainingOptions
 
 __all__ = ["Computation", "Data", "RunConfig", "load_config", "shipped_configs"]
@@ -29,6 +29,17 @@ __all__ = ["Computation", "Data", "RunConfig", "load_config", "shipped_configs"]
 SHIPPED = Path(__file__).with_name("configs")
 #: Fields of TransformerConfig that the files of a family decide, not a configuration.
 _NOT_CONFIGURED = {"family"}
+_CHOICES = {
+    "norm": NORMS,
+    "norm_placement": NORM_PLACEMENTS,
+    "activation": ACTIVATIONS,
+    "positions": POSITIONS,
+}
+#: Sizes that a fresh model cannot do without.
+_NEEDED = tuple(
+    f.name for f in dataclasses.fields(TransformerConfig) if f.default is dataclasses.MISSING
+)
+_SECTIONS = ("model", "computation", "training", "data")
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,12 @@ class Computation:
     backend: str = "auto"
     num_threads: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_threads", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"computation.{name}: {_at_least(least, value)}")
 
 
 @dataclass(frozen=True)
@@ -90,6 +107,18 @@ class Data:
     label_field: str = "label"
     output_dir: str | None = None
 
+    def __post_init__(self) -> None:
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, str) and (not value.strip() or "\0" in value):
+                kind = "the name of a field" if name.endswith("_field") else "a path"
+                raise ConfigError(f"data.{name}: expected {kind}, found {value!r}")
+        if not 0 <= self.validation_fraction < 1:
+            raise ConfigError(
+                "data.validation_fraction: expected a number in [0, 1), "
+                f"found {self.validation_fraction}"
+            )
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -103,6 +132,8 @@ class RunConfig:
         What the ``model`` section says: sizes and options of the transformer, ``num_classes``.
     computation, data, training
         The other sections; `training` is the method's ``Options``.
+    lines : dict of str to int
+        On which line of the file a key stands, for messages.
     """
 
     source: str
@@ -110,6 +141,11 @@ class RunConfig:
     computation: Computation
     training: TrainingOptions
     data: Data
+    lines: Lines = field(default_factory=dict, repr=False, compare=False)
+
+    def where(self, key: str) -> str:
+        """Return file, line and name of a key such as ``"data.tokenizer"``, for messages."""
+        return place(self.source, self.lines, key)
 
     @property
     def method(self) -> types.ModuleType:
@@ -142,19 +178,20 @@ class RunConfig:
             If it does not exist.
         """
         value = str(getattr(self.data, key))
-        where = f"{self.source}: data.{key}"
+        where = self.where(f"data.{key}")
         if value.startswith("builtin:"):
             try:
                 return builtin(value.removeprefix("builtin:"))
             except MissingFileError as error:
                 raise MissingFileError(f"{where}: {error}") from error
         path = Path(value).expanduser()
-        beside = Path(self.source).parent / path
-        for candidate in (path, beside):
-            if candidate.exists():
+        candidates = (path, Path(self.source).parent / path)
+        for candidate in candidates:
+            if _exists(candidate):
                 return candidate
-        directory = path.parent if path.parent.is_dir() else Path()
-        hint = nearest(path.name, (p.name for p in directory.iterdir()))
+        parents = {candidate.parent for candidate in candidates if candidate.parent.is_dir()}
+        names = {entry.name for parent in parents for entry in parent.iterdir()}
+        hint = nearest(path.name, sorted(names))
         raise MissingFileError(f"{where}: {path}: no such file or directory{hint}")
 
 
@@ -180,192 +217,168 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     ConfigError
         If it cannot be read, or a key or value does not fit; one line for each fault.
     """
-    path = Path(source)
-    shipped = shipped_configs()
-    if str(source) in shipped and not path.exists():
+    path, shipped = Path(source), shipped_configs()
+    if str(source) in shipped and not path.is_file():
         path = shipped[str(source)]
-    if not path.is_file():
-        hint = nearest(str(source), shipped)
+    if not _exists(path):
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        hint = nearest(path.name, [*shipped, *(p.name for p in beside if p.is_file())])
         raise MissingFileError(
             f"{source}: no such configuration{hint} (shipped: {', '.join(shipped)})"
         )
-    text = read_text(path, ConfigError)
-    raw = _parse(path, text)
-    faults = _Faults(str(path), text)
+    raw, lines = read_config_file(path)
+    faults = Faults(str(path), lines)
     for section, content in raw.items():
         if section not in _SECTIONS:
-            faults.add(section, f"unknown section{nearest(section, _SECTIONS)}")
+            faults.add(str(section), f"unknown section{nearest(str(section), _SECTIONS)}")
         elif not isinstance(content, dict):
             faults.add(section, f"expected a section of keys, found {content!r}")
     faults.stop()
-    sections = {name: dict(raw.get(name, {})) for name in _SECTIONS}
+    sections = {
+        name: {str(key): value for key, value in raw.get(name, {}).items()} for name in _SECTIONS
+    }
     for override in overrides:
         _override(sections, override, faults)
     return _build(sections, faults)
 
 
-_SECTIONS = ("model", "computation", "training", "data")
-
-
-class _Faults:
-    """Collects what is wrong, each with file, line (where it can be told) and key."""
-
-    def __init__(self, source: str, text: str):
-        self.source, self._text = source, text
-        self.set_keys: set[str] = set()
-        self._lines: list[str] = []
-
-    def add(self, key: str, message: str) -> None:
-        """Remember one fault."""
-        self._lines.append(f"{self._place(key)}: {key}: {message}")
-
-    def _place(self, key: str) -> str:
-        if key in self.set_keys:
-            return "--set"
-        name = re.escape(key.rpartition(".")[2])
-        found = list(re.finditer(rf'(?<![\w."]){name}\s*[:=]|"{name}"\s*[:=]', self._text))
-        if len(found) != 1:
-            return self.source
-        return f"{self.source}:{self._text.count(chr(10), 0, found[0].start()) + 1}"
-
-    def stop(self) -> None:
-        """Raise ConfigError if anything was wrong."""
-        if self._lines:
-            raise ConfigError("\n".join(self._lines))
-
-
-# -- reading -------------------------------------------------------------------------------------
-
-
-def _parse(path: Path, text: str) -> dict[str, Any]:
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        value = _parse_json(path, text)
-    elif suffix == ".toml":
-        import tomllib
-
-        try:
-            value = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    elif suffix in (".yaml", ".yml"):
-        value = _parse_yaml(path, text)
-    else:
-        raise ConfigError(f"{path}: expected a configuration ending in .json, .toml or .yaml")
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}:1: expected sections, found {type(value).__name__}")
-    return value
-
-
-def _parse_json(path: Path, text: str) -> Any:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in items]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{path}: the key '{key}' stands twice in one section")
-        return dict(items)
-
-    def constant(name: str) -> Any:
-        raise ConfigError(f"{path}: {name} is no number that JSON knows")
-
+def _exists(path: Path) -> bool:
     try:
-        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
-        ) from error
-    except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deeply") from error
+        return path.exists()
+    except OSError:  # a name that is too long, a directory that may not be looked into
+        return False
 
 
-def _parse_yaml(path: Path, text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.1 reads 1e-5 as text; this reads it as people mean it."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)$"),
-        list("-+.0123456789"),
-    )
-    try:
-        return yaml.load(text, Loader=Loader)  # a SafeLoader: plain values only
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
-
-
-def _override(sections: dict[str, dict[str, Any]], override: str, faults: _Faults) -> None:
+def _override(sections: dict[str, dict[str, Any]], override: str, faults: Faults) -> None:
     key, equals, value = override.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not equals or not dot or section not in sections:
+    if not (equals and dot and section and name):
+        hint = ""
+        for home, names in _homes().items():
+            if equals and section in names:
+                hint = f", as in {home}.{override}"
+        raise ConfigError(f"--set {override}: expected SECTION.KEY=VALUE{hint}")
+    if section not in sections:
         raise ConfigError(
-            f"--set {override}: expected section.key=value"
-            f"{nearest(section, _SECTIONS)} (sections: {', '.join(_SECTIONS)})"
+            f"--set {override}: unknown section '{section}'{nearest(section, _SECTIONS)} "
+            f"(known: {', '.join(_SECTIONS)})"
         )
     try:
         parsed = json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed = value
+    texts = {"computation": Computation, "data": Data}.get(section)
+    kind = typing.get_type_hints(texts).get(name) if texts else None
+    if kind in (str, str | None) and not isinstance(parsed, (str, type(None))):
+        parsed = value  # a directory may well be called 2024
     sections[section][name] = parsed
-    faults.set_keys.add(f"{section}.{name}")
+    faults.lines[f"{section}.{name}"] = COMMAND
 
 
 # -- validation ----------------------------------------------------------------------------------
 
 
-def _build(sections: dict[str, dict[str, Any]], faults: _Faults) -> RunConfig:
-    computation = _section("computation", Computation, sections["computation"], faults)
-    faults.stop()
-    key = (computation.mode, computation.method)
-    if key not in METHODS:
-        known = {method: mode for mode, method in METHODS}
-        if computation.method in known:
-            hint = f"; '{computation.method}' goes with the mode '{known[computation.method]}'"
-        elif computation.method in PLANNED:
-            hint = " in this version"
-        else:
-            hint = nearest(computation.method, known)
-        faults.add(
-            "computation.method",
-            f"no method '{computation.method}' with mode '{computation.mode}'{hint} "
-            f"(known: {', '.join(known)})",
-        )
-        faults.stop()
-    method = importlib.import_module(METHODS[key])
+def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
     model = _model_section(sections["model"], faults)
-    training = _section("training", method.Options, sections["training"], faults)
+    computation = _section("computation", Computation, sections["computation"], faults)
+    # Whatever else is wrong with its section, a known method says which options there are.
+    methods = {name: module for (_, name), module in METHODS.items()}
+    asked = sections["computation"].get("method")
+    if computation is not None and (computation.mode, computation.method) not in METHODS:
+        _refuse_method(computation, faults)
+        faults.stop()  # nobody can say which options and data it has
+    training = None
+    if isinstance(asked, str) and asked in methods:
+        options = importlib.import_module(methods[asked]).Options
+        training = _section("training", options, sections["training"], faults)
     data = _section("data", Data, sections["data"], faults)
-    if data is not None and not 0 <= data.validation_fraction < 1:
-        faults.add("data.validation_fraction", "expected a number in [0, 1)")
+    if model is not None and data is not None:
+        _check_sizes(model, data, faults)
+    if training is not None and data is not None:
+        _check_validation(training, data, faults)
+    language_model = computation is not None and computation.mode == "pretraining"
+    if language_model and "num_classes" in (model or {}):
+        faults.add("model.num_classes", "a language model has no classes")
     faults.stop()
-    return RunConfig(faults.source, model, computation, training, data)
+    assert model is not None  # otherwise there was a fault; so with the other three
+    assert computation is not None
+    assert training is not None
+    assert data is not None
+    return RunConfig(faults.source, model, computation, training, data, faults.lines)
 
 
-def _model_section(raw: dict[str, Any], faults: _Faults) -> dict[str, Any]:
+def _refuse_method(computation: Computation, faults: Faults) -> None:
+    key, name, modes = "computation.method", computation.method, {m: mode for mode, m in METHODS}
+    if name in modes:
+        key = "computation.mode" if "computation.mode" in faults.lines else key
+        message = f"the method '{name}' has the mode '{modes[name]}', found '{computation.mode}'"
+    elif name in PLANNED:
+        message = f"this version does not have the method '{name}' (it has: {', '.join(modes)})"
+    else:
+        message = f"unknown method '{name}'{nearest(name, modes)} (known: {', '.join(modes)})"
+    faults.add(key, message)
+
+
+def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None:
+    """Return what the section says, null left out; None if it does not fit."""
     hints = typing.get_type_hints(TransformerConfig)
-    fields = {
-        field.name: (hints[field.name], None)
-        for field in dataclasses.fields(TransformerConfig)
-        if field.name not in _NOT_CONFIGURED
-    }
-    fields["num_classes"] = (int, None)
-    given = dict(raw)
-    kind = given.pop("type", "transformer")
-    if kind != "transformer":
-        faults.add("model.type", f"expected 'transformer', found {kind!r}")
-    given = {name: value for name, value in given.items() if value is not None}
-    _check("model", fields, given, faults)
-    return {name: value for name, value in given.items() if name in fields}
+    hints |= {name: Literal[choices] for name, choices in _CHOICES.items()}
+    hints |= {"num_classes": int | None, "type": Literal["transformer"]}
+    names = {f.name for f in dataclasses.fields(TransformerConfig)} - _NOT_CONFIGURED
+    fields = {name: (hints[name], None) for name in (*sorted(names), "num_classes", "type")}
+    values = _check("model", fields, raw, faults)
+    if values is None:
+        return None
+    given = {name: v for name, v in values.items() if v is not None and name != "type"}
+    fine = True
+    for name, value in given.items():
+        least = {"num_classes": 2, "token_types": 0}.get(name, 1)
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            faults.add(f"model.{name}", _at_least(least, value))
+            fine = False
+    if not 0 <= given.get("dropout", 0) < 1:
+        faults.add("model.dropout", f"expected a number in [0, 1), found {given['dropout']}")
+        fine = False
+    return given if fine else None
 
 
-def _section(name: str, kind: type, raw: dict[str, Any], faults: _Faults) -> Any:
+def _at_least(least: int, value: int) -> str:
+    return f"expected a whole number of at least {least}, found {value}"
+
+
+def _check_sizes(model: dict[str, Any], data: Data, faults: Faults) -> None:
+    """Find sizes that are missing, or do not fit each other, of a model that is made fresh."""
+    if data.pretrained_weights is not None:
+        return
+    missing = [name for name in _NEEDED if name not in model]
+    for name in missing:
+        faults.add(f"model.{name}", "is needed when data.pretrained_weights is absent")
+    if missing:
+        return
+    try:
+        TransformerConfig(**{name: v for name, v in model.items() if name != "num_classes"})
+    except ConfigError as error:
+        key = str(error).partition(" ")[0]
+        named = str(error).startswith(f"{key} is ")
+        faults.add(f"model.{key}" if named else "model", str(error))
+
+
+def _check_validation(training: TrainingOptions, data: Data, faults: Faults) -> None:
+    """Find options that would do nothing as there is nothing to evaluate on."""
+    if data.validation_data is not None or data.validation_fraction > 0:
+        return
+    for name in ("eval_steps", "early_stopping_patience"):
+        if getattr(training, name) is not None:
+            faults.add(
+                f"training.{name}",
+                "there is no validation, as data.validation_fraction is 0",
+            )
+
+
+def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:
     """Return a dataclass made of a section, None if it does not fit."""
     hints = typing.get_type_hints(kind)
-    fields = {field.name: (hints[field.name], field.default) for field in dataclasses.fields(kind)}
+    fields = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}
     values = _check(name, fields, raw, faults)
     if values is None:
         return None
@@ -373,12 +386,12 @@ def _section(name: str, kind: type, raw: dict[str, Any], faults: _Faults) -> Any
         return kind(**values)
     except InputError as error:  # a value of the right type, out of its range
         key, _, message = str(error).partition(": ")
-        faults.add(key, message) if message else faults.add(name, key)
+        faults.add(key, message)
         return None
 
 
 def _check(
-    section: str, fields: Mapping[str, tuple[Any, Any]], raw: dict[str, Any], faults: _Faults
+    section: str, fields: Mapping[str, tuple[Any, Any]], raw: dict[str, Any], faults: Faults
 ) -> dict[str, Any] | None:
     """Check keys and types strictly through pydantic; None if anything is wrong."""
     from pydantic import ConfigDict, ValidationError, create_model
@@ -393,12 +406,12 @@ def _check(
         # JSON mode: a list may stand for a tuple, and nothing else is converted.
         checked = checker.model_validate_json(json.dumps(raw, default=str))
     except ValidationError as error:
-        seen = set()
+        found: dict[str, str] = {}
         for fault in error.errors():
             name = str(fault["loc"][0])
-            if name not in seen:
-                seen.add(name)
-                faults.add(f"{section}.{name}", _explain(name, fault, fields, section, raw))
+            found.setdefault(name, _explain(name, fault, fields, section, raw))
+        for name in (*(n for n in raw if n in found), *(n for n in found if n not in raw)):
+            faults.add(f"{section}.{name}", found[name])
         return None
     return {name: getattr(checked, name) for name in raw}
 
@@ -408,47 +421,45 @@ def _explain(
 ) -> str:
     if fault["type"] == "extra_forbidden":
         owner = _owner(section, name)
-        if owner is not None:
-            return f"unknown key here; {owner}"
-        return f"unknown key{nearest(name, fields)}"
-    if fault["type"] == "missing":
+        return f"unknown key{nearest(name, fields)}" if owner is None else owner
+    if fault["type"] == "missing" and name not in raw:
         return "is needed"
-    return f"expected {_describe(fields[name][0])}, found {json.dumps(raw[name], default=str)}"
+    kind, value = fields[name][0], raw[name]
+    hint = ""
+    if isinstance(value, str):
+        parts = (kind, *typing.get_args(kind))
+        choices = [c for p in parts if typing.get_origin(p) is Literal for c in typing.get_args(p)]
+        hint = nearest(value, choices)
+    return f"expected {describe(kind)}, found {json.dumps(value, default=str)}{hint}"
+
+
+def _homes() -> dict[str, set[str]]:
+    """Return the keys of each section, the options of all methods together."""
+    options = [importlib.import_module(module).Options for module in METHODS.values()]
+    return {
+        "model": _names(TransformerConfig) - _NOT_CONFIGURED | {"num_classes"},
+        "computation": _names(Computation),
+        "training": set().union(*map(_names, options)),
+        "data": _names(Data),
+    }
+
+
+def _names(kind: Any) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind)}
 
 
 def _owner(section: str, name: str) -> str | None:
     """Say which method or section knows a key that this one does not."""
+    homes = _homes()
     if section == "data" and name in PLANNED.values():
         method = next(m for m, key in PLANNED.items() if key == name)
-        return f"it belongs to the method '{method}', which this version does not have"
-    if section == "training":
-        for (_, method), module in METHODS.items():
-            options = importlib.import_module(module).Options
-            if name in {field.name for field in dataclasses.fields(options)}:
-                return f"it belongs to the method '{method}'"
-    homes = {"computation": Computation, "data": Data, "training": TrainingOptions}
-    for home, kind in homes.items():
-        if home != section and name in {field.name for field in dataclasses.fields(kind)}:
-            return f"it belongs to the section '{home}'"
-    if section != "model" and name in {f.name for f in dataclasses.fields(TransformerConfig)}:
-        return "it belongs to the section 'model'"
-    return None
-
-
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-
-
-def _describe(kind: Any) -> str:
-    """Say in words what values a type takes."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is type(None):
-        return "null"
-    if origin is Literal:
-        return "one of " + ", ".join(repr(value) for value in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(part) for part in arguments)
-    if origin is list:
-        return f"a list of {_describe(arguments[0]).split(' ', 1)[-1]}s"
-    if origin is tuple:
-        return f"a list of {len(arguments)} numbers"
-    return _WORDS.get(kind, str(kind))
+        home = f"method '{method}', which this version does not have"
+    elif section == "training" and name in homes["training"]:
+        options = {m: importlib.import_module(module).Options for (_, m), module in METHODS.items()}
+        home = f"method '{next(m for m in options if name in _names(options[m]))}'"
+    else:
+        others = [other for other in homes if other != section and name in homes[other]]
+        if not others:
+            return None
+        home = f"section '{others[0]}'"
+    return f"unknown key here; it belongs to the {home}"

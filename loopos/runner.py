@@ -7,8 +7,12 @@ A run directory holds ``config.json``, ``data_report.json``, ``tokenizer/``, ``m
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import math
+import os
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +20,50 @@ from typing import Any
 from loopos.backends import use_backend
 from loopos.backends.threads import thread_limit
 from loopos.config import RunConfig
-from loopos.data.readers import Texts, split
+from loopos.data.readers import LabelledTexts, Texts, split
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from loopos.errors import CheckpointError, ConfigError, InputError, OutputError
-from loopos.files import write_json
-from loopos.models.transformer import Transformer, TransformerConfig
+from loopos.errors import (
+    BackendError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    InputError,
+    OutputError,
+)
+from loopos.files import read_json, write_json
+from loopos.models.config import TransformerConfig
+from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_model
-from loopos.training.checkpoint import damage
+from loopos.training.checkpoint import find_checkpoint, read_state
 from loopos.training.loop import Interrupted, TrainResult
-from loopos.training.trackers import Callback
+from loopos.training.trackers import Callback, RunInfo
 
-__all__ = ["Prepared", "Summary", "computing", "prepare", "run"]
+__all__ = ["Plan", "Prepared", "Summary", "computing", "plan", "prepare", "run"]
 
-#: Sizes that a fresh model cannot do without.
-_NEEDED = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size")
+#: What may differ when a run is continued: data is compared by what it holds, not by its place.
+_MAY_CHANGE = {
+    "computation.description",
+    "computation.backend",
+    "computation.num_threads",
+    "training.num_epochs",
+    "training.max_steps",
+    "training.prefetch_batches",
+    "training.num_workers",
+    "data.training_data",
+    "data.validation_data",
+    "data.output_dir",
+}
+#: What a run leaves in its directory.
+_OUTPUTS = (
+    "config.json",
+    "data_report.json",
+    "metrics.jsonl",
+    "tokenizer",
+    "checkpoints",
+    "evaluation.json",
+    "model",
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +78,8 @@ class Prepared:
         `validation` is None when there is none.
     report : DataReport
     num_parameters : int
+    model : Transformer
+        The body.
     """
 
     trainer: Any
@@ -52,6 +87,15 @@ class Prepared:
     validation: Texts | None
     report: DataReport
     num_parameters: int
+    model: Transformer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run will be: optimizer steps in the first epoch, and in all."""
+
+    steps_per_epoch: int
+    total_steps: int
 
 
 @dataclass(frozen=True)
@@ -65,10 +109,37 @@ class Summary:
 
 @contextmanager
 def computing(config: RunConfig) -> Iterator[None]:
-    """Compute inside the block with the backend and threads that the configuration names."""
-    computation = config.computation
-    with use_backend(computation.backend), thread_limit(computation.num_threads):
+    """Compute inside the block with the backend and threads that the configuration names.
+
+    Raises
+    ------
+    BackendError
+        If the backend is unknown or cannot run here, naming the key.
+    """
+    backend = use_backend(config.computation.backend)
+    try:
+        backend.__enter__()
+    except BackendError as error:
+        raise BackendError(f"{config.where('computation.backend')}: {error}") from error
+    with ExitStack() as stack:
+        stack.push(backend)
+        stack.enter_context(thread_limit(config.computation.num_threads))
         yield
+
+
+@contextmanager
+def _located(config: RunConfig, key: str | None = None) -> Iterator[None]:
+    """Say in which file and line the key at fault stands: `key`, or the one a message names."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        named, colon, _ = str(error).partition(": ")
+        section, _, name = named.partition(".")
+        if key is not None:
+            raise ConfigError(f"{config.where(key)}: {error}") from error
+        if colon and name.isidentifier() and section in ("model", "training", "data"):
+            raise ConfigError(str(error).replace(named, config.where(named), 1)) from error
+        raise
 
 
 def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
@@ -85,59 +156,140 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
     InputError
         One sentence for whatever does not fit, naming the key, or file and line.
     """
-    method, data, num_classes = config.method, config.data, config.model.get("num_classes")
-    fields = (data.text_field, data.label_field)
-    whole = method.read(config.path("training_data"), *fields, num_classes=num_classes)
+    data, seed = config.data, config.computation.seed
+    whole = _read(config, "training_data")
     training, validation = whole, None
     if data.validation_data is not None:
-        path = config.path("validation_data")
-        validation = method.read(path, *fields, like=whole, num_classes=num_classes)
+        validation = _read(config, "validation_data", like=whole)
     elif data.validation_fraction > 0:
-        training, validation = split(whole, data.validation_fraction, config.computation.seed)
+        with _located(config, "data.validation_fraction"):
+            training, validation = split(whole, data.validation_fraction, seed)
     model = _model(config)
     tokenizer = _tokenizer(config, model, training, run_dir)
-    seed = config.computation.seed
-    trainer = method.make(model, tokenizer, training, num_classes=num_classes, seed=seed)
-    report = trainer.report(training, validation, config.training)
-    return Prepared(trainer, training, validation, report, model.num_parameters())
+    num_classes = config.model.get("num_classes")
+    with _located(config):
+        trainer = config.method.make(model, tokenizer, training, num_classes=num_classes, seed=seed)
+        report = trainer.report(training, validation, config.training)
+    return Prepared(trainer, training, validation, report, model.num_parameters(), model)
+
+
+def _read(config: RunConfig, key: str, like: Texts | None = None) -> Any:
+    """Read a data file as the method wants it."""
+    path, data = config.path(key), config.data
+    num_classes = config.model.get("num_classes")
+    try:
+        return config.method.read(
+            path, data.text_field, data.label_field, like=like, num_classes=num_classes
+        )
+    except DataError as error:
+        if str(path) in str(error):
+            raise
+        raise DataError(f"{path}: {error}") from error
 
 
 def _model(config: RunConfig) -> Transformer:
     asked = {name: value for name, value in config.model.items() if name != "num_classes"}
-    where = f"{config.source}: model"
     if config.data.pretrained_weights is None:
-        missing = [name for name in _NEEDED if name not in asked]
-        if missing:
-            raise ConfigError(
-                f"{where}.{missing[0]}: is needed when data.pretrained_weights is absent"
-            )
-        try:
-            return Transformer(TransformerConfig(**asked), seed=config.computation.seed)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error
+        with _located(config, "model"):
+            transformer = TransformerConfig(**asked)
+            _refuse_giants(transformer)
+        return Transformer(transformer, seed=config.computation.seed)
     path = config.path("pretrained_weights")
+    if path.is_file():
+        raise ConfigError(
+            f"{config.where('data.pretrained_weights')}: expected a directory with config.json and "
+            f"model.safetensors, found the file {path}"
+        )
     model = load_model(path)
     dropout = asked.pop("dropout", 0.0)
     for name, value in asked.items():
         found = getattr(model.config, name)
         if found != value:
             raise ConfigError(
-                f"{where}.{name}: {value!r}, but data.pretrained_weights ({path}) has {found!r}"
+                f"{config.where(f'model.{name}')}: {value!r}, but data.pretrained_weights ({path}) "
+                f"has {found!r}"
             )
     model.config = dataclasses.replace(model.config, dropout=dropout)
     return model
 
 
+def _refuse_giants(transformer: TransformerConfig) -> None:
+    """Refuse a model whose weights alone do not fit this machine's memory."""
+    if not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    count = sum(math.prod(shape) for shape in parameter_shapes(transformer).values())
+    if 4 * count > memory:
+        raise ConfigError(
+            f"{count:,} parameters need {4 * count / 2**30:,.0f} GiB, "
+            f"this machine has {memory / 2**30:,.0f} GiB of memory"
+        )
+
+
 def _tokenizer(
     config: RunConfig, model: Transformer, training: Texts, run_dir: Path | None
 ) -> Tokenizer:
+    size = model.config.vocab_size
     if run_dir is not None:
         return load_tokenizer(run_dir / "tokenizer")
-    if config.data.tokenizer is not None:
-        return load_tokenizer(config.path("tokenizer"))
-    if config.data.pretrained_weights is not None:
-        return load_tokenizer(config.path("pretrained_weights"))
-    return train_bpe(training.texts, model.config.vocab_size)
+    if config.data.tokenizer is None and config.data.pretrained_weights is None:
+        with _located(config, "model.vocab_size"):
+            return train_bpe(training.texts, size)
+    key = "pretrained_weights" if config.data.tokenizer is None else "tokenizer"
+    path = config.path(key)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > size:
+        raise ConfigError(
+            f"{config.where(f'data.{key}')}: the tokenizer in {path} has {tokenizer.vocab_size} "
+            f"ids, more than the model's vocab_size {size}"
+        )
+    return tokenizer
+
+
+# -- how long -----------------------------------------------------------------------------------
+
+
+class _Known(Exception):
+    """Leaves a run at its very start, with what is known of it then."""
+
+    def __init__(self, info: RunInfo):
+        self.info = info
+
+
+class _Leave(Callback):
+    def on_start(self, info: RunInfo) -> None:
+        """Leave."""
+        raise _Known(info)
+
+
+def plan(config: RunConfig, prepared: Prepared) -> Plan:
+    """Return how many optimizer steps a run will make; nothing is trained or written.
+
+    The method goes as far as the first step, so that everything it checks before is checked.
+
+    Raises
+    ------
+    InputError
+        As :func:`run`.
+    """
+
+    def steps(**overrides: Any) -> int:
+        with _located(config):
+            try:
+                prepared.trainer.fit(
+                    prepared.training,
+                    prepared.validation,
+                    dataclasses.replace(config.training, **overrides),
+                    callbacks=[_Leave()],
+                )
+            except _Known as known:
+                return known.info.total_steps
+        raise AssertionError("a run called no callback")
+
+    return Plan(steps(num_epochs=1, max_steps=None), steps())
+
+
+# -- the run -------------------------------------------------------------------------------------
 
 
 def run(
@@ -171,26 +323,25 @@ def run(
         If `stop` ended the run; the state is saved.
     """
     directory = config.output_dir
-    _check_directory(directory, resume)
+    checkpoint = _check_directory(directory, resume)
     with computing(config):
-        prepared = prepare(config, directory if resume else None)
+        prepared = prepare(config, None if checkpoint is None else directory)
+        record = config.as_dict() | _identity(prepared)
+        if checkpoint is not None:
+            _refuse_changes(config, checkpoint, record)
         if on_prepared is not None:
             on_prepared(prepared)
-        trainer = prepared.trainer
-        if not resume:
-            trainer.tokenizer.save(directory / "tokenizer")
-        write_json(directory / "config.json", config.as_dict())
-        write_json(directory / "data_report.json", prepared.report.to_dict())
-        result = trainer.fit(
-            prepared.training,
-            prepared.validation,
-            config.training,
-            output_dir=directory,
-            callbacks=callbacks,
-            resume=resume,
-            stop=stop,
-            run_config=config.as_dict(),
-        )
+        with _located(config):
+            result = prepared.trainer.fit(
+                prepared.training,
+                prepared.validation,
+                config.training,
+                output_dir=directory,
+                callbacks=[_Opening(config, prepared, directory), *callbacks],
+                resume=checkpoint is not None,
+                stop=stop,
+                run_config=record,
+            )
         if result.stopped_reason == "interrupted":
             raise Interrupted(
                 f"interrupted after step {result.steps}, saved in {result.last_checkpoint}",
@@ -198,33 +349,111 @@ def run(
             )
         evaluation: dict[str, Any] = {}
         if prepared.validation is not None:
-            evaluation = trainer.evaluate(prepared.validation, config.training)
+            evaluation = prepared.trainer.evaluate(prepared.validation, config.training)
             write_json(directory / "evaluation.json", evaluation)
-        trainer.save(directory / "model")
+        prepared.trainer.save(directory / "model")
     return Summary(result, evaluation, directory)
 
 
-def _check_directory(directory: Path, resume: bool) -> None:
-    """Refuse to write over a run, and to resume what is not there, before anything is read."""
-    checkpoints = directory / "checkpoints"
-    if resume:
-        if not any(damage(path) is None for path in checkpoints.glob("step-*")):
-            raise CheckpointError(f"{directory}: there is no whole checkpoint to resume from")
-        return
-    held = [
-        n
-        for n in ("config.json", "metrics.jsonl", "checkpoints", "model")
-        if (directory / n).exists()
-    ]
-    if held:
-        raise InputError(
-            f"{directory}: already holds a run ({held[0]}); choose another output directory "
-            "(--output-dir), or continue it with --resume"
+class _Opening(Callback):
+    """Writes what a run starts from, once everything is checked and the first step is next."""
+
+    def __init__(self, config: RunConfig, prepared: Prepared, directory: Path):
+        self._config, self._prepared, self._directory = config, prepared, directory
+
+    def on_start(self, info: RunInfo) -> None:
+        """Write configuration, report and tokenizer."""
+        write_json(self._directory / "config.json", self._config.as_dict())
+        write_json(self._directory / "data_report.json", self._prepared.report.to_dict())
+        self._prepared.trainer.tokenizer.save(self._directory / "tokenizer")
+
+
+def _identity(prepared: Prepared) -> dict[str, Any]:
+    """Return what must be the same when a run is continued, beside its options."""
+    digest = hashlib.sha256()
+    for data in (prepared.training, prepared.validation):
+        for text in () if data is None else data.texts:
+            digest.update(text.encode("utf-8") + b"\0")
+        if isinstance(data, LabelledTexts):
+            digest.update(repr((data.label_names, data.labels.tolist())).encode("utf-8"))
+        digest.update(b"\1")
+    return {
+        "data_sha256": digest.hexdigest(),
+        "transformer": dataclasses.asdict(prepared.model.config),
+    }
+
+
+def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) -> None:
+    """Refuse to continue with other options, model or data than the run began with."""
+    was = read_state(checkpoint).get("run_config")
+    if not isinstance(was, dict):
+        raise CheckpointError(f"{checkpoint}: was not saved by 'loopos run'")
+    names = {"transformer": "model"}
+    for section in ("transformer", "computation", "training", "data"):
+        before, after = was.get(section, {}), now[section]
+        for name in after:
+            key = f"{names.get(section, section)}.{name}"
+            if key not in _MAY_CHANGE and before.get(name) != after[name]:
+                raise CheckpointError(
+                    f"{config.where(key)}: {after[name]!r}, but the run to be continued "
+                    f"({checkpoint.parent.parent}) has {before.get(name)!r}"
+                )
+    if was.get("data_sha256") != now["data_sha256"]:
+        raise CheckpointError(
+            f"{config.where('data.training_data')}: the data is not that of the run to be "
+            f"continued ({checkpoint.parent.parent})"
         )
+
+
+def _check_directory(directory: Path, resume: bool) -> Path | None:
+    """Refuse to write over a run and to resume what is not there, before anything is read.
+
+    Returns
+    -------
+    Path or None
+        The checkpoint to continue from; None for a run from the beginning.
+    """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
+        held = [name for name in _OUTPUTS if (directory / name).exists()]
+        _check_writable(directory)
     except OSError as error:
         raise OutputError(f"{directory}: cannot be written ({error.strerror})") from error
+    checkpoint = find_checkpoint(directory / "checkpoints") if resume else None
+    if checkpoint is not None:
+        return checkpoint
+    other = "choose another directory (--output-dir)"
+    began = _began(directory)
+    if resume and not began:
+        raise CheckpointError(f"{directory}: there is no run to resume in it")
+    if held and not resume:
+        if "model" in held:
+            raise InputError(f"{directory}: already holds a run ({held[0]}); {other}")
+        if began:
+            raise InputError(
+                f"{directory}: holds a run that ended before its first checkpoint; "
+                f"start it over with --resume, or {other}"
+            )
+        if "checkpoints" in held:
+            raise InputError(
+                f"{directory}: already holds a run; continue it with --resume, or {other}"
+            )
+        raise InputError(f"{directory}: already holds {held[0]}, which is not of a run; {other}")
+    return None
+
+
+def _began(directory: Path) -> bool:
+    """Whether a run was begun here that has no checkpoint yet, so that nothing is lost with it."""
+    if (directory / "model").exists() or any((directory / "checkpoints").glob("step-*")):
+        return False
+    config = directory / "config.json"
+    if config.is_file():
+        return {"computation", "training", "data"} <= set(read_json(config))
+    return (directory / "metrics.jsonl").is_file()
+
+
+def _check_writable(directory: Path) -> None:
+    """Try to write where `directory` is, or will be; nothing is left there."""
+    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
+    probe = place / f".loopos-{uuid.uuid4().hex[:8]}"
+    probe.touch()
+    probe.unlink()

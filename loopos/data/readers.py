@@ -156,8 +156,8 @@ def read_labelled(
 ) -> LabelledTexts:
     """Read texts with labels.
 
-    Labels are integers from 0, or names; names become classes in sorted order. In tables, where all
-    is text, labels are integers if every one of them is. Rows without any text are dropped.
+    Labels are integers from 0, or names; names become classes in sorted order. Labels written as
+    text are integers if every one of them is. Rows without any text are dropped.
 
     Parameters
     ----------

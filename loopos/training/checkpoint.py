@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,15 +20,17 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Parameter
-from loopos.errors import CheckpointError
+from loopos.errors import CheckpointError, OutputError
 from loopos.files import atomic_directory, read_json, write_json
 from loopos.training.optim import Optimizer
 from loopos.version import __version__
 
-__all__ = ["damage", "find_checkpoint", "load_checkpoint", "prune", "read_state", "save_checkpoint"]
+__all__ = ["damage", "find_checkpoint", "list_checkpoints", "load_checkpoint", "prune",
+           "read_state", "require_same", "save_checkpoint"]  # fmt: skip
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger("loopos")
 
 
@@ -53,6 +56,7 @@ def save_checkpoint(
     OutputError
         If it cannot be written; older checkpoints are intact.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(root) / f"step-{state['step']:08d}"
@@ -64,8 +68,11 @@ def save_checkpoint(
     }
     with atomic_directory(path) as directory:
         arrays = {name: np.ascontiguousarray(p.data) for name, p in parameters.items()}
-        save_file(arrays, directory / "model.safetensors")
-        save_file(slots, directory / "optimizer.safetensors")
+        try:
+            save_file(arrays, directory / "model.safetensors")
+            save_file(slots, directory / "optimizer.safetensors")
+        except SafetensorError as error:  # its own exception, for a full disk too
+            raise OutputError(f"{path}: cannot be written ({error})") from error
         write_json(directory / "state.json", header | dict(state))
         write_json(
             directory / "manifest.json", {name: _digest(directory / name) for name in _FILES}
@@ -92,9 +99,20 @@ def damage(path: Path) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{file} is missing"
-        if not isinstance(expected, dict) or expected.get(name) != _digest(file):
+        try:
+            found = _digest(file)
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror or error})"
+        if not isinstance(expected, dict) or expected.get(name) != found:
             return f"{file} does not match its checksum"
     return None
+
+
+def list_checkpoints(root: str | Path) -> list[Path]:
+    """Return the checkpoints under `root`, damaged ones too, the newest first."""
+    found = [(_NAME.fullmatch(path.name), path) for path in Path(root).glob("step-*")]
+    steps = [(int(match[1]), path) for match, path in found if match]
+    return [path for _, path in sorted(steps, reverse=True)]
 
 
 def find_checkpoint(root: str | Path) -> Path | None:
@@ -107,9 +125,8 @@ def find_checkpoint(root: str | Path) -> Path | None:
     CheckpointError
         If there are checkpoints and all are damaged.
     """
-    candidates = sorted(Path(root).glob("step-*"), reverse=True)
     reasons = []
-    for path in candidates:
+    for path in list_checkpoints(root):
         reason = damage(path)
         if reason is None:
             return path
@@ -130,6 +147,25 @@ def read_state(path: str | Path) -> dict[str, Any]:
             f"{state.get('loopos_version')}; loopos {__version__} reads format {FORMAT}"
         )
     return state
+
+
+def require_same(path: Path, prefix: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise CheckpointError naming the first key whose value is not the one of the checkpoint.
+
+    Parameters
+    ----------
+    path : Path
+        The checkpoint.
+    prefix : str
+        Put before the key, such as ``"training."``.
+    then, now : mapping
+        Values of the checkpoint, and those of the run that is to continue it.
+    """
+    present = json.loads(json.dumps(dict(now)))  # tuples are lists in the file
+    for key in [*present, *(key for key in then if key not in present)]:
+        was, found = then.get(key), present.get(key)
+        if was != found:
+            raise CheckpointError(f"{path}: {prefix}{key} was {was}, now it is {found}")
 
 
 def load_checkpoint(
@@ -170,8 +206,17 @@ def load_checkpoint(
 
 
 def prune(root: str | Path, keep: Iterable[Path]) -> None:
-    """Delete the checkpoints under `root` that are not in `keep`."""
+    """Delete the checkpoints under `root` that are not in `keep`, and what killed runs left.
+
+    Raises
+    ------
+    OutputError
+        If one cannot be deleted.
+    """
     kept = {path.name for path in keep}
-    for path in Path(root).glob("step-*"):
-        if path.name not in kept:
+    old = [path for path in list_checkpoints(root) if path.name not in kept]
+    for path in [*old, *Path(root).glob(".step-*.tmp")]:
+        try:
             shutil.rmtree(path)
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be deleted ({error.strerror or error})") from error

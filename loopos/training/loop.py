@@ -8,9 +8,11 @@ bytes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,9 +24,17 @@ from loopos.autograd import Array, Parameter, Tensor, backward
 from loopos.backends import get_backend
 from loopos.data.batch import Batch
 from loopos.data.sampler import BatchSampler, prefetch
-from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError
+from loopos.errors import CheckpointError, ConfigError, InputError, LooposError, NumericalError
 from loopos.ops import DropoutKeys
-from loopos.training.checkpoint import find_checkpoint, load_checkpoint, prune, save_checkpoint
+from loopos.training.checkpoint import (
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    read_state,
+    require_same,
+    save_checkpoint,
+)
 from loopos.training.optim import gradient_norm
 from loopos.training.options import TrainingOptions, make_optimizer
 from loopos.training.schedules import make_schedule
@@ -145,12 +155,16 @@ def train(
     stop : callable, optional
         Asked after every step; True saves and ends the run.
     run_config : dict, optional
-        Kept in checkpoints.
+        Kept in checkpoints; on resume its section "model", if there is one, must be the same.
 
     Raises
     ------
+    ConfigError
+        If an option asks for what is not there: an output directory, an evaluation, a figure.
+    InputError
+        If `output_dir` holds the checkpoints of a run, and this is not its continuation.
     CheckpointError
-        If there is nothing whole to resume, or it belongs to another run.
+        If there is nothing whole to resume, or it belongs to another run; nothing is changed then.
     NumericalError
         If a loss or gradient is not finite or nothing counts; the state before it is saved.
     Interrupted
@@ -160,10 +174,12 @@ def train(
     run = _Run(parameters, objective, make_batch, lengths, options, seed, root, evaluate, monitor)
     run.stop, run.run_config = stop, run_config
     if root is not None:
-        callbacks = (MetricsFile(root / "metrics.jsonl"), *callbacks)
+        run.metrics_file = MetricsFile(root / "metrics.jsonl")
     run.callbacks = callbacks
     if resume:
         run.restore()
+    else:
+        run.require_unused()
     return run.go()
 
 
@@ -180,17 +196,24 @@ class _Run:
     monitor: tuple[str, str]
     stop: Callable[[], bool] | None = None
     run_config: dict[str, Any] | None = None
+    metrics_file: Callback = field(default_factory=Callback)
     callbacks: Sequence[Callback] = ()
     at: _Progress = field(default_factory=_Progress)
     history: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     saved: Path | None = None
+    saved_state: dict[str, Any] | None = None
+    #: True from the first changed weight until position and record of the step are in accord.
     updating: bool = False
 
     def __post_init__(self) -> None:
         options = self.options
         if len(self.lengths) == 0:
             raise ConfigError("there is no sample to train on")
+        if self.monitor[1] not in ("min", "max"):
+            raise ConfigError(f"monitor: expected 'min' or 'max', found {self.monitor[1]!r}")
+        if options.early_stopping_patience is not None and self.evaluate is None:
+            raise ConfigError("training.early_stopping_patience: needs validation data")
         self.sampler = BatchSampler(
             self.lengths,
             batch_size=None if options.batch_tokens else options.batch_size,
@@ -222,17 +245,16 @@ class _Run:
         """Run to the end, and tell callbacks whatever happens."""
         at = self.at
         info = RunInfo(self.total_steps, at.step, len(self.lengths), self.root, at.evaluation_due)
-        for callback in self.callbacks:
-            callback.on_start(info)
-        try:
-            reason = self._epochs()
-            if self.root is not None:
-                self.save()
-        except KeyboardInterrupt as interrupt:
-            raise self._interrupted() from interrupt
-        finally:
-            for callback in self.callbacks:
-                callback.on_end()
+        with ExitStack() as stack:
+            for callback in (self.metrics_file, *self.callbacks):
+                stack.callback(callback.on_end)
+                callback.on_start(info)
+            try:
+                reason = self._epochs()
+                if self.root is not None:
+                    self.save()
+            except KeyboardInterrupt as interrupt:
+                raise self._interrupted() from interrupt
         return TrainResult(
             self.at.step, reason, self.history, self.evaluations, self.at.best_value,
             self._checkpoint_of(self.at.best_step), self.saved,
@@ -247,13 +269,15 @@ class _Run:
             plan = batches[self.at.index :][: self.total_steps - self.at.step]
             thunks = [partial(self._make, micro) for micro in plan]
             options = self.options
-            for made in prefetch(thunks, options.prefetch_batches, options.num_workers):
-                self._step(made, batches[self.at.index], len(batches))
-                self._after_step()
-                if self.at.exhausted:
-                    break
-                if self.stop is not None and self.at.step < self.total_steps and self.stop():
-                    return "interrupted"
+            ahead = prefetch(thunks, options.prefetch_batches, options.num_workers)
+            with closing(ahead):  # at once: the traceback of a fault would keep its threads alive
+                for made in ahead:
+                    self._step(made, batches[self.at.index], len(batches))
+                    self._after_step()
+                    if self.at.exhausted:
+                        break
+                    if self.stop is not None and self.at.step < self.total_steps and self.stop():
+                        return "interrupted"
         return "early_stopping" if self.at.exhausted else "finished"
 
     def _make(self, microbatches: list[Array]) -> list[Batch]:
@@ -267,15 +291,20 @@ class _Run:
     def _step(self, batches: list[Batch], indices: list[Array], steps_in_epoch: int) -> None:
         started = time.perf_counter()
         totals = self._totals(batches, indices)
-        sums = dict.fromkeys(totals, 0.0)
+        sums: dict[str, float] = {}
         self._zero_grad()
         for batch, samples in zip(batches, indices, strict=True):
             terms = self.objective.losses(batch, DropoutKeys(self.seed, self.at.step))
             for name, term in terms.items():
-                sums[name] += term.item()
+                if name not in totals:
+                    raise LooposError(f"the objective has a loss '{name}', but no count of it")
+                sums[name] = sums.get(name, 0.0) + term.item()
                 if not np.isfinite(sums[name]):
                     self._fail(f"{name} is {term.item()}", samples)
             backward([(term, 1.0 / totals[name]) for name, term in terms.items()])
+        for name in totals:
+            if name not in sums:
+                raise LooposError(f"the objective counts '{name}', but has no loss of that name")
         norm = gradient_norm(self.optimizer.parameters.values())
         if not np.isfinite(norm):
             self._fail(f"the gradient of {self._first_bad()} is not finite", indices)
@@ -286,7 +315,6 @@ class _Run:
         self.updating = True
         self.optimizer.step(scale, rate)
         self._advance(steps_in_epoch)
-        self.updating = False
         terms_mean = {name: sums[name] / totals[name] for name in sums}
         tokens, spent = sum(batch.num_tokens for batch in batches), time.perf_counter() - started
         record: dict[str, Any] = {"step": self.at.step, "epoch": epoch}
@@ -295,6 +323,8 @@ class _Run:
         record |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
         record |= {"tokens_per_s": tokens / spent, "time_s": spent}
         self.history.append(record)
+        self.metrics_file.on_step(record)
+        self.updating = False
         for callback in self.callbacks:
             callback.on_step(record)
 
@@ -323,9 +353,19 @@ class _Run:
         rows = np.concatenate([np.atleast_1d(s) for s in samples]).tolist()
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         message = f"step {self.at.step + 1}: {what} (samples {shown})"
-        if self.root is not None:
+        bad = self._bad_weight()
+        if bad is not None:
+            message += f"; parameter '{bad}' was not finite before"
+        elif self.root is not None:
             message += f"; the state before it is in {self.save()}"
         raise NumericalError(message)
+
+    def _bad_weight(self) -> str | None:
+        """Return the name of the first parameter that is not finite."""
+        for name, parameter in self.parameters.items():
+            if not np.isfinite(parameter.data).all():
+                return name
+        return None
 
     # -- after a step ------------------------------------------------------------------------------
 
@@ -362,7 +402,7 @@ class _Run:
         better = at.best_value is None or sign * value < sign * at.best_value
         record = {"step": at.step, "epoch": at.epoch, "eval": figures, "best": better}
         self.evaluations.append(record)
-        for callback in self.callbacks:
+        for callback in (self.metrics_file, *self.callbacks):
             callback.on_evaluate(record)
         at.evaluation_due = False
         at.evaluations_since_best = 0 if better else at.evaluations_since_best + 1
@@ -381,42 +421,80 @@ class _Run:
         return self.root / "checkpoints" / f"step-{step:08d}"
 
     def save(self) -> Path:
-        """Write the state after the last completed step; keep it and the best one."""
+        """Write the state after the last completed step; keep it and the best one.
+
+        Raises
+        ------
+        NumericalError
+            If a weight is not finite: the last good checkpoint is not to be lost for it.
+        """
         assert self.root is not None
         state = {
             **vars(self.at),
-            "seed": self.seed,
+            **self._identity(),
+            "total_steps": self.total_steps,
             "options": self.options.as_dict(),
             "run_config": self.run_config,
-            "num_samples": len(self.lengths),
-            "monitor": list(self.monitor),
-            "backend": get_backend().describe()["name"],
+            "backend": get_backend().describe(),
         }
+        if self.saved is not None and state == self.saved_state:
+            return self.saved  # the best one, the last of an epoch and the end may be one step
+        bad = self._bad_weight()
+        if bad is not None:
+            raise NumericalError(f"step {self.at.step}: parameter '{bad}' is not finite any more")
         checkpoints = self.root / "checkpoints"
         self.saved = save_checkpoint(checkpoints, self.parameters, self.optimizer, state)
+        self.saved_state = state
         best = self._checkpoint_of(self.at.best_step)
         prune(checkpoints, [self.saved] if best is None else [self.saved, best])
         return self.saved
 
+    def _identity(self) -> dict[str, Any]:
+        """Return what else makes a run the same run, beside its options and model."""
+        lengths = np.ascontiguousarray(self.lengths, dtype="<i8")
+        return {
+            "seed": self.seed,
+            "num_samples": len(lengths),
+            "lengths_sha256": hashlib.sha256(lengths.tobytes()).hexdigest(),
+            "monitor": list(self.monitor),
+        }
+
+    def require_unused(self) -> None:
+        """Refuse to delete the checkpoints of an earlier run, as keeping best and last would."""
+        if self.root is not None and list_checkpoints(self.root / "checkpoints"):
+            raise InputError(
+                f"{self.root}: already holds the checkpoints of a run; resume it, or choose "
+                "another directory"
+            )
+
     def restore(self) -> None:
-        """Take over the newest whole checkpoint."""
-        path = None if self.root is None else find_checkpoint(self.root / "checkpoints")
+        """Take over the newest whole checkpoint, if it is one of this run."""
+        if self.root is None:
+            raise ConfigError("resume: needs the output_dir of the run to continue")
+        path = find_checkpoint(self.root / "checkpoints")
         if path is None:
             raise CheckpointError(f"there is no checkpoint to resume in {self.root}")
-        state = load_checkpoint(path, self.parameters, self.optimizer)
-        now = {"seed": self.seed, "num_samples": len(self.lengths), "monitor": list(self.monitor)}
-        for key, value in now.items():
-            if state[key] != value:
-                raise CheckpointError(f"{path}: {key} was {state[key]}, now it is {value}")
-        for key, value in self.options.as_dict().items():
-            if key not in _MAY_CHANGE and state["options"].get(key) != value:
-                was = state["options"].get(key)
-                raise CheckpointError(f"{path}: training.{key} was {was}, now it is {value}")
+        state = read_state(path)
+        identity, options = self._identity(), self.options.as_dict()
+        require_same(path, "", {key: state.get(key) for key in identity}, identity)
+        same = {key: value for key, value in options.items() if key not in _MAY_CHANGE}
+        then = {k: v for k, v in state["options"].items() if k not in _MAY_CHANGE}
+        require_same(path, "training.", then, same)
+        models = [(config or {}).get("model") for config in (state["run_config"], self.run_config)]
+        if models[0] is not None and models[1] is not None:
+            require_same(path, "model.", *models)
+        if self.total_steps < state["total_steps"]:
+            keys = [k for k in ("num_epochs", "max_steps") if options[k] != state["options"][k]]
+            raise CheckpointError(
+                f"{path}: training.{keys[0]} was {state['options'][keys[0]]}, now it is "
+                f"{options[keys[0]]}: a run can be made longer, not shorter"
+            )
+        load_checkpoint(path, self.parameters, self.optimizer)
         self.at = _Progress(**{name: state[name] for name in vars(self.at)})
         self.saved = path
-        backend = get_backend().describe()["name"]
-        if state["backend"] != backend:
-            _log.warning("resumed on backend %s what ran on %s", backend, state["backend"])
+        was, now = state["backend"]["name"], get_backend().describe()["name"]
+        if was != now:
+            _log.warning("resumed on backend %s what ran on %s", now, was)
 
     def _interrupted(self) -> Interrupted:
         if self.updating:

@@ -19,9 +19,9 @@ def confusion_matrix(labels: Array, predictions: Array, num_classes: int) -> Arr
     Raises
     ------
     DataError
-        If the lengths differ or a class is outside ``0 .. num_classes - 1``.
+        If the lengths differ, or a class is no integer or outside ``0 .. num_classes - 1``.
     """
-    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    labels, predictions = _classes("label", labels), _classes("prediction", predictions)
     if labels.shape != predictions.shape:
         raise DataError(f"{labels.size} labels for {predictions.size} predictions")
     for name, values in (("label", labels), ("prediction", predictions)):
@@ -31,6 +31,16 @@ def confusion_matrix(labels: Array, predictions: Array, num_classes: int) -> Arr
     matrix = np.zeros((num_classes, num_classes), dtype=np.int64)
     np.add.at(matrix, (labels, predictions), 1)
     return matrix
+
+
+def _classes(name: str, values: Array) -> Array:
+    """Return class numbers as int64 [n]; booleans would index as a mask, fractions not at all."""
+    array = np.asarray(values)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iub"):
+        raise DataError(
+            f"{name}s are {array.dtype}{list(array.shape)}, expected a list of integers"
+        )
+    return array.astype(np.int64)
 
 
 def _ratio(numerator: Array, denominator: Array) -> Array:

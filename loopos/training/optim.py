@@ -48,8 +48,10 @@ class Optimizer(ABC):
         If a number is out of range or a name stands twice.
     """
 
-    #: Names of the arrays kept for each parameter.
+    #: Names of the arrays kept for each parameter, in its shape.
     slots: tuple[str, ...] = ()
+    #: Names of the numbers kept for each parameter, arrays of int64 without axes.
+    counters: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -68,7 +70,9 @@ class Optimizer(ABC):
         self._decayed = {
             name for name, p in self.parameters.items() if _decays(decay_groups, name, p)
         }
-        self._state: dict[str, dict[str, Array]] = {slot: {} for slot in self.slots}
+        self._state: dict[str, dict[str, Array]] = {
+            slot: {} for slot in (*self.slots, *self.counters)
+        }
 
     def step(self, scale: float = 1.0, learning_rate: float | None = None) -> None:
         """Update every trained parameter that has a gradient.
@@ -79,13 +83,24 @@ class Optimizer(ABC):
             Factor on all gradients, such as one over the number of tokens, or that of clipping.
         learning_rate : float, optional
             Of this step, from a schedule.
+
+        Raises
+        ------
+        ConfigError
+            If a parameter's array cannot be updated in place; nothing is changed then.
         """
-        self.steps += 1
         rate = self.learning_rate if learning_rate is None else learning_rate
-        for name, parameter in self.parameters.items():
-            if parameter.requires_grad and parameter.grad is not None:
-                decay = self.weight_decay if name in self._decayed else 0.0
-                self._update(name, parameter, parameter.grad, scale, rate, decay)
+        due = [(n, p) for n, p in self.parameters.items() if p.requires_grad and p.grad is not None]
+        for name, parameter in due:
+            flags = parameter.data.flags
+            if not (flags.c_contiguous and flags.writeable):
+                # A backend walks the flat array: of any other it would update a copy, in silence.
+                raise ConfigError(f"parameter '{name}' is not a writeable, C-contiguous array")
+        self.steps += 1
+        for name, parameter in due:
+            assert parameter.grad is not None
+            decay = self.weight_decay if name in self._decayed else 0.0
+            self._update(name, parameter, parameter.grad, scale, rate, decay)
 
     @abstractmethod
     def _update(
@@ -117,22 +132,31 @@ class Optimizer(ABC):
         Raises
         ------
         CheckpointError
-            If an array belongs to no parameter here, or has another shape or dtype.
+            If an array belongs to no parameter here, is missing, or has another shape or dtype;
+            nothing is changed then.
         """
-        fresh: dict[str, dict[str, Array]] = {slot: {} for slot in self.slots}
+        fresh: dict[str, dict[str, Array]] = {slot: {} for slot in self._state}
+        if "steps" not in state:
+            raise CheckpointError("optimizer state 'steps' is missing")
         for key, value in state.items():
             if key == "steps":
                 continue
             slot, _, name = key.partition("/")
             if slot not in fresh or name not in self.parameters:
                 raise CheckpointError(f"optimizer state '{key}' belongs to no parameter here")
-            expected = self.parameters[name].data
-            if value.shape != expected.shape or value.dtype != expected.dtype:
+            data = self.parameters[name].data
+            counts = slot in self.counters
+            expected = (np.dtype(np.int64), ()) if counts else (data.dtype, data.shape)
+            if (value.dtype, value.shape) != expected:
                 raise CheckpointError(
                     f"optimizer state '{key}' is {value.dtype}{list(value.shape)}, "
-                    f"expected {expected.dtype}{list(expected.shape)}"
+                    f"expected {expected[0]}{list(expected[1])}"
                 )
             fresh[slot][name] = np.array(value, order="C")
+        for name in {name for arrays in fresh.values() for name in arrays}:
+            for slot, arrays in fresh.items():
+                if name not in arrays:
+                    raise CheckpointError(f"optimizer state '{slot}/{name}' is missing")
         self._state, self.steps = fresh, int(state["steps"])
 
 
@@ -189,6 +213,8 @@ class AdamW(Optimizer):
     """
 
     slots = ("first_moment", "second_moment")
+    #: The bias of the moments depends on a parameter's own updates: it may be unfrozen late.
+    counters = ("updates",)
     _decoupled = True
 
     def __init__(
@@ -201,6 +227,7 @@ class AdamW(Optimizer):
         decay_groups: DecayGroups = "matrices",
     ):
         super().__init__(parameters, learning_rate, weight_decay, decay_groups)
+        _require(len(betas) == 2, "betas", "two numbers", betas)
         for beta in betas:
             _require(0 <= beta < 1, "betas", "numbers in [0, 1)", beta)
         _require(eps > 0, "eps", "a positive number", eps)
@@ -210,9 +237,11 @@ class AdamW(Optimizer):
         self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
     ) -> None:
         first, second = (self._slot(slot, name, parameter.data) for slot in self.slots)
+        updates = self._state["updates"].setdefault(name, np.zeros((), np.int64))
+        updates += 1
         beta1, beta2 = self.betas
         get_backend().adamw(
-            parameter.data, grad, first, second, rate, beta1, beta2, self.eps, decay, self.steps,
+            parameter.data, grad, first, second, rate, beta1, beta2, self.eps, decay, int(updates),
             scale, self._decoupled,
         )  # fmt: skip
 

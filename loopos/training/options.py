@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from loopos.autograd import Parameter
-from loopos.errors import ConfigError
+from loopos.errors import ConfigError, nearest
 from loopos.training.optim import SGD, Adam, AdamW, Optimizer
+from loopos.training.schedules import SCHEDULES
 
 __all__ = ["TrainingOptions", "make_optimizer"]
 
@@ -57,6 +60,11 @@ class TrainingOptions:
         Evaluations without a better loss after which the run ends.
     save_steps : int or None
         Steps between checkpoints; None saves after every epoch.
+
+    Raises
+    ------
+    ConfigError
+        If a value does not fit, naming its key.
     """
 
     learning_rate: float = 5e-5
@@ -82,16 +90,33 @@ class TrainingOptions:
     save_steps: int | None = None
 
     def __post_init__(self) -> None:
-        positive = ("batch_size", "gradient_accumulation_steps", "batch_tokens", "num_epochs",
-                    "max_steps", "eval_steps", "save_steps", "early_stopping_patience")  # fmt: skip
-        for name in positive:
-            _require(self, name, lambda value: value >= 1, "at least 1")
-        for name in ("warmup_steps", "prefetch_batches", "num_workers", "weight_decay"):
-            _require(self, name, lambda value: value >= 0, "a number that is not negative")
-        for name in ("learning_rate", "eps", "max_grad_norm"):
-            _require(self, name, lambda value: value > 0, "a positive number")
-        _require(self, "momentum", lambda value: 0 <= value < 1, "a number in [0, 1)")
-        _require(self, "betas", lambda pair: all(0 <= b < 1 for b in pair), "numbers in [0, 1)")
+        for name, choices in _CHOICES.items():
+            _require_choice(name, getattr(self, name), choices)
+        for name in _SWITCHES:
+            _require(name, getattr(self, name), lambda v: isinstance(v, bool), "true or false")
+        for names, kind, holds, expected in _NUMBERS:
+            for name in names:
+                value = getattr(self, name)
+                if value is None and name in _OPTIONAL:
+                    continue
+                kind_words = "an integer" if kind is Integral else "a number"
+                _require(name, value, lambda v, kind=kind: _is_number(v, kind), kind_words)
+                _require(
+                    name, value, lambda v, holds=holds: math.isfinite(v) and holds(v), expected
+                )
+                # NumPy's numbers are welcome, but checkpoints hold JSON.
+                object.__setattr__(self, name, int(value) if kind is Integral else float(value))
+        _require(
+            "betas",
+            self.betas,
+            lambda pair: (
+                isinstance(pair, (tuple, list))
+                and len(pair) == 2
+                and all(_is_number(beta, Real) and 0 <= beta < 1 for beta in pair)
+            ),
+            "two numbers in [0, 1)",
+        )
+        object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
@@ -99,13 +124,41 @@ class TrainingOptions:
         return values | {"betas": list(self.betas)}
 
 
-def _require(options: TrainingOptions, name: str, holds: Any, expected: str) -> None:
-    value = getattr(options, name)
-    if value is None:
-        return
-    numbers = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers) or not holds(value):
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "optimizer": ("adamw", "adam", "sgd"),
+    "scheduler": tuple(SCHEDULES),
+}
+_SWITCHES = ("shuffle", "length_bucketing")
+_OPTIONAL = ("batch_tokens", "num_epochs", "max_steps", "max_grad_norm", "eval_steps",
+             "early_stopping_patience", "save_steps")  # fmt: skip
+#: Names, their kind of number, what must hold, and that in words.
+_NUMBERS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
+    (("batch_size", "gradient_accumulation_steps", "batch_tokens", "num_epochs", "max_steps",
+      "eval_steps", "save_steps", "early_stopping_patience"),
+     Integral, lambda n: n >= 1, "at least 1"),
+    (("warmup_steps", "prefetch_batches", "num_workers"),
+     Integral, lambda n: n >= 0, "a number that is not negative"),
+    (("weight_decay",), Real, lambda x: x >= 0, "a number that is not negative"),
+    (("learning_rate", "eps", "max_grad_norm"), Real, lambda x: x > 0, "a positive number"),
+    (("momentum",), Real, lambda x: 0 <= x < 1, "a number in [0, 1)"),
+)  # fmt: skip
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _require(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
+    if not holds(value):
         raise ConfigError(f"training.{name}: expected {expected}, found {value!r}")
+
+
+def _require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"training.{name}: expected one of {', '.join(choices)}, found {value!r}"
+            f"{nearest(value, choices)}"
+        )
 
 
 def make_optimizer(parameters: dict[str, Parameter], options: TrainingOptions) -> Optimizer:

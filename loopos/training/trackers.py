@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from loopos.errors import OutputError
-from loopos.files import atomic_write_text
+import numpy as np
+
+from loopos.errors import CheckpointError, OutputError
+from loopos.files import atomic_write_text, read_text
 
 __all__ = ["Callback", "ConsoleProgress", "MetricsFile", "RunInfo"]
 
@@ -74,30 +76,44 @@ class MetricsFile(Callback):
         self._file: IO[str] | None = None
 
     def on_start(self, info: RunInfo) -> None:
-        """Open the file, keeping the lines up to the step that the run starts from."""
-        kept = []
-        if info.start_step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.endswith("\n"):  # cut short when the run was killed
-                    break
-                record = json.loads(line)
-                again = info.evaluation_due and "eval" in record
-                if record["step"] > info.start_step or (
-                    again and record["step"] == info.start_step
-                ):
-                    break
-                kept.append(line)
+        """Open the file, keeping the lines up to the step that the run starts from.
+
+        Raises
+        ------
+        CheckpointError
+            If a line of those is no record; the file is left as it is.
+        OutputError
+            If the file cannot be written.
+        """
+        kept = self._lines_until(info) if info.start_step and self.path.exists() else []
         atomic_write_text(self.path, "".join(kept))
         try:
             self._file = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
 
+    def _lines_until(self, info: RunInfo) -> list[str]:
+        kept = []
+        lines = read_text(self.path, CheckpointError).splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            if not line.endswith("\n"):  # cut short when the run was killed
+                break
+            try:
+                record = json.loads(line)
+                step = int(record["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(f"{self.path}:{number}: not the record of a step") from error
+            again = info.evaluation_due and "eval" in record
+            if step > info.start_step or (again and step == info.start_step):
+                break
+            kept.append(line)
+        return kept
+
     def _write(self, record: Record) -> None:
         if self._file is None:
             return
         try:
-            self._file.write(json.dumps(dict(record), allow_nan=False) + "\n")
+            self._file.write(json.dumps(_plain(record), allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
@@ -110,6 +126,17 @@ class MetricsFile(Callback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    return value
 
 
 class ConsoleProgress(Callback):
@@ -167,11 +194,10 @@ class ConsoleProgress(Callback):
 
     def on_evaluate(self, record: Record) -> None:
         """Print the figures of an evaluation."""
-        figures = [
-            f"{name} {value:.4f}"
-            for name, value in record["eval"].items()
-            if isinstance(value, float) and name in ("loss", "accuracy", "f1_macro", "perplexity")
-        ]
+        numbers = {n: float(v) for n, v in record["eval"].items() if np.ndim(v) == 0
+                   and isinstance(v, (float, np.floating))}  # fmt: skip
+        known = [n for n in ("loss", "accuracy", "f1_macro", "perplexity") if n in numbers]
+        figures = [f"{name} {numbers[name]:.4f}" for name in known or numbers]
         self._print(f"step {record['step']}/{self._total}  evaluation: {', '.join(figures)}")
 
     def on_end(self) -> None:

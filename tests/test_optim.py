@@ -1,0 +1,150 @@
+"""Optimizers against PyTorch, decay groups, state."""
+
+import numpy as np
+import pytest
+
+import loopos
+from loopos.autograd import Parameter
+from loopos.errors import CheckpointError, ConfigError
+from loopos.training.optim import gradient_norm
+
+KINDS = {
+    "adamw": (loopos.AdamW, "AdamW", {"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6}),
+    "adam": (loopos.Adam, "Adam", {"weight_decay": 0.1}),
+    "sgd": (loopos.SGD, "SGD", {}),
+    "momentum": (loopos.SGD, "SGD", {"momentum": 0.9, "weight_decay": 0.1}),
+    "nesterov": (loopos.SGD, "SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+}
+#: First element of the parameter after 20 steps of PyTorch 2.13.0 in float64, made as below.
+GOLDENS = {
+    "adamw": -0.005639847668420267,
+    "adam": -0.11700832411161553,
+    "sgd": 0.17048987369270183,
+    "momentum": -0.11698100667768424,
+    "nesterov": 0.008552436103271364,
+}
+
+
+def gradients(steps=20):
+    rng = np.random.default_rng(1)
+    return [rng.normal(size=(5, 7)) for _ in range(steps)]
+
+
+def start():
+    return np.random.default_rng(0).normal(size=(5, 7))
+
+
+def run(kind, scale=1.0):
+    build, _, options = KINDS[kind]
+    p = Parameter(start(), "p")
+    optimizer = build([p], learning_rate=0.05, **options)
+    for gradient in gradients():
+        p.zero_grad()
+        p.add_grad(gradient / scale)
+        optimizer.step(scale=scale)
+    return p.data, optimizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_equal_the_golden(kind):
+    assert run(kind)[0][0, 0] == pytest.approx(GOLDENS[kind], rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_equal_pytorch(kind):
+    torch = pytest.importorskip("torch")
+    _, name, options = KINDS[kind]
+    t = torch.nn.Parameter(torch.tensor(start()))
+    optimizer = getattr(torch.optim, name)([t], lr=0.05, **options)
+    for gradient in gradients():
+        t.grad = torch.tensor(gradient)
+        optimizer.step()
+    np.testing.assert_allclose(run(kind)[0], t.detach().numpy(), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scale_of_a_step_multiplies_the_gradient(kind):
+    np.testing.assert_allclose(run(kind, scale=0.125)[0], run(kind)[0], rtol=1e-12)
+
+
+def test_only_matrices_decay_by_default():
+    matrix, vector = Parameter(np.ones((2, 2)), "w"), Parameter(np.ones(2), "b")
+
+    def step(groups):
+        for p in (matrix, vector):
+            p.data[...] = 1.0
+            p.zero_grad()
+            p.add_grad(np.zeros_like(p.data))
+        options = {"learning_rate": 0.1, "weight_decay": 0.5, "decay_groups": groups}
+        loopos.AdamW([matrix, vector], **options).step()
+        return matrix.data[0, 0], vector.data[0]
+
+    assert step("matrices") == pytest.approx((0.95, 1.0))
+    assert step("all") == pytest.approx((0.95, 0.95))
+    assert step(lambda name, p: name == "b") == pytest.approx((1.0, 0.95))
+    with pytest.raises(ConfigError, match="decay_groups is 'some'"):
+        step("some")
+
+
+def test_frozen_parameters_are_not_touched_and_have_no_state():
+    trained, frozen = Parameter(np.ones(3), "a"), Parameter(np.ones(3), "b", requires_grad=False)
+    optimizer = loopos.AdamW([trained, frozen], learning_rate=0.1)
+    for p in (trained, frozen):
+        p.add_grad(np.ones(3))
+    optimizer.step()
+    assert np.all(trained.data < 1)
+    assert np.array_equal(frozen.data, np.ones(3))
+    assert [k for k in optimizer.state_dict() if k.endswith("/b")] == []
+
+
+@pytest.mark.parametrize("kind", ["adamw", "momentum"])
+def test_state_round_trip_continues_bit_for_bit(kind):
+    build, _, options = KINDS[kind]
+    whole = run(kind)[0]
+    p = Parameter(start(), "p")
+    optimizer = build([p], learning_rate=0.05, **options)
+    for index, gradient in enumerate(gradients()):
+        if index == 9:
+            state = optimizer.state_dict()
+            optimizer = build([p], learning_rate=0.05, **options)
+            optimizer.load_state_dict(state)
+        p.zero_grad()
+        p.add_grad(gradient)
+        optimizer.step()
+    assert np.array_equal(p.data, whole)
+
+
+def test_foreign_state_is_refused_by_name():
+    optimizer = loopos.AdamW([Parameter(np.ones(3), "a")])
+    with pytest.raises(CheckpointError, match="'first_moment/b' belongs to no parameter"):
+        optimizer.load_state_dict({"steps": 1, "first_moment/b": np.ones(3)})
+    with pytest.raises(CheckpointError, match=r"'first_moment/a' is float64\[2\], expected"):
+        optimizer.load_state_dict({"steps": 1, "first_moment/a": np.ones(2)})
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (loopos.AdamW, {"learning_rate": -1.0}, "learning_rate is -1.0"),
+        (loopos.AdamW, {"betas": (0.9, 1.0)}, "betas is 1.0"),
+        (loopos.AdamW, {"eps": 0.0}, "eps is 0.0"),
+        (loopos.SGD, {"momentum": 1.0}, "momentum is 1.0"),
+        (loopos.SGD, {"nesterov": True}, "nesterov is True"),
+        (loopos.Adam, {"weight_decay": -0.1}, "weight_decay is -0.1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(build, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build([Parameter(np.ones(2), "a")], **options)
+
+
+def test_two_parameters_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match="two parameters are called 'a'"):
+        loopos.SGD([Parameter(np.ones(2), "a"), Parameter(np.ones(2), "a")])
+
+
+def test_the_global_norm_is_over_all_gradients():
+    a, b, c = (Parameter(np.zeros(2), n) for n in "abc")
+    a.add_grad(np.array([3.0, 0.0]))
+    b.add_grad(np.array([0.0, 4.0]))
+    assert gradient_norm([a, b, c]) == pytest.approx(5.0)
