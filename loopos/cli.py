@@ -185,7 +185,10 @@ def validate(
     overrides: Annotated[list[str] | None, _SET] = None,
     output_dir: Annotated[Path | None, _OUTPUT] = None,
 ) -> None:
-    """Check a configuration, its data and model; train and write nothing."""
+    """Check a configuration, its data and its model.
+
+    Says what a run would do; trains and writes nothing.
+    """
     from loopos.config import load_config
     from loopos.runner import computing, plan, prepare
 
@@ -376,14 +379,19 @@ def info(
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A run directory, or a saved classifier.")],
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.")] = None,
-    input_file: Annotated[
-        Path | None, typer.Option("--input", help="A file of rows with a text each.")
+    model: Annotated[
+        Path, typer.Argument(metavar="DIRECTORY", help="A run directory, or a saved classifier.")
+    ],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXTS", help="Texts to classify.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Name of that field.")] = "text",
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="A file of rows with a text each."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(metavar="NAME", help="Name of that field.")] = "text",
     output: Annotated[
-        Path | None, typer.Option("--output", help="Write JSON lines to this file.")
+        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines to this file.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
 ) -> None:

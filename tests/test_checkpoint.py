@@ -13,6 +13,7 @@ from loopos.errors import CheckpointError, OutputError
 from loopos.training.checkpoint import (
     damage,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
     prune,
     save_checkpoint,
@@ -143,3 +144,42 @@ def test_prune_keeps_what_it_is_told(root):
 def test_state_is_plain_json(root):
     state = json.loads((root / "step-00000002" / "state.json").read_text())
     assert state["optimizer_steps"] == 1
+
+
+def test_prune_leaves_what_is_no_checkpoint_and_clears_what_killed_runs_left(root):
+    (root / "step-by-step-notes").mkdir()
+    (root / ".step-00000003.1234abcd.tmp").mkdir()
+    prune(root, [root / "step-00000002"])
+    names = sorted(p.name for p in root.iterdir())
+    assert names == ["step-00000002", "step-by-step-notes"]
+
+
+def test_the_newest_goes_by_number_not_by_name(root):
+    step = 100_000_000  # one digit more than the names are padded to
+    save_checkpoint(root, *trained(3), {"step": step})
+    assert find_checkpoint(root).name == f"step-{step}"
+    assert [p.name for p in list_checkpoints(root)] == [
+        f"step-{step}", "step-00000002", "step-00000001"
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_sentence_and_the_older_one_stays(root):
+    resource = pytest.importorskip("resource")
+    large = {"w": Parameter(np.ones((100, 100)), "w")}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"step-00000003: cannot be written \("):
+            save_checkpoint(root, large, loopos.SGD(large), {"step": 3})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(p.name for p in root.iterdir()) == ["step-00000001", "step-00000002"]
+
+
+def test_what_cannot_be_deleted_is_named(root, monkeypatch):
+    def fail(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(OutputError, match=r"step-00000001: cannot be deleted \(Permission denied"):
+        prune(root, [root / "step-00000002"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from loopos import ops
 from loopos.autograd import Parameter, Tensor
 from loopos.data.batch import Batch
-from loopos.errors import CheckpointError, ConfigError, NumericalError, OutputError
+from loopos.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    LooposError,
+    NumericalError,
+    OutputError,
+)
 from loopos.training.loop import TrainingOptions, train
 from loopos.training.trackers import Callback
 
@@ -349,3 +357,162 @@ def test_an_interrupt_inside_the_update_saves_nothing_half_done(tmp_path, monkey
     rest = Regression()
     rest.fit(BASE, output_dir=tmp_path, resume=True)
     assert np.array_equal(rest.parameters["w"].data, final(BASE))
+
+
+def test_a_refused_resume_changes_no_weight(halted):
+    for values in ({"learning_rate": 0.2}, {"optimizer": "sgd"}, {"num_epochs": 1}):
+        work = Regression()
+        before = work.parameters["w"].data.copy()
+        (name,) = values
+        with pytest.raises(CheckpointError, match=rf"training\.{name} was "):
+            work.fit(change(**values), output_dir=halted, resume=True)
+        assert np.array_equal(work.parameters["w"].data, before)
+
+
+def test_a_run_cannot_be_made_shorter(halted):
+    with pytest.raises(CheckpointError, match=r"training.max_steps was None, now it is 5: a run"):
+        Regression().fit(change(max_steps=5), output_dir=halted, resume=True)
+
+
+def test_resume_needs_the_same_model_and_texts(tmp_path):
+    def fit(heads, **kwargs):
+        config = {"model": {"num_heads": heads}, "data": {"output_dir": str(tmp_path)}}
+        return Regression().fit(
+            change(max_steps=2), output_dir=tmp_path, run_config=config, **kwargs
+        )
+
+    fit(2)
+    with pytest.raises(CheckpointError, match="model.num_heads was 2, now it is 4"):
+        fit(4, resume=True)
+    assert fit(2, resume=True).steps == 2
+    other = Regression()
+    lengths = np.ones(ROWS, np.int64)
+    lengths[3] = 2
+    options = change(max_steps=2)
+    with pytest.raises(CheckpointError, match="lengths_sha256 was"):
+        train(
+            other.parameters, other, other.make, lengths, options, output_dir=tmp_path, resume=True
+        )
+
+
+def test_a_new_run_does_not_delete_the_checkpoints_of_another(halted):
+    before = {p: p.read_bytes() for p in halted.rglob("*") if p.is_file()}
+    with pytest.raises(InputError, match="already holds the checkpoints of a run; resume it"):
+        Regression().fit(BASE, output_dir=halted)
+    assert {p: p.read_bytes() for p in halted.rglob("*") if p.is_file()} == before
+
+
+def test_resume_needs_a_directory():
+    with pytest.raises(ConfigError, match="resume: needs the output_dir"):
+        Regression().fit(BASE, resume=True)
+
+
+def test_weights_that_are_not_finite_are_named_and_never_saved(tmp_path):
+    work = Regression()
+    work.parameters["w"].data[1, 2] = np.nan
+    with pytest.raises(NumericalError, match="step 1: loss is nan .*parameter 'w' was not finite"):
+        work.fit(BASE, output_dir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+    class Spoils(Callback):
+        def on_step(self, record):
+            if record["step"] == 5:
+                broken.parameters["w"].data[0, 0] = np.inf
+
+    broken = Regression()
+    with pytest.raises(NumericalError, match="step 5: parameter 'w' is not finite any more"):
+        broken.fit(change(save_steps=1), output_dir=tmp_path, callbacks=[Spoils()])
+    assert steps_saved(tmp_path) == [4]
+
+
+def test_one_state_is_written_once(tmp_path, monkeypatch):
+    import loopos.training.loop as loop
+
+    plain, written = loop.save_checkpoint, []
+
+    def save(root, parameters, optimizer, state):
+        written.append(state["step"])
+        return plain(root, parameters, optimizer, state)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    work = Regression()  # each evaluation is the best so far: best, epoch's end and run's end agree
+    figures = iter([3.0, 2.0])
+    work.fit(BASE, evaluate=lambda: {"loss": next(figures)}, output_dir=tmp_path)
+    assert written == [3, 6]
+
+
+def test_terms_without_a_count_and_counts_without_a_term_are_refused():
+    work = Regression()
+    work.counts = lambda batch: {"loss": 8.0, "kl": 8.0}
+    with pytest.raises(LooposError, match="the objective counts 'kl', but has no loss"):
+        work.fit(BASE)
+    work = Regression()
+    work.counts = lambda batch: {"nll": 8.0}
+    with pytest.raises(LooposError, match="the objective has a loss 'loss', but no count"):
+        work.fit(BASE)
+
+
+def test_what_cannot_be_is_refused_before_training():
+    work = Regression()
+    with pytest.raises(ConfigError, match="monitor: expected 'min' or 'max', found 'maximum'"):
+        work.fit(BASE, evaluate=work.value, monitor=("loss", "maximum"))
+    with pytest.raises(ConfigError, match=r"training.early_stopping_patience: needs validation"):
+        work.fit(change(early_stopping_patience=1))
+    assert work.seen == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("batch_size", "16", "an integer"), ("batch_size", 2.5, "an integer"),
+        ("batch_size", None, "an integer"), ("num_epochs", True, "an integer"),
+        ("learning_rate", "1e-4", "a number"), ("shuffle", 1, "true or false"),
+        ("betas", (0.9,), "two numbers in"), ("betas", "no", "two numbers in"),
+        ("optimizer", "adamm", "one of adamw, adam, sgd, found 'adamm'; did you mean 'adam"),
+    ],
+)  # fmt: skip
+def test_options_of_the_wrong_kind_name_their_key(name, value, expected):
+    with pytest.raises(ConfigError, match=rf"^training\.{name}: expected {expected}"):
+        change(**{name: value})
+
+
+def test_numbers_of_numpy_are_options_that_checkpoints_can_hold(tmp_path):
+    options = change(batch_size=np.int64(8), learning_rate=np.float32(0.5), betas=[0.9, 0.99])
+    assert (type(options.batch_size), type(options.learning_rate)) == (int, float)
+    Regression().fit(options, output_dir=tmp_path)
+    assert steps_saved(tmp_path) == [6]
+
+
+def test_an_interrupt_while_a_record_is_written_repeats_the_step(tmp_path, monkeypatch):
+    from loopos.training.loop import Interrupted
+    from loopos.training.trackers import MetricsFile
+
+    plain = MetricsFile.on_step
+
+    def half(self, record):
+        if record["step"] == 4:
+            self._file.write('{"step": 4, "lo')
+            raise KeyboardInterrupt
+        plain(self, record)
+
+    monkeypatch.setattr(MetricsFile, "on_step", half)
+    with pytest.raises(Interrupted, match="continue from .*00000003"):
+        Regression().fit(BASE, output_dir=tmp_path)
+    monkeypatch.undo()
+    rest = Regression()
+    rest.fit(BASE, output_dir=tmp_path, resume=True)
+    assert np.array_equal(rest.parameters["w"].data, final(BASE))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_thread_outlives_a_run_that_failed(workers):
+    work = Regression()
+    work.x[9] = np.nan
+    options = change(shuffle=False, batch_size=2, num_workers=workers, prefetch_batches=3)
+    with pytest.raises(NumericalError) as caught:
+        work.fit(options)
+    names = [t.name for t in threading.enumerate()]
+    assert caught.value.__traceback__ is not None  # the frames of the loop are still held
+    assert [n for n in names if n.startswith("loopos-prefetch")] == []

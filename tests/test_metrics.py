@@ -71,3 +71,12 @@ def test_what_does_not_fit_is_refused():
         confusion_matrix([0, 2], [0, 1], 2)
     with pytest.raises(DataError, match="prediction -1 is outside"):
         confusion_matrix([0, 1], [0, -1], 2)
+
+
+def test_booleans_are_classes_and_fractions_are_refused():
+    found = confusion_matrix(np.array([True, False, True]), np.array([True, True, False]), 2)
+    assert found.tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(DataError, match=r"labels are float64\[2\], expected a list of integers"):
+        confusion_matrix(np.array([0.0, 1.0]), [0, 1], 2)
+    with pytest.raises(DataError, match=r"predictions are int64\[2, 1\], expected a list"):
+        confusion_matrix([0, 1], np.array([[0], [1]]), 2)

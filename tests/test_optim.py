@@ -148,3 +148,63 @@ def test_the_global_norm_is_over_all_gradients():
     a.add_grad(np.array([3.0, 0.0]))
     b.add_grad(np.array([0.0, 4.0]))
     assert gradient_norm([a, b, c]) == pytest.approx(5.0)
+
+
+def test_a_parameter_unfrozen_late_steps_as_in_pytorch():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(3)
+    early, late = rng.normal(size=(2, 3, 3))
+    ours = [Parameter(early.copy(), "a"), Parameter(late.copy(), "b", requires_grad=False)]
+    theirs = [torch.nn.Parameter(torch.tensor(x)) for x in (early, late)]
+    optimizer = loopos.AdamW(ours, learning_rate=0.05, weight_decay=0.1)
+    reference = torch.optim.AdamW(theirs, lr=0.05, weight_decay=0.1)
+    for step in range(20):
+        ours[1].requires_grad = step >= 12
+        for p, t in zip(ours, theirs, strict=True):
+            gradient = rng.normal(size=(3, 3))
+            p.zero_grad()
+            t.grad = None
+            if p.requires_grad:
+                p.add_grad(gradient)
+                t.grad = torch.tensor(gradient)
+        optimizer.step()
+        reference.step()
+    for p, t in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(p.data, t.detach().numpy(), rtol=1e-12, atol=1e-13)
+
+
+def test_the_first_step_of_a_parameter_unfrozen_late_is_the_learning_rate():
+    # With g constant, both corrected moments are exact from the first step on: Adam moves by lr.
+    a, b = Parameter(np.zeros(2), "a"), Parameter(np.zeros(2), "b", requires_grad=False)
+    optimizer = loopos.AdamW([a, b], learning_rate=0.1, weight_decay=0.0)
+    for step in range(51):
+        b.requires_grad = step == 50
+        for p in (a, b):
+            p.zero_grad()
+            p.add_grad(np.ones(2))
+        optimizer.step()
+    np.testing.assert_allclose(b.data, -0.1, rtol=1e-7)
+    np.testing.assert_allclose(a.data, -0.1 * 51, rtol=1e-7)
+
+
+@pytest.mark.parametrize("build", [loopos.SGD, loopos.AdamW])
+def test_an_array_that_cannot_be_updated_in_place_is_refused_before_any_is(build):
+    first, turned = Parameter(np.ones(2), "a"), Parameter(np.ones((3, 4)).T, "b")
+    optimizer = build([first, turned], learning_rate=0.1)
+    for p in (first, turned):
+        p.add_grad(np.ones(p.shape))
+    with pytest.raises(ConfigError, match="parameter 'b' is not a writeable, C-contiguous array"):
+        optimizer.step()
+    assert np.array_equal(first.data, np.ones(2))
+    assert optimizer.steps == 0
+
+
+def test_state_with_a_hole_is_refused_and_nothing_is_changed():
+    p, optimizer = run("adamw")
+    state, before = optimizer.state_dict(), optimizer.steps
+    for key in list(state):
+        holed = {k: v for k, v in state.items() if k != key}
+        with pytest.raises(CheckpointError, match=f"'{key}' is missing"):
+            optimizer.load_state_dict(holed)
+    assert optimizer.steps == before
+    assert optimizer.state_dict().keys() == state.keys()

@@ -3,9 +3,10 @@
 import io
 import json
 
+import numpy as np
 import pytest
 
-from loopos.errors import OutputError
+from loopos.errors import CheckpointError, OutputError
 from loopos.training.trackers import ConsoleProgress, MetricsFile, RunInfo
 
 
@@ -93,3 +94,31 @@ def test_a_bar_on_a_terminal():
     assert "3/4" in text
     assert "loss 0.5000" in text
     assert "evaluation: loss 0.2500, accuracy 0.7500" in text
+
+
+def test_a_damaged_line_is_named_and_the_file_left_as_it_is(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for line in ("{oops", "[1]", '{"loss": 1}'):
+        path.write_text(f"{json.dumps(step(1))}\n{line}\n{json.dumps(step(3))}\n")
+        before = path.read_bytes()
+        with pytest.raises(CheckpointError, match=r"metrics.jsonl:2: not the record of a step"):
+            MetricsFile(path).on_start(RunInfo(9, 3, 4, tmp_path))
+        assert path.read_bytes() == before
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.on_start(RunInfo(2, 0, 4, tmp_path))
+    figures = {"f1": np.float32(0.5), "count": np.int64(3), "rows": np.eye(2, dtype=int)}
+    file.on_evaluate({"step": 1, "eval": figures})
+    file.on_end()
+    found = json.loads(file.path.read_text())["eval"]
+    assert found == {"f1": 0.5, "count": 3, "rows": [[1, 0], [0, 1]]}
+
+
+def test_figures_of_ones_own_are_shown():
+    stream = io.StringIO()
+    progress = ConsoleProgress(stream)
+    progress.on_start(RunInfo(4, 0, 8, None))
+    progress.on_evaluate({"step": 1, "eval": {"reward": np.float64(1.5), "count": 4}})
+    assert stream.getvalue() == "step 1/4  evaluation: reward 1.5000\n"

@@ -26,10 +26,14 @@ from loopos.training.optim import Optimizer
 from loopos.version import __version__
 
 __all__ = ["damage", "find_checkpoint", "list_checkpoints", "load_checkpoint", "prune",
-           "read_state", "require_same", "save_checkpoint"]  # fmt: skip
+           "read_state", "require_same_run", "save_checkpoint"]  # fmt: skip
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+#: What of a state makes a run the same run, beside its options and its model.
+_IDENTITY = ("seed", "num_samples", "lengths_sha256", "monitor")
+#: Options that may differ in a continuation; `num_epochs` and `max_steps` may grow.
+_MAY_CHANGE = {"num_epochs", "max_steps", "prefetch_batches", "num_workers"}
 _NAME = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger("loopos")
 
@@ -149,21 +153,44 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def require_same(path: Path, prefix: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise CheckpointError naming the first key whose value is not the one of the checkpoint.
+def require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run may continue from a checkpoint.
 
     Parameters
     ----------
     path : Path
         The checkpoint.
-    prefix : str
-        Put before the key, such as ``"training."``.
     then, now : mapping
-        Values of the checkpoint, and those of the run that is to continue it.
+        Its state, and that of the run which is to continue it.
+
+    Raises
+    ------
+    CheckpointError
+        Naming the first thing that changed. A run may be made longer, and make its batches
+        otherwise.
     """
-    present = json.loads(json.dumps(dict(now)))  # tuples are lists in the file
-    for key in [*present, *(key for key in then if key not in present)]:
-        was, found = then.get(key), present.get(key)
+    now = json.loads(json.dumps(dict(now)))  # tuples are lists in the file
+    _require_same(path, "", *({key: state.get(key) for key in _IDENTITY} for state in (then, now)))
+    options = [
+        {k: v for k, v in state["options"].items() if k not in _MAY_CHANGE} for state in (then, now)
+    ]
+    _require_same(path, "training.", *options)
+    models = [(state.get("run_config") or {}).get("model") for state in (then, now)]
+    if all(isinstance(model, dict) for model in models):
+        _require_same(path, "model.", *models)
+    if now["total_steps"] < then["total_steps"]:
+        for key in ("num_epochs", "max_steps"):
+            was, found = then["options"][key], now["options"][key]
+            if was != found:
+                raise CheckpointError(
+                    f"{path}: training.{key} was {was}, now it is {found}: "
+                    "a run can be made longer, not shorter"
+                )
+
+
+def _require_same(path: Path, prefix: str, then: Any, now: Any) -> None:
+    for key in [*now, *(key for key in then if key not in now)]:
+        was, found = then.get(key), now.get(key)
         if was != found:
             raise CheckpointError(f"{path}: {prefix}{key} was {was}, now it is {found}")
 

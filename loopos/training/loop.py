@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from loopos.training.checkpoint import (
     load_checkpoint,
     prune,
     read_state,
-    require_same,
+    require_same_run,
     save_checkpoint,
 )
 from loopos.training.optim import gradient_norm
@@ -43,8 +43,6 @@ from loopos.training.trackers import Callback, MetricsFile, RunInfo
 __all__ = ["Interrupted", "Objective", "TrainResult", "TrainingOptions", "train"]
 
 _log = logging.getLogger("loopos")
-#: May grow between a run and its continuation; everything else must be the same.
-_MAY_CHANGE = {"num_epochs", "max_steps", "prefetch_batches", "num_workers"}
 
 
 class Objective(Protocol):
@@ -269,7 +267,10 @@ class _Run:
             plan = batches[self.at.index :][: self.total_steps - self.at.step]
             thunks = [partial(self._make, micro) for micro in plan]
             options = self.options
-            ahead = prefetch(thunks, options.prefetch_batches, options.num_workers)
+            ahead = cast(
+                "Generator[list[Batch], None, None]",
+                prefetch(thunks, options.prefetch_batches, options.num_workers),
+            )
             with closing(ahead):  # at once: the traceback of a fault would keep its threads alive
                 for made in ahead:
                     self._step(made, batches[self.at.index], len(batches))
@@ -420,6 +421,21 @@ class _Run:
             return None
         return self.root / "checkpoints" / f"step-{step:08d}"
 
+    def _state(self) -> dict[str, Any]:
+        """Return all that a checkpoint holds beside arrays, as JSON values."""
+        lengths = np.ascontiguousarray(self.lengths, dtype="<i8")
+        return {
+            **vars(self.at),
+            "seed": self.seed,
+            "num_samples": len(lengths),
+            "lengths_sha256": hashlib.sha256(lengths.tobytes()).hexdigest(),
+            "monitor": list(self.monitor),
+            "total_steps": self.total_steps,
+            "options": self.options.as_dict(),
+            "run_config": self.run_config,
+            "backend": get_backend().describe(),
+        }
+
     def save(self) -> Path:
         """Write the state after the last completed step; keep it and the best one.
 
@@ -429,14 +445,7 @@ class _Run:
             If a weight is not finite: the last good checkpoint is not to be lost for it.
         """
         assert self.root is not None
-        state = {
-            **vars(self.at),
-            **self._identity(),
-            "total_steps": self.total_steps,
-            "options": self.options.as_dict(),
-            "run_config": self.run_config,
-            "backend": get_backend().describe(),
-        }
+        state = self._state()
         if self.saved is not None and state == self.saved_state:
             return self.saved  # the best one, the last of an epoch and the end may be one step
         bad = self._bad_weight()
@@ -448,16 +457,6 @@ class _Run:
         best = self._checkpoint_of(self.at.best_step)
         prune(checkpoints, [self.saved] if best is None else [self.saved, best])
         return self.saved
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what else makes a run the same run, beside its options and model."""
-        lengths = np.ascontiguousarray(self.lengths, dtype="<i8")
-        return {
-            "seed": self.seed,
-            "num_samples": len(lengths),
-            "lengths_sha256": hashlib.sha256(lengths.tobytes()).hexdigest(),
-            "monitor": list(self.monitor),
-        }
 
     def require_unused(self) -> None:
         """Refuse to delete the checkpoints of an earlier run, as keeping best and last would."""
@@ -475,20 +474,7 @@ class _Run:
         if path is None:
             raise CheckpointError(f"there is no checkpoint to resume in {self.root}")
         state = read_state(path)
-        identity, options = self._identity(), self.options.as_dict()
-        require_same(path, "", {key: state.get(key) for key in identity}, identity)
-        same = {key: value for key, value in options.items() if key not in _MAY_CHANGE}
-        then = {k: v for k, v in state["options"].items() if k not in _MAY_CHANGE}
-        require_same(path, "training.", then, same)
-        models = [(config or {}).get("model") for config in (state["run_config"], self.run_config)]
-        if models[0] is not None and models[1] is not None:
-            require_same(path, "model.", *models)
-        if self.total_steps < state["total_steps"]:
-            keys = [k for k in ("num_epochs", "max_steps") if options[k] != state["options"][k]]
-            raise CheckpointError(
-                f"{path}: training.{keys[0]} was {state['options'][keys[0]]}, now it is "
-                f"{options[keys[0]]}: a run can be made longer, not shorter"
-            )
+        require_same_run(path, state, self._state())
         load_checkpoint(path, self.parameters, self.optimizer)
         self.at = _Progress(**{name: state[name] for name in vars(self.at)})
         self.saved = path

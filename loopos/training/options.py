@@ -93,29 +93,22 @@ class TrainingOptions:
         for name, choices in _CHOICES.items():
             _require_choice(name, getattr(self, name), choices)
         for name in _SWITCHES:
-            _require(name, getattr(self, name), lambda v: isinstance(v, bool), "true or false")
+            value = getattr(self, name)
+            _require(name, value, isinstance(value, bool), "true or false")
         for names, kind, holds, expected in _NUMBERS:
             for name in names:
                 value = getattr(self, name)
                 if value is None and name in _OPTIONAL:
                     continue
-                kind_words = "an integer" if kind is Integral else "a number"
-                _require(name, value, lambda v, kind=kind: _is_number(v, kind), kind_words)
-                _require(
-                    name, value, lambda v, holds=holds: math.isfinite(v) and holds(v), expected
-                )
+                words = "an integer" if kind is Integral else "a number"
+                _require(name, value, _is_number(value, kind), words)
+                _require(name, value, math.isfinite(value) and holds(value), expected)
                 # NumPy's numbers are welcome, but checkpoints hold JSON.
                 object.__setattr__(self, name, int(value) if kind is Integral else float(value))
-        _require(
-            "betas",
-            self.betas,
-            lambda pair: (
-                isinstance(pair, (tuple, list))
-                and len(pair) == 2
-                and all(_is_number(beta, Real) and 0 <= beta < 1 for beta in pair)
-            ),
-            "two numbers in [0, 1)",
-        )
+        pair = self.betas
+        numbers = isinstance(pair, (tuple, list)) and all(_is_number(b, Real) for b in pair)
+        fits = numbers and len(pair) == 2 and all(0 <= beta < 1 for beta in pair)
+        _require("betas", pair, fits, "two numbers in [0, 1)")
         object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,8 +141,8 @@ def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _require(name: str, value: Any, holds: Callable[[Any], bool], expected: str) -> None:
-    if not holds(value):
+def _require(name: str, value: Any, holds: bool, expected: str) -> None:
+    if not holds:
         raise ConfigError(f"training.{name}: expected {expected}, found {value!r}")
 
 
