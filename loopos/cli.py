@@ -13,6 +13,7 @@ import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,8 @@ def main() -> None:
 
 
 def _run_app() -> int:
+    # What overflows shows in losses and gradients, which every step checks; one sentence is enough.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"loopos\.")
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except typer.Exit as request:
@@ -266,7 +269,10 @@ def show_prepared(prepared: Prepared) -> None:
 def show_summary(summary: Summary) -> None:
     """Print final figures, the confusion matrix, and what to do next."""
     result, figures = summary.result, summary.evaluation
-    _say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}")
+    best = result.best_checkpoint
+    kept = int(best.name.rpartition("-")[2]) if best is not None else result.steps
+    note = f"; kept is step {kept}, the best evaluation" if kept != result.steps else ""
+    _say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}{note}")
     if figures:
         _say("evaluation")
         for name, value in figures.items():
@@ -274,8 +280,10 @@ def show_summary(summary: Summary) -> None:
                 _say(f"  {name:<20} {value:.4f}")
         _confusion(figures, summary.output_dir)
     _say(f"saved in {summary.output_dir}")
-    if "confusion_matrix" in figures:
+    if (summary.output_dir / "model" / "classifier.json").exists():
         _say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
+    else:
+        _say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
 
 
 def _confusion(figures: dict[str, Any], directory: Path) -> None:
@@ -411,7 +419,7 @@ def predict(
             places = ", ".join(read.dropped[:5]) + (", ..." if len(read.dropped) > 5 else "")
             print(f"left out, as there is no text: {places}", file=sys.stderr)
     else:
-        given = texts or _standard_input()
+        given = [_as_utf8(text) for text in texts or []] or _standard_input()
     if not given:
         raise InputError("there is no text to classify")
     predictions = tuner.predict(given)
@@ -457,6 +465,14 @@ def _load_tuner(directory: Path) -> FineTuner:
             "fine-tune it first, as data.pretrained_weights"
         )
     return FineTuner.load(inner)
+
+
+def _as_utf8(argument: str) -> str:
+    """Undo what a locale other than UTF-8 made of an argument, where it was UTF-8."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
 
 
 def _standard_input() -> list[str]:

@@ -200,6 +200,11 @@ def _model(config: RunConfig) -> Transformer:
             f"{config.where('data.pretrained_weights')}: expected a directory with config.json and "
             f"model.safetensors, found the file {path}"
         )
+    if (path / "metrics.jsonl").is_file() and not (path / "model.safetensors").is_file():
+        raise ConfigError(
+            f"{config.where('data.pretrained_weights')}: {path} is a run directory; "
+            f"its model is {path / 'model'}"
+        )
     model = load_model(path)
     dropout = asked.pop("dropout", 0.0)
     for name, value in asked.items():
@@ -445,10 +450,10 @@ def _began(directory: Path) -> bool:
     """Whether a run was begun here that has no checkpoint yet, so that nothing is lost with it."""
     if (directory / "model").exists() or any((directory / "checkpoints").glob("step-*")):
         return False
+    if not (directory / "metrics.jsonl").is_file():  # the first thing that a run writes
+        return False
     config = directory / "config.json"
-    if config.is_file():
-        return {"computation", "training", "data"} <= set(read_json(config))
-    return (directory / "metrics.jsonl").is_file()
+    return not config.is_file() or {"computation", "training"} <= set(read_json(config))
 
 
 def _check_writable(directory: Path) -> None:

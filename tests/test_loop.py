@@ -385,6 +385,11 @@ def test_resume_needs_the_same_model_and_texts(tmp_path):
     with pytest.raises(CheckpointError, match="model.num_heads was 2, now it is 4"):
         fit(4, resume=True)
     assert fit(2, resume=True).steps == 2
+    stated = {"model": {"num_heads": 2, "d_model": 64}}  # spelled out now, in force before
+    again = Regression().fit(
+        change(max_steps=2), output_dir=tmp_path, run_config=stated, resume=True
+    )
+    assert again.steps == 2
     other = Regression()
     lengths = np.ones(ROWS, np.int64)
     lengths[3] = 2
@@ -516,3 +521,67 @@ def test_no_thread_outlives_a_run_that_failed(workers):
     names = [t.name for t in threading.enumerate()]
     assert caught.value.__traceback__ is not None  # the frames of the loop are still held
     assert [n for n in names if n.startswith("loopos-prefetch")] == []
+
+
+class TwoTerms(Regression):
+    """Ragged texts, dropout, and two terms that count different things."""
+
+    def __init__(self, rate):
+        super().__init__()
+        rng = np.random.default_rng(1)
+        self.rate = rate
+        self.texts = [rng.integers(0, 9, size=n) for n in rng.integers(1, 6, size=ROWS)]
+        self.parameters = {
+            "table": Parameter(rng.normal(size=(9, 4)), "table"),
+            "w": Parameter(rng.normal(size=(9, 4)), "w"),
+            "head": Parameter(rng.normal(size=(2, 4)), "head"),
+        }
+
+    def counts(self, batch):
+        tokens = batch.next_token_targets()[1].sum()
+        return {"tokens": float(tokens), "texts": float(batch.num_sequences)}
+
+    def losses(self, batch, dropout):
+        h = ops.embedding(batch.tokens, self.parameters["table"])
+        h = ops.dropout(h, self.rate, dropout, batch.offsets, batch.sample_ids)
+        targets, weights = batch.next_token_targets()
+        language, _ = ops.linear_cross_entropy(h, self.parameters["w"], targets, weights)
+        logits = ops.linear(ops.segment_mean(h, batch.offsets), self.parameters["head"])
+        return {"tokens": language, "texts": ops.cross_entropy(logits, batch.labels)[0]}
+
+    def make(self, indices, sample_ids):
+        texts = [self.texts[i] for i in indices]
+        return Batch.from_sequences(texts, labels=self.y[indices], sample_ids=sample_ids)
+
+    def after(self, size, accumulated):
+        options = TrainingOptions(
+            learning_rate=0.1, batch_size=size, gradient_accumulation_steps=accumulated,
+            num_epochs=2, optimizer="sgd", max_grad_norm=0.5,
+        )  # fmt: skip
+        lengths = np.array([len(t) for t in self.texts])
+        history = train(self.parameters, self, self.make, lengths, options).history
+        weights = {name: p.data for name, p in self.parameters.items()}
+        return weights, [[r[k] for k in ("loss", "tokens", "texts", "grad_norm")] for r in history]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_accumulating_is_one_large_batch_with_dropout_and_terms_of_unlike_counts(rate):
+    weights, records = TwoTerms(rate).after(8, 1)
+    assert len(records) == 6
+    for size, accumulated in ((1, 8), (2, 4)):
+        others, found = TwoTerms(rate).after(size, accumulated)
+        np.testing.assert_allclose(found, records, rtol=1e-12)
+        for name, expected in weights.items():
+            np.testing.assert_allclose(others[name], expected, rtol=0, atol=1e-12, err_msg=name)
+    # and another effective batch is another run
+    assert TwoTerms(rate).after(3, 3)[1][0] != records[0]
+
+
+def test_dropout_is_on_and_each_step_has_its_own():
+    assert TwoTerms(0.3).after(8, 1)[1] != TwoTerms(0.0).after(8, 1)[1]
+    work, keys = TwoTerms(0.0), []  # the op draws no key at rate 0: the first is free to look at
+    plain = work.losses
+    work.losses = lambda batch, dropout: keys.append(dropout.next()) or plain(batch, dropout)
+    work.after(2, 4)
+    assert len(keys) == 20 // 2 * 2  # microbatches of two epochs
+    assert len(set(keys)) == 6  # one key a step: microbatches of one step share it

@@ -200,7 +200,7 @@ def test_an_array_that_cannot_be_updated_in_place_is_refused_before_any_is(build
 
 
 def test_state_with_a_hole_is_refused_and_nothing_is_changed():
-    p, optimizer = run("adamw")
+    _, optimizer = run("adamw")
     state, before = optimizer.state_dict(), optimizer.steps
     for key in list(state):
         holed = {k: v for k, v in state.items() if k != key}

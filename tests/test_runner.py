@@ -421,6 +421,16 @@ def test_pretrained_weights_that_are_a_file(configure):
     )
 
 
+def test_a_run_directory_is_no_model_but_holds_one(configure):
+    run(configure())
+    Path("run.json").write_text(json.dumps(CONFIG | {"model": {}}))
+    config = configure("data.pretrained_weights=out", "data.output_dir=next")
+    assert refused(prepare, config, kind=ConfigError) == (
+        "--set data.pretrained_weights: out is a run directory; its model is out/model"
+    )
+    assert prepare(configure("data.pretrained_weights=out/model")).model.config.d_model == 16
+
+
 def test_a_directory_without_a_model(configure):
     Path("empty").mkdir()
     assert refused(prepare, configure("data.pretrained_weights=empty"), kind=MissingFileError) == (
@@ -516,6 +526,16 @@ def test_a_model_directory_is_never_written_into(configure, pretrained):
     )
     assert refused(run, configure(), resume=True) == "out: there is no run to resume in it"
     assert snapshot("out") == before
+
+
+def test_a_configuration_of_the_user_is_never_written_over(configure):
+    shutil.copy("run.json", "config.json")
+    before = snapshot(".")
+    config = load_config("config.json", ["data.output_dir=."])
+    message = ".: already holds config.json, which is not of a run"
+    assert refused(run, config).startswith(message)
+    assert refused(run, config, resume=True) == ".: there is no run to resume in it"
+    assert snapshot(".") == before
 
 
 def test_other_files_in_the_directory_stay(configure):

@@ -175,9 +175,10 @@ def require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]
         {k: v for k, v in state["options"].items() if k not in _MAY_CHANGE} for state in (then, now)
     ]
     _require_same(path, "training.", *options)
-    models = [(state.get("run_config") or {}).get("model") for state in (then, now)]
-    if all(isinstance(model, dict) for model in models):
-        _require_same(path, "model.", *models)
+    was, found = ((state.get("run_config") or {}).get("model") or {} for state in (then, now))
+    # A size may be spelled out now that followed from the weights before, and the reverse.
+    stated = ({k: m[k] for k in found if k in was} for m in (was, found))
+    _require_same(path, "model.", *stated)
     if now["total_steps"] < then["total_steps"]:
         for key in ("num_epochs", "max_steps"):
             was, found = then["options"][key], now["options"][key]

@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -153,7 +153,7 @@ def train(
     stop : callable, optional
         Asked after every step; True saves and ends the run.
     run_config : dict, optional
-        Kept in checkpoints; on resume its section "model", if there is one, must be the same.
+        Kept in checkpoints; on resume no key of its section "model" may have another value.
 
     Raises
     ------
@@ -267,18 +267,13 @@ class _Run:
             plan = batches[self.at.index :][: self.total_steps - self.at.step]
             thunks = [partial(self._make, micro) for micro in plan]
             options = self.options
-            ahead = cast(
-                "Generator[list[Batch], None, None]",
-                prefetch(thunks, options.prefetch_batches, options.num_workers),
-            )
-            with closing(ahead):  # at once: the traceback of a fault would keep its threads alive
-                for made in ahead:
-                    self._step(made, batches[self.at.index], len(batches))
-                    self._after_step()
-                    if self.at.exhausted:
-                        break
-                    if self.stop is not None and self.at.step < self.total_steps and self.stop():
-                        return "interrupted"
+            for made in prefetch(thunks, options.prefetch_batches, options.num_workers):
+                self._step(made, batches[self.at.index], len(batches))
+                self._after_step()
+                if self.at.exhausted:
+                    break
+                if self.stop is not None and self.at.step < self.total_steps and self.stop():
+                    return "interrupted"
         return "early_stopping" if self.at.exhausted else "finished"
 
     def _make(self, microbatches: list[Array]) -> list[Batch]:
