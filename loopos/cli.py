@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import warnings
@@ -22,14 +21,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopos.display import (
+    plain,
+    say,
+    show_place,
+    show_predictions,
+    show_prepared,
+    show_start,
+    show_summary,
+)
 from loopos.errors import InputError, LooposError, MissingFileError, OutputError
 from loopos.files import atomic_write_text
 from loopos.version import __version__
 
 if TYPE_CHECKING:
-    from loopos.config import RunConfig
     from loopos.methods.fine_tuning import FineTuner
-    from loopos.runner import Prepared, Summary
     from loopos.training.trackers import RunInfo
 
 app = typer.Typer(
@@ -106,23 +112,15 @@ def _usage_or_bug(error: Exception) -> int:
     raise error
 
 
-#: Control characters would act on the terminal instead of being shown.
-_SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
-
-
 def _complain(message: object, code: int) -> int:
     for line in str(message).splitlines():
-        print(f"error: {line.translate(_SHOWN)}", file=sys.stderr)
+        print(f"error: {plain(line)}", file=sys.stderr)
     return code
-
-
-def _say(line: str = "") -> None:
-    print(line.translate(_SHOWN), flush=True)
 
 
 def _version(asked: bool) -> None:
     if asked:
-        _say(f"loopos {__version__}")
+        say(f"loopos {__version__}")
         raise typer.Exit
 
 
@@ -160,7 +158,7 @@ def run(
 
     class Announce(Callback):
         def on_start(self, info: RunInfo) -> None:
-            _show_start(loaded, info)
+            show_start(loaded, info)
 
     with _stop_on_signals() as stop:
         try:
@@ -200,10 +198,10 @@ def validate(
         prepared = prepare(loaded)
         show_prepared(prepared)
         steps = plan(loaded, prepared)
-        _say("run")
-        _say(f"  {steps.steps_per_epoch:,} optimizer steps an epoch, {steps.total_steps:,} in all")
-        _show_place(loaded)
-    _say(f"{loaded.source}: fine")
+        say("run")
+        say(f"  {steps.steps_per_epoch:,} optimizer steps an epoch, {steps.total_steps:,} in all")
+        show_place(loaded)
+    say(f"{loaded.source}: fine")
 
 
 def _with_output(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
@@ -238,74 +236,6 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _show_start(config: RunConfig, info: RunInfo) -> None:
-    """Print how long the run will be, from where, and with what it computes."""
-    left = f", {info.start_step:,} of them done before" if info.start_step else ""
-    _say(f"run\n  {info.total_steps:,} optimizer steps{left}")
-    _show_place(config)
-
-
-def _show_place(config: RunConfig) -> None:
-    """Print who computes, and where results go."""
-    from loopos.backends import get_backend
-
-    described = get_backend().describe()
-    threads = described["threads"]
-    _say(
-        f"  backend {described['name']} ({threads} thread{'s' * (threads != 1)}), "
-        f"seed {config.computation.seed}"
-    )
-    _say(f"  output in {config.output_dir}")
-
-
-def show_prepared(prepared: Prepared) -> None:
-    """Print the data report and the size of what is trained."""
-    _say("data")
-    for line in prepared.report.lines():
-        _say(f"  {line}")
-    _say(f"model\n  {prepared.num_parameters:,} parameters")
-
-
-def show_summary(summary: Summary) -> None:
-    """Print final figures, the confusion matrix, and what to do next."""
-    result, figures = summary.result, summary.evaluation
-    best = result.best_checkpoint
-    kept = int(best.name.rpartition("-")[2]) if best is not None else result.steps
-    note = f"; kept is step {kept}, the best evaluation" if kept != result.steps else ""
-    _say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}{note}")
-    if figures:
-        _say("evaluation")
-        for name, value in figures.items():
-            if isinstance(value, float):
-                _say(f"  {name:<20} {value:.4f}")
-        _confusion(figures, summary.output_dir)
-    _say(f"saved in {summary.output_dir}")
-    if (summary.output_dir / "model" / "classifier.json").exists():
-        _say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
-    else:
-        _say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
-
-
-def _confusion(figures: dict[str, Any], directory: Path) -> None:
-    """Print the confusion matrix, unless it is too wide to read."""
-    from rich.cells import cell_len, set_cell_size
-
-    from loopos.files import read_json
-
-    matrix = figures.get("confusion_matrix")
-    if matrix is None or len(matrix) > 20:
-        return
-    names = read_json(directory / "model" / "classifier.json")["labels"]
-    # Long names would make lines that no terminal holds.
-    names = [set_cell_size(n, 16) if cell_len(n) > 16 else n
-             for n in map(str, names or range(len(matrix)))]  # fmt: skip
-    width = max(8, *map(cell_len, names), *(len(str(v)) for row in matrix for v in row)) + 1
-    _say("  true \\ predicted")
-    _say("  " + " " * width + "".join(" " * (width - cell_len(name)) + name for name in names))
-    for name, row in zip(names, matrix, strict=True):
-        _say("  " + set_cell_size(name, width) + "".join(f"{value:>{width}}" for value in row))
-
-
 # -- configs and info ----------------------------------------------------------------------------
 
 
@@ -329,18 +259,18 @@ def configs(
         return shipped[name]
 
     if show is not None:
-        _say(path_of(show).read_text(encoding="utf-8").rstrip())
+        say(path_of(show).read_text(encoding="utf-8").rstrip())
         return
     if copy is not None:
         source, target = path_of(copy[0]), copy[1]
         if target.exists():
             raise InputError(f"{target}: exists already")
         atomic_write_text(target, source.read_text(encoding="utf-8"))
-        _say(f"copied to {target}")
+        say(f"copied to {target}")
         return
     for name, path in shipped.items():
         description = json.loads(path.read_text(encoding="utf-8"))["computation"]["description"]
-        _say(f"{name:<16} {description}")
+        say(f"{name:<16} {description}")
 
 
 @app.command()
@@ -368,18 +298,18 @@ def info(
         "unavailable": unavailable_backends(),
     }
     if as_json:
-        _say(json.dumps(facts, indent=2))
+        say(json.dumps(facts, indent=2))
         return
     for name in ("loopos", "python", "numpy", "platform", "cpus"):
-        _say(f"{name:<12} {facts[name]}")
+        say(f"{name:<12} {facts[name]}")
     for name, what in described.items():
         chosen = " (in force)" if name == facts["backend"] else ""
-        _say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
-        _say(f"             {len(what['native'])} ops native, {len(what['inherited'])} inherited")
+        say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
+        say(f"             {len(what['native'])} ops native, {len(what['inherited'])} inherited")
         if "products" in what:
-            _say(f"             matrix products: {what['products']}")
+            say(f"             matrix products: {what['products']}")
     for name, reason in facts["unavailable"].items():
-        _say(f"unavailable  {name}: {reason}")
+        say(f"unavailable  {name}: {reason}")
 
 
 # -- predict and demo ----------------------------------------------------------------------------
@@ -438,11 +368,11 @@ def predict(
     if as_json:
         escaped = "utf" not in (sys.stdout.encoding or "").lower()
         for row in rows:
-            _say(json.dumps(row, ensure_ascii=escaped))
+            say(json.dumps(row, ensure_ascii=escaped))
     elif output is not None:
-        _say(f"{len(rows)} predictions in {output}")
+        say(f"{len(rows)} predictions in {output}")
     else:
-        _show_predictions(rows)
+        show_predictions(rows)
 
 
 def _load_tuner(directory: Path) -> FineTuner:
@@ -487,22 +417,6 @@ def _standard_input() -> list[str]:
         byte = raw[error.start]
         raise InputError(f"standard input:{line}: not UTF-8 text (byte 0x{byte:02x})") from error
     return [line.rstrip("\r") for line in lines if line.strip()]
-
-
-def _show_predictions(rows: list[dict[str, Any]]) -> None:
-    """Print a line each; on a terminal, cut to its width."""
-    from rich.cells import cell_len, set_cell_size
-
-    width = shutil.get_terminal_size((80, 20)).columns if sys.stdout.isatty() else None
-    longest = max(cell_len(row["label"]) for row in rows)
-    for row in rows:
-        label = set_cell_size(row["label"], longest)
-        head = f"{label}  {max(row['probabilities'].values()):6.1%}  "
-        text = " ".join(row["text"].split())
-        if width is not None:
-            room = max(20, width - cell_len(head))
-            text = text if cell_len(text) <= room else set_cell_size(text, room - 3) + "..."
-        _say(head + text)
 
 
 @app.command()

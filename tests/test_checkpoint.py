@@ -155,12 +155,12 @@ def test_prune_leaves_what_is_no_checkpoint_and_clears_what_killed_runs_left(roo
 
 
 def test_the_newest_goes_by_number_not_by_name(root):
-    step = 100_000_000  # one digit more than the names are padded to
-    save_checkpoint(root, *trained(3), {"step": step})
-    assert find_checkpoint(root).name == f"step-{step}"
-    assert [p.name for p in list_checkpoints(root)] == [
-        f"step-{step}", "step-00000002", "step-00000001"
-    ]  # fmt: skip
+    # One digit more than names are padded to, and before the other one in the alphabet.
+    for step in (99_999_999, 100_000_000):
+        save_checkpoint(root, *trained(3), {"step": step})
+    assert find_checkpoint(root).name == "step-100000000"
+    steps = [int(p.name.removeprefix("step-")) for p in list_checkpoints(root)]
+    assert steps == [100_000_000, 99_999_999, 2, 1]
 
 
 def test_a_full_disk_is_one_sentence_and_the_older_one_stays(root):

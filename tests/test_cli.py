@@ -401,8 +401,9 @@ def test_pretraining_ends_with_what_to_do_next(project):
 def test_the_summary_says_which_weights_were_kept(project):
     worse = ("training.learning_rate=0.3", "training.num_epochs=4", "training.eval_steps=1")
     options = [part for option in worse for part in ("--set", option)]
-    out, err = loopos("run", "run.json", *options, cwd=project)
-    losses = [float(line.split("loss ")[1].split(",")[0]) for line in err.splitlines()]
+    out, _ = loopos("run", "run.json", *options, cwd=project)
+    records = map(json.loads, (project / "out/metrics.jsonl").read_text().splitlines())
+    losses = [record["eval"]["loss"] for record in records if "eval" in record]
     best = losses.index(min(losses)) + 1
     assert best < 24 == len(losses)
     assert f"24 steps, finished; kept is step {best}, the best evaluation" in out.splitlines()

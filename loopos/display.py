@@ -1,0 +1,113 @@
+"""What the command line prints: plain lines that fit a terminal, with texts shown as they are."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loopos.config import RunConfig
+    from loopos.runner import Prepared, Summary
+    from loopos.training.trackers import RunInfo
+
+__all__ = ["plain", "say", "show_place", "show_predictions", "show_prepared", "show_start",
+           "show_summary"]  # fmt: skip
+
+#: Control characters would act on the terminal instead of being shown.
+_SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+
+
+def plain(text: str) -> str:
+    """Return `text` with its control characters spelled out."""
+    return text.translate(_SHOWN)
+
+
+def say(line: str = "") -> None:
+    """Print a line at once."""
+    print(plain(line), flush=True)
+
+
+def show_start(config: RunConfig, info: RunInfo) -> None:
+    """Print how long the run will be, from where, and with what it computes."""
+    left = f", {info.start_step:,} of them done before" if info.start_step else ""
+    say(f"run\n  {info.total_steps:,} optimizer steps{left}")
+    show_place(config)
+
+
+def show_place(config: RunConfig) -> None:
+    """Print who computes, and where results go."""
+    from loopos.backends import get_backend
+
+    described = get_backend().describe()
+    threads = described["threads"]
+    say(
+        f"  backend {described['name']} ({threads} thread{'s' * (threads != 1)}), "
+        f"seed {config.computation.seed}"
+    )
+    say(f"  output in {config.output_dir}")
+
+
+def show_prepared(prepared: Prepared) -> None:
+    """Print the data report and the size of what is trained."""
+    say("data")
+    for line in prepared.report.lines():
+        say(f"  {line}")
+    say(f"model\n  {prepared.num_parameters:,} parameters")
+
+
+def show_summary(summary: Summary) -> None:
+    """Print final figures, the confusion matrix, and what to do next."""
+    result, figures = summary.result, summary.evaluation
+    best = result.best_checkpoint
+    kept = int(best.name.rpartition("-")[2]) if best is not None else result.steps
+    note = f"; kept is step {kept}, the best evaluation" if kept != result.steps else ""
+    say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}{note}")
+    if figures:
+        say("evaluation")
+        for name, value in figures.items():
+            if isinstance(value, float):
+                say(f"  {name:<20} {value:.4f}")
+        _confusion(figures, summary.output_dir)
+    say(f"saved in {summary.output_dir}")
+    if (summary.output_dir / "model" / "classifier.json").exists():
+        say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
+    else:
+        say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
+
+
+def _confusion(figures: dict[str, Any], directory: Path) -> None:
+    """Print the confusion matrix, unless it is too wide to read."""
+    from rich.cells import cell_len, set_cell_size
+
+    from loopos.files import read_json
+
+    matrix = figures.get("confusion_matrix")
+    if matrix is None or len(matrix) > 20:
+        return
+    names = read_json(directory / "model" / "classifier.json")["labels"]
+    # Long names would make lines that no terminal holds.
+    names = [set_cell_size(n, 16) if cell_len(n) > 16 else n
+             for n in map(str, names or range(len(matrix)))]  # fmt: skip
+    width = max(8, *map(cell_len, names), *(len(str(v)) for row in matrix for v in row)) + 1
+    say("  true \\ predicted")
+    say("  " + " " * width + "".join(" " * (width - cell_len(name)) + name for name in names))
+    for name, row in zip(names, matrix, strict=True):
+        say("  " + set_cell_size(name, width) + "".join(f"{value:>{width}}" for value in row))
+
+
+def show_predictions(rows: list[dict[str, Any]]) -> None:
+    """Print a line each; on a terminal, cut to its width."""
+    from rich.cells import cell_len, set_cell_size
+
+    width = shutil.get_terminal_size((80, 20)).columns if sys.stdout.isatty() else None
+    longest = max(cell_len(row["label"]) for row in rows)
+    for row in rows:
+        label = set_cell_size(row["label"], longest)
+        head = f"{label}  {max(row['probabilities'].values()):6.1%}  "
+        text = " ".join(row["text"].split())
+        if width is not None:
+            room = max(20, width - cell_len(head))
+            text = text if cell_len(text) <= room else set_cell_size(text, room - 3) + "..."
+        say(head + text)
