@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from loopos.config import RunConfig
     from loopos.runner import Prepared, Summary
     from loopos.training.trackers import RunInfo

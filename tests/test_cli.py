@@ -399,14 +399,17 @@ def test_pretraining_ends_with_what_to_do_next(project):
 
 
 def test_the_summary_says_which_weights_were_kept(project):
-    worse = ("training.learning_rate=0.3", "training.num_epochs=4", "training.eval_steps=1")
+    swapped = (project / "t.csv").read_text(encoding="utf-8").replace("pos", "tmp")
+    swapped = swapped.replace("neg", "[red]pos").replace("[red]tmp", "neg")
+    (project / "v.csv").write_text(swapped, encoding="utf-8")  # the better, the worse
+    worse = ("data.validation_data=v.csv", "training.max_steps=9", "training.eval_steps=1")
     options = [part for option in worse for part in ("--set", option)]
     out, _ = loopos("run", "run.json", *options, cwd=project)
     records = map(json.loads, (project / "out/metrics.jsonl").read_text().splitlines())
     losses = [record["eval"]["loss"] for record in records if "eval" in record]
     best = losses.index(min(losses)) + 1
-    assert best < 24 == len(losses)
-    assert f"24 steps, finished; kept is step {best}, the best evaluation" in out.splitlines()
+    assert best < 9 == len(losses)
+    assert f"9 steps, finished; kept is step {best}, the best evaluation" in out.splitlines()
 
 
 # -- interruptions -------------------------------------------------------------------------------
