@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.display import (
+    open_standard_streams,
     plain,
     say,
     show_place,
@@ -29,6 +30,7 @@ from loopos.display import (
     show_prepared,
     show_start,
     show_summary,
+    silence,
 )
 from loopos.errors import InputError, LooposError, MissingFileError, OutputError
 from loopos.files import atomic_write_text
@@ -66,6 +68,7 @@ _OUTPUT = typer.Option(
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a text is no reason to die
             stream.reconfigure(errors="backslashreplace")
@@ -73,9 +76,8 @@ def main() -> None:
         sys.exit(_run_app())
     except BrokenPipeError:
         # Whoever read our output has left: say nothing more, not even at exit.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
+        silence(1)
+        silence(2)
         sys.exit(1)
 
 
@@ -160,12 +162,21 @@ def run(
         def on_start(self, info: RunInfo) -> None:
             show_start(loaded, info)
 
+    class Progress(ConsoleProgress):
+        """Goes on unheard when its reader leaves: hours of training are worth more than a line."""
+
+        def _print(self, line: str) -> None:
+            try:
+                super()._print(line)
+            except OSError:
+                silence(2)
+
     with _stop_on_signals() as stop:
         try:
             summary = run_config(
                 loaded,
                 resume=resume,
-                callbacks=[Announce(), ConsoleProgress()],
+                callbacks=[Announce(), Progress()],
                 stop=stop,
                 on_prepared=show_prepared,
             )

@@ -21,6 +21,7 @@ import numpy as np
 
 from loopos.config import RunConfig, load_config, shipped_configs
 from loopos.data.readers import LabelledTexts
+from loopos.display import say, show_prepared, show_summary
 from loopos.files import write_json
 from loopos.methods.fine_tuning import FineTuner
 from loopos.models.weights import load_config as load_model_config
@@ -238,16 +239,14 @@ def run_demo(
     int
         Exit code: 0 done, 1 when the result is not what the demo promises, 130 when stopped.
     """
-    from loopos.cli import show_prepared, show_summary
-
     wanted = output_dir or Path(load_config(shipped_configs()["demo"]).output_dir)
     directory = free_directory(wanted)
     if directory != wanted:
-        print(f"{wanted} is not empty, so this run goes to {directory}")
+        say(f"{wanted} is not empty, so this run goes to {directory}")
     titles = iter(("1. from the pretrained base model", "2. the same without pretraining"))
 
     def prepared(one: Prepared) -> None:
-        print(f"== {next(titles)} ==", flush=True)
+        say(f"== {next(titles)} ==")
         show_prepared(one)
 
     try:
@@ -263,7 +262,7 @@ def run_demo(
         print(f"{interrupted}; 'loopos demo' starts again in a new directory", file=sys.stderr)
         return 130
     for line in result.lines():
-        print(line)
+        say(line)
     for fault in result.faults:
         print(f"error: {fault}", file=sys.stderr)
     return 1 if result.faults else 0

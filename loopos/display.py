@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
+
+from loopos.errors import OutputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,8 +17,8 @@ if TYPE_CHECKING:
     from loopos.runner import Prepared, Summary
     from loopos.training.trackers import RunInfo
 
-__all__ = ["plain", "say", "show_place", "show_predictions", "show_prepared", "show_start",
-           "show_summary"]  # fmt: skip
+__all__ = ["open_standard_streams", "plain", "say", "show_place", "show_predictions",
+           "show_prepared", "show_start", "show_summary", "silence"]  # fmt: skip
 
 #: Control characters would act on the terminal instead of being shown.
 _SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
@@ -27,8 +30,44 @@ def plain(text: str) -> str:
 
 
 def say(line: str = "") -> None:
-    """Print a line at once."""
-    print(plain(line), flush=True)
+    """Print a line at once.
+
+    Raises
+    ------
+    OutputError
+        If standard output takes no more, as on a full disk.
+    BrokenPipeError
+        If its reader has left.
+    """
+    try:
+        print(plain(line), flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence(1)  # or Python would try, and fail, once more at exit
+        raise OutputError(f"standard output: cannot be written ({error.strerror})") from error
+
+
+def silence(number: int) -> None:
+    """Let what is still to be written to a descriptor vanish."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def open_standard_streams() -> None:
+    """Open those that the caller closed.
+
+    Otherwise the next file opened, perhaps a checkpoint, would be descriptor 2, into which the
+    signal handler writes.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def show_start(config: RunConfig, info: RunInfo) -> None:
