@@ -243,11 +243,19 @@ def run_demo(
     directory = free_directory(wanted)
     if directory != wanted:
         say(f"{wanted} is not empty, so this run goes to {directory}")
-    titles = iter(("1. from the pretrained base model", "2. the same without pretraining"))
+    shown: list[Prepared] = []
 
     def prepared(one: Prepared) -> None:
-        say(f"== {next(titles)} ==")
-        show_prepared(one)
+        if shown:  # the same data again
+            say("== the same network without pretraining ==")
+        else:
+            say("== from the pretrained base model ==")
+            show_prepared(one)
+        shown.append(one)
+
+    def done(summary: Summary) -> None:
+        if summary.output_dir == directory:
+            show_summary(summary)
 
     try:
         result = compare(
@@ -256,7 +264,7 @@ def run_demo(
             callbacks=[ConsoleProgress()],
             stop=stop,
             on_prepared=prepared,
-            on_run=show_summary,
+            on_run=done,
         )
     except Interrupted as interrupted:
         print(f"{interrupted}; 'loopos demo' starts again in a new directory", file=sys.stderr)

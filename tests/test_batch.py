@@ -2,7 +2,6 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import FrozenInstanceError
 from functools import partial
@@ -368,24 +367,23 @@ def test_items_are_made_ahead():
 
 
 def test_closing_stops_the_workers_and_cancels_what_has_not_begun():
-    begun, release = [], threading.Event()
+    begun, second, release = [], threading.Event(), threading.Event()
 
     def make(i):
         begun.append(i)
         if i:
-            release.wait(5)
+            second.set()
+            release.wait(60)
         return i
 
     items = prefetch((partial(make, i) for i in range(100)), depth=8, num_workers=1)
     assert next(items) == 0
-    with ThreadPoolExecutor(1) as pool:
-        closing = pool.submit(items.close)
-        while not any(t.is_alive() for t in loopos_threads()):
-            time.sleep(0.001)
-        time.sleep(0.05)
-        release.set()
-        closing.result(5)
-    assert len(begun) <= 2
+    assert second.wait(60)  # the worker is busy with item 1; six more wait behind it
+    timer = threading.Timer(1.0, release.set)  # long after close() has cancelled those
+    timer.start()
+    items.close()
+    timer.join()
+    assert begun == [0, 1]
     assert loopos_threads() == []
 
 
