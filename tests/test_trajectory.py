@@ -1,5 +1,6 @@
 """Fifty steps of fine-tuning against PyTorch: every parameter, AdamW, clipping, cosine schedule."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -22,9 +23,9 @@ def section(reference, prefix):
     return {k.removeprefix(prefix): reference[k] for k in reference if k.startswith(prefix)}
 
 
-def load(name, directory, dtype):
+def load(name, directory, dtype, fixtures=FIXTURES):
     """The reference, its options and the classifier it starts from."""
-    with np.load(FIXTURES / f"trajectory_{name}.npz") as file:
+    with np.load(fixtures / f"trajectory_{name}.npz") as file:
         reference = dict(file)
     (directory / "config.json").write_text(str(reference["config"]))
     weights = section(reference, "weights/")
@@ -82,6 +83,25 @@ def test_float64_follows_pytorch(name, tmp_path):
         np.testing.assert_allclose(found[key], array, rtol=0, atol=1e-8, err_msg=key)
     np.testing.assert_allclose(classifier.weight.data, reference["final_head/weight"], atol=1e-8)
     np.testing.assert_allclose(classifier.bias.data, reference["final_head/bias"], atol=1e-8)
+
+
+def test_follows_pytorch_live(tmp_path, monkeypatch):
+    """Another seed than the fixture's, run by PyTorch here and now."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location("make_fixtures", FIXTURES / "make_fixtures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    exact = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(**script.GPT2 | script.IDS | exact)
+    script.trajectory("gpt2", transformers.GPT2Model(config), 21)
+    reference, options, classifier = load("gpt2", tmp_path, "float64", tmp_path)
+    with np.load(FIXTURES / "trajectory_gpt2.npz") as committed:
+        assert not np.array_equal(committed["losses"], reference["losses"])
+    losses, norms, _ = train(reference, options, classifier)
+    np.testing.assert_allclose(losses, reference["losses"], rtol=1e-8)
+    np.testing.assert_allclose(norms, reference["norms"], rtol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
