@@ -131,6 +131,13 @@ def test_a_batch_of_no_sequence_is_empty():
             {"loss_masks": [[True], [True, True]]},
             "sequence 0: expected a loss mask of 2 values, found 1",
         ),
+        (
+            [[1, 2], [3]],
+            {"loss_masks": [[True, False], [0.5]]},
+            "sequence 1: expected a loss mask of true and false or 1 and 0",
+        ),
+        ([[1]], {"sample_ids": [0.5]}, "expected integers as sample_ids, found float64[1]"),
+        ([[1]], {"sample_ids": [[0]]}, "expected integers as sample_ids, found int64[1, 1]"),
     ],
 )
 def test_what_makes_no_batch_is_said(sequences, options, message):
@@ -267,6 +274,31 @@ def test_buckets_are_sorted_within_fifty_effective_batches():
         part = order[start:stop]
         assert sorted(part) == list(range(start, stop))
         assert np.all(np.diff(lengths[part]) >= 0)
+
+
+@given(
+    LENGTHS, st.integers(1, 9), st.integers(1, 3), st.booleans(), st.booleans(), st.booleans(),
+    st.integers(1, 4), st.one_of(st.none(), st.integers(1, 30)),
+)  # fmt: skip
+def test_the_count_is_that_of_all_epochs(
+    lengths, size, steps, by_tokens, shuffle, bucket, epochs, limit
+):
+    kind = {"batch_tokens": 8 * size} if by_tokens else {"batch_size": size}
+    sampler = BatchSampler(
+        lengths, **kind, gradient_accumulation_steps=steps, shuffle=shuffle, length_bucketing=bucket
+    )
+    total = sum(len(sampler.epoch(k)) for k in range(epochs))
+    assert sampler.count(epochs, limit) == (total if limit is None else min(total, limit))
+    assert sampler.count(None, limit) == (len(sampler.epoch(0)) if limit is None else limit)
+
+
+def test_the_count_of_shuffled_token_budgets_is_not_that_of_one_epoch_times():
+    lengths = np.random.default_rng(0).integers(1, 60, 80)
+    sampler = BatchSampler(lengths, batch_tokens=64)
+    each = [len(sampler.epoch(k)) for k in range(4)]
+    assert each == [52, 53, 54, 52]
+    assert [sampler.count(n) for n in (1, 2, 3, 4)] == [52, 105, 159, 211]
+    assert [sampler.count(4, limit) for limit in (1, 52, 100, 211, 999)] == [1, 52, 100, 211, 211]
 
 
 def test_no_sample_makes_no_batch():

@@ -117,6 +117,21 @@ def test_other_parameters_are_named_and_nothing_is_changed(root):
     assert np.array_equal(shaped["a.weight"].data, before)
 
 
+def test_an_optimizer_of_another_kind_is_refused_naming_the_file(root):
+    others = model(9)
+    before = others["a.weight"].data.copy()
+    with pytest.raises(CheckpointError, match=r"optimizer.safetensors: optimizer state '\w+/a.we"):
+        load_checkpoint(find_checkpoint(root), others, loopos.SGD(others, momentum=0.9))
+    assert np.array_equal(others["a.weight"].data, before)
+
+
+def test_names_of_files_that_are_no_utf8_come_back(tmp_path):
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    save_checkpoint(tmp_path, *trained(), {"step": 1, "run_config": {"output_dir": name}})
+    state = load_checkpoint(find_checkpoint(tmp_path), model(9))
+    assert state["run_config"]["output_dir"] == name
+
+
 def test_a_later_format_says_who_wrote_it(root, monkeypatch):
     monkeypatch.setattr("loopos.training.checkpoint.FORMAT", 2)
     with pytest.raises(CheckpointError, match=r"format 1 was written by loopos .* reads format 2"):

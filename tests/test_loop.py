@@ -19,6 +19,7 @@ from loopos.errors import (
     OutputError,
 )
 from loopos.training.loop import TrainingOptions, train
+from loopos.training.schedules import make_schedule
 from loopos.training.trackers import Callback
 
 ROWS, WIDTH = 20, 3
@@ -132,6 +133,7 @@ def test_the_seed_orders_and_workers_do_not_matter():
     ("name", "value"),
     [
         ("learning_rate", 0.0), ("learning_rate", float("nan")), ("batch_size", 0),
+        ("learning_rate", 10**400), ("batch_size", 10**400), ("max_grad_norm", float("inf")),
         ("batch_tokens", 0), ("num_epochs", 0), ("max_steps", 0), ("weight_decay", -1.0),
         ("betas", (0.9, 1.0)), ("eps", 0.0), ("momentum", 1.0), ("warmup_steps", -1),
         ("max_grad_norm", 0.0), ("gradient_accumulation_steps", 0), ("prefetch_batches", -1),
@@ -151,6 +153,17 @@ def test_clipping_scales_to_the_norm():
     work.fit(change(max_grad_norm=0.01, **options))
     moved = np.linalg.norm(work.parameters["w"].data - start)
     assert moved == pytest.approx(0.1 * 0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_each_step_has_the_rate_of_its_number_from_0(name):
+    history = Regression().fit(change(scheduler=name, warmup_steps=2)).history
+    rate = make_schedule(name, 0.1, 2, 6)
+    assert [r["learning_rate"] for r in history] == [rate(step) for step in range(6)]
+    still = Regression()
+    start = still.parameters["w"].data.copy()
+    still.fit(change(scheduler=name, warmup_steps=2, max_steps=1))
+    assert np.array_equal(still.parameters["w"].data, start)  # the first rate of a warm-up is 0
 
 
 class Heard(Callback):
@@ -212,6 +225,14 @@ def test_early_stopping_counts_evaluations_without_a_better_one():
         change(num_epochs=6, early_stopping_patience=2), evaluate=lambda: {"loss": next(figures)}
     )
     assert (result.stopped_reason, result.steps, result.best_metric) == ("early_stopping", 15, 0.4)
+
+
+def test_a_tie_is_not_better():
+    result = Regression().fit(
+        change(num_epochs=5, early_stopping_patience=2), evaluate=lambda: {"loss": 0.5}
+    )
+    assert (result.stopped_reason, result.steps) == ("early_stopping", 9)
+    assert [e["best"] for e in result.evaluations] == [True, False, False]
 
 
 def test_nothing_is_written_without_an_output_directory(tmp_path, monkeypatch):
@@ -448,7 +469,9 @@ def test_one_state_is_written_once(tmp_path, monkeypatch):
 
 def test_terms_without_a_count_and_counts_without_a_term_are_refused():
     work = Regression()
-    work.counts = lambda batch: {"loss": 8.0, "kl": 8.0}
+    plain = work.losses
+    work.losses = lambda batch, dropout: {"nll": plain(batch, dropout)["loss"]}
+    work.counts = lambda batch: {"nll": 8.0, "kl": 8.0}
     with pytest.raises(LooposError, match="the objective counts 'kl', but has no loss"):
         work.fit(BASE)
     work = Regression()
@@ -539,7 +562,7 @@ class TwoTerms(Regression):
 
     def counts(self, batch):
         tokens = batch.next_token_targets()[1].sum()
-        return {"tokens": float(tokens), "texts": float(batch.num_sequences)}
+        return {"language": float(tokens), "texts": float(batch.num_sequences)}
 
     def losses(self, batch, dropout):
         h = ops.embedding(batch.tokens, self.parameters["table"])
@@ -547,7 +570,7 @@ class TwoTerms(Regression):
         targets, weights = batch.next_token_targets()
         language, _ = ops.linear_cross_entropy(h, self.parameters["w"], targets, weights)
         logits = ops.linear(ops.segment_mean(h, batch.offsets), self.parameters["head"])
-        return {"tokens": language, "texts": ops.cross_entropy(logits, batch.labels)[0]}
+        return {"language": language, "texts": ops.cross_entropy(logits, batch.labels)[0]}
 
     def make(self, indices, sample_ids):
         texts = [self.texts[i] for i in indices]
@@ -561,7 +584,9 @@ class TwoTerms(Regression):
         lengths = np.array([len(t) for t in self.texts])
         history = train(self.parameters, self, self.make, lengths, options).history
         weights = {name: p.data for name, p in self.parameters.items()}
-        return weights, [[r[k] for k in ("loss", "tokens", "texts", "grad_norm")] for r in history]
+        return weights, [
+            [r[k] for k in ("loss", "language", "texts", "grad_norm")] for r in history
+        ]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -575,6 +600,23 @@ def test_accumulating_is_one_large_batch_with_dropout_and_terms_of_unlike_counts
             np.testing.assert_allclose(others[name], expected, rtol=0, atol=1e-12, err_msg=name)
     # and another effective batch is another run
     assert TwoTerms(rate).after(3, 3)[1][0] != records[0]
+
+
+def test_the_norm_is_over_all_that_is_trained_and_nothing_else():
+    work = TwoTerms(0.0)
+    work.parameters["w"].requires_grad = False
+    before = {name: p.data.copy() for name, p in work.parameters.items()}
+    options = TrainingOptions(
+        learning_rate=1.0, batch_size=ROWS, max_steps=1, optimizer="sgd", momentum=0.0,
+        weight_decay=0.0,
+    )  # fmt: skip
+    lengths = np.array([len(t) for t in work.texts])
+    record = train(work.parameters, work, work.make, lengths, options).history[0]
+    moves = {name: p.data - before[name] for name, p in work.parameters.items()}
+    norms = {name: np.linalg.norm(move) for name, move in moves.items()}  # rate 1: gradients
+    assert norms["w"] == 0
+    assert min(norms["table"], norms["head"]) > 0.01
+    assert record["grad_norm"] == pytest.approx(np.hypot(norms["table"], norms["head"]), rel=1e-9)
 
 
 def test_dropout_is_on_and_each_step_has_its_own():

@@ -114,6 +114,18 @@ def test_state_round_trip_continues_bit_for_bit(kind):
     assert np.array_equal(p.data, whole)
 
 
+def test_loaded_state_shares_no_memory_with_its_source():
+    _, first = run("adamw")
+    state = first.state_dict()
+    kept = {key: np.array(value) for key, value in state.items()}
+    p = Parameter(start(), "p")
+    second = loopos.AdamW([p])
+    second.load_state_dict(state)
+    p.add_grad(gradients()[0])
+    second.step()
+    assert all(np.array_equal(state[key], value) for key, value in kept.items())
+
+
 def test_foreign_state_is_refused_by_name():
     optimizer = loopos.AdamW([Parameter(np.ones(3), "a")])
     with pytest.raises(CheckpointError, match="'first_moment/b' belongs to no parameter"):
@@ -126,6 +138,8 @@ def test_foreign_state_is_refused_by_name():
     ("build", "options", "message"),
     [
         (loopos.AdamW, {"learning_rate": -1.0}, "learning_rate is -1.0"),
+        (loopos.AdamW, {"learning_rate": float("nan")}, "learning_rate is nan"),
+        (loopos.SGD, {"learning_rate": float("inf")}, "learning_rate is inf"),
         (loopos.AdamW, {"betas": (0.9, 1.0)}, "betas is 1.0"),
         (loopos.AdamW, {"eps": 0.0}, "eps is 0.0"),
         (loopos.SGD, {"momentum": 1.0}, "momentum is 1.0"),
@@ -141,6 +155,12 @@ def test_numbers_out_of_range_are_named(build, options, message):
 def test_two_parameters_of_one_name_are_refused():
     with pytest.raises(ConfigError, match="two parameters are called 'a'"):
         loopos.SGD([Parameter(np.ones(2), "a"), Parameter(np.ones(2), "a")])
+
+
+def test_one_parameter_of_two_names_is_refused():
+    tied = Parameter(np.ones(2), "a")
+    with pytest.raises(ConfigError, match="'a' and 'b' are one parameter"):
+        loopos.SGD({"a": tied, "b": tied})
 
 
 def test_the_global_norm_is_over_all_gradients():

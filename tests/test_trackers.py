@@ -96,6 +96,20 @@ def test_a_bar_on_a_terminal():
     assert "evaluation: loss 0.2500, accuracy 0.7500" in text
 
 
+def test_plain_lines_on_a_terminal_that_cannot_move_its_cursor(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    progress = ConsoleProgress(stream, interval_s=0.0)
+    progress.on_start(RunInfo(4, 2, 8, None))
+    progress.on_step(step(3))  # a bar would be shown once, at the end
+    assert stream.getvalue() == "step 3/4  loss 0.5000  1,234 tokens/s  0:00 left\n"
+    progress.on_end()
+
+
 def test_a_damaged_line_is_named_and_the_file_left_as_it_is(tmp_path):
     path = tmp_path / "metrics.jsonl"
     for line in ("{oops", "[1]", '{"loss": 1}'):

@@ -54,7 +54,7 @@ class Batch:
             At least one token each; no sequence at all gives an empty batch.
         labels : array_like [B], optional
         loss_masks : sequence of bool sequences, optional
-            As long as `sequences`; by default every token counts.
+            True or 1 where a token counts, one value a token; by default every token counts.
         sample_ids : array_like of int [B], optional
             By default the place in this batch.
 
@@ -78,6 +78,8 @@ class Batch:
             if values is not None and values.shape[:1] != (len(arrays),):
                 found = len(values) if values.ndim else "a single value"
                 raise DataError(f"expected {name} for {len(arrays)} sequences, found {found}")
+        if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
+            raise DataError(f"expected integers as sample_ids, found {ids.dtype}{list(ids.shape)}")
         return cls(tokens, offsets, ids.astype(np.int32), mask, marks)
 
     @cached_property
@@ -142,10 +144,12 @@ def _joined_masks(masks: Sequence[Any], lengths: Array) -> Array:
     """Return the masks of all sequences, bool [N]."""
     if len(masks) != lengths.size:
         raise DataError(f"expected loss_masks for {lengths.size} sequences, found {len(masks)}")
-    arrays = [np.asarray(mask, dtype=bool) for mask in masks]
+    arrays = [np.asarray(mask) for mask in masks]
     for index, (mask, length) in enumerate(zip(arrays, lengths, strict=True)):
         if mask.shape != (length,):
             raise DataError(
                 f"sequence {index}: expected a loss mask of {length} values, found {mask.size}"
             )
-    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=bool)
+        if not np.isin(mask, (0, 1)).all():  # a weight would become True in silence
+            raise DataError(f"sequence {index}: expected a loss mask of true and false or 1 and 0")
+    return np.concatenate(arrays).astype(bool) if arrays else np.zeros(0, dtype=bool)

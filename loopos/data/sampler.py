@@ -86,6 +86,23 @@ class BatchSampler:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches
 
+    def count(self, num_epochs: int | None, limit: int | None = None) -> int:
+        """Return the number of effective batches in the first `num_epochs`, at most `limit`.
+
+        Without `num_epochs`: `limit`, over as many epochs as that needs, or else those of one.
+        """
+        if num_epochs is None:
+            return len(self.epoch(0)) if limit is None else limit
+        total = 0
+        if self._batch_size or not self._shuffle:  # every epoch has as many
+            total = len(self.epoch(0)) * num_epochs
+            return total if limit is None else min(total, limit)
+        for k in range(num_epochs):
+            total += len(self.epoch(k))
+            if limit is not None and total >= limit:
+                return limit
+        return total
+
     def _sort_windows(self, order: Array) -> Array:
         if self._batch_size:
             effective = self._batch_size * self._accumulation

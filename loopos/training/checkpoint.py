@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Parameter
-from loopos.errors import CheckpointError, OutputError
-from loopos.files import atomic_directory, read_json, write_json
+from loopos.errors import CheckpointError, ConfigError, InputError, OutputError
+from loopos.files import atomic_directory, read_json
 from loopos.training.optim import Optimizer
 from loopos.version import __version__
 
 __all__ = ["damage", "find_checkpoint", "list_checkpoints", "load_checkpoint", "prune",
-           "read_state", "require_same_run", "save_checkpoint"]  # fmt: skip
+           "read_state", "require_json", "require_same_run", "require_unused",
+           "save_checkpoint"]  # fmt: skip
 
 FORMAT = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -35,6 +36,8 @@ _IDENTITY = ("seed", "num_samples", "lengths_sha256", "monitor")
 #: Options that may differ in a continuation; `num_epochs` and `max_steps` may grow.
 _MAY_CHANGE = {"num_epochs", "max_steps", "prefetch_batches", "num_workers"}
 _NAME = re.compile(r"step-(\d{8,})")
+#: What a checkpoint is called before the rename, see `files.atomic_directory`.
+_TEMPORARY = re.compile(r"\.(step-\d{8,})\.[0-9a-f]{8}\.tmp")
 _log = logging.getLogger("loopos")
 
 
@@ -77,11 +80,33 @@ def save_checkpoint(
             save_file(slots, directory / "optimizer.safetensors")
         except SafetensorError as error:  # its own exception, for a full disk too
             raise OutputError(f"{path}: cannot be written ({error})") from error
-        write_json(directory / "state.json", header | dict(state))
-        write_json(
+        # Last, so that a directory whose files fit it is whole, renamed yet or not.
+        _write_json(directory / "state.json", header | dict(state))
+        _write_json(
             directory / "manifest.json", {name: _digest(directory / name) for name in _FILES}
         )
     return path
+
+
+def _write_json(path: Path, value: Any) -> None:
+    # In ASCII: names of files that are no UTF-8 come back as they were.
+    path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="ascii")
+
+
+def require_json(state: Mapping[str, Any]) -> None:
+    """Check, before a run has done anything worth saving, that its state can be saved.
+
+    Raises
+    ------
+    ConfigError
+        Naming the first key whose value JSON cannot hold.
+    """
+    options = {f"training.{key}": value for key, value in state["options"].items()}
+    for key, value in (options | dict(state)).items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{key}: a checkpoint cannot hold it ({error})") from error
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -122,13 +147,16 @@ def list_checkpoints(root: str | Path) -> list[Path]:
 def find_checkpoint(root: str | Path) -> Path | None:
     """Return the newest whole checkpoint under `root`, None where there is none at all.
 
-    Damaged ones are skipped with a warning in the log.
+    Damaged ones are skipped with a warning in the log. One that is whole, but whose run was killed
+    just before the rename, is renamed first: of a checkpoint that was being replaced there may be
+    no other.
 
     Raises
     ------
     CheckpointError
         If there are checkpoints and all are damaged.
     """
+    _recover(Path(root))
     reasons = []
     for path in list_checkpoints(root):
         reason = damage(path)
@@ -139,6 +167,34 @@ def find_checkpoint(root: str | Path) -> Path | None:
     if reasons:
         raise CheckpointError(f"no checkpoint in {root} is whole: {reasons[0]}")
     return None
+
+
+def require_unused(directory: Path) -> None:
+    """Refuse to delete the checkpoints of an earlier run, as keeping best and last would.
+
+    Raises
+    ------
+    InputError
+        If there are any under `directory`.
+    """
+    if list_checkpoints(directory / "checkpoints"):
+        raise InputError(
+            f"{directory}: already holds the checkpoints of a run; resume it, or choose "
+            "another directory"
+        )
+
+
+def _recover(root: Path) -> None:
+    left = [(_TEMPORARY.fullmatch(path.name), path) for path in root.glob(".step-*.tmp")]
+    whole = [(match[1], path) for match, path in left if match and damage(path) is None]
+    # The newer of two with one name: the other one was about to be replaced by it.
+    for name, path in sorted(whole, key=lambda one: one[1].stat().st_mtime_ns, reverse=True):
+        if (root / name).exists():
+            continue
+        try:
+            path.rename(root / name)
+        except OSError as error:
+            _log.warning("%s is whole, but cannot be renamed (%s)", path, error.strerror or error)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -175,6 +231,13 @@ def require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]
         {k: v for k, v in state["options"].items() if k not in _MAY_CHANGE} for state in (then, now)
     ]
     _require_same(path, "training.", *options)
+    was, found = (state.get("trained") or {} for state in (then, now))
+    for name in found:
+        if was.get(name, found[name]) != found[name]:
+            words = ("trained", "frozen") if was[name] else ("frozen", "trained")
+            raise CheckpointError(
+                f"{path}: parameter '{name}' was {words[0]}, now it is {words[1]}"
+            )
     was, found = ((state.get("run_config") or {}).get("model") or {} for state in (then, now))
     # A size may be spelled out now that followed from the weights before, and the reverse.
     stated = ({k: m[k] for k in found if k in was} for m in (was, found))
@@ -227,7 +290,10 @@ def load_checkpoint(
             )
     if optimizer is not None:
         slots: dict[str, Any] = dict(load_file(path / "optimizer.safetensors"))
-        optimizer.load_state_dict(slots | {"steps": state["optimizer_steps"]})
+        try:
+            optimizer.load_state_dict(slots | {"steps": state["optimizer_steps"]})
+        except CheckpointError as error:
+            raise CheckpointError(f"{path / 'optimizer.safetensors'}: {error}") from error
     for name, parameter in parameters.items():
         parameter.data[...] = arrays[name]
     return state

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -24,15 +25,17 @@ from loopos.autograd import Array, Parameter, Tensor, backward
 from loopos.backends import get_backend
 from loopos.data.batch import Batch
 from loopos.data.sampler import BatchSampler, prefetch
-from loopos.errors import CheckpointError, ConfigError, InputError, LooposError, NumericalError
+from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError, OutputError
 from loopos.ops import DropoutKeys
 from loopos.training.checkpoint import (
+    damage,
     find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
     prune,
     read_state,
+    require_json,
     require_same_run,
+    require_unused,
     save_checkpoint,
 )
 from loopos.training.optim import gradient_norm
@@ -43,6 +46,10 @@ from loopos.training.trackers import Callback, MetricsFile, RunInfo
 __all__ = ["Interrupted", "Objective", "TrainResult", "TrainingOptions", "train"]
 
 _log = logging.getLogger("loopos")
+
+#: Columns of a step's record beside its terms.
+_COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_s",
+            "time_s")  # fmt: skip
 
 
 class Objective(Protocol):
@@ -158,26 +165,32 @@ def train(
     Raises
     ------
     ConfigError
-        If an option asks for what is not there: an output directory, an evaluation, a figure.
+        If an option asks for what is not there: an output directory, an evaluation, a figure; or
+        JSON cannot hold what checkpoints are to keep.
     InputError
         If `output_dir` holds the checkpoints of a run, and this is not its continuation.
     CheckpointError
         If there is nothing whole to resume, or it belongs to another run; nothing is changed then.
     NumericalError
-        If a loss or gradient is not finite or nothing counts; the state before it is saved.
+        If a loss, gradient or figure is not finite or nothing counts; the state before it is saved.
     Interrupted
         On KeyboardInterrupt; the last completed step is saved.
     """
     root = None if output_dir is None else Path(output_dir)
+    try:
+        seed = operator.index(seed)  # checkpoints hold JSON, which knows none of NumPy's numbers
+    except TypeError as error:
+        raise ConfigError(f"seed: expected an integer, found {seed!r}") from error
     run = _Run(parameters, objective, make_batch, lengths, options, seed, root, evaluate, monitor)
     run.stop, run.run_config = stop, run_config
     if root is not None:
         run.metrics_file = MetricsFile(root / "metrics.jsonl")
+        require_json(run._state())
     run.callbacks = callbacks
     if resume:
         run.restore()
-    else:
-        run.require_unused()
+    elif root is not None:
+        require_unused(root)
     return run.go()
 
 
@@ -221,7 +234,7 @@ class _Run:
             length_bucketing=options.length_bucketing,
             seed=self.seed,
         )
-        self.total_steps = self._count_steps()
+        self.total_steps = self.sampler.count(options.num_epochs, options.max_steps)
         self.rate = make_schedule(
             options.scheduler, options.learning_rate, options.warmup_steps, self.total_steps
         )
@@ -229,13 +242,6 @@ class _Run:
         if not trained:
             raise ConfigError("every parameter is frozen, so there is nothing to train")
         self.optimizer = make_optimizer(trained, options)
-
-    def _count_steps(self) -> int:
-        epochs, limit = self.options.num_epochs, self.options.max_steps
-        if epochs is None and limit is not None:
-            return limit
-        total = sum(len(self.sampler.epoch(k)) for k in range(epochs or 1))
-        return total if limit is None else min(total, limit)
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -266,8 +272,8 @@ class _Run:
             batches = self.sampler.epoch(self.at.epoch)
             plan = batches[self.at.index :][: self.total_steps - self.at.step]
             thunks = [partial(self._make, micro) for micro in plan]
-            options = self.options
-            for made in prefetch(thunks, options.prefetch_batches, options.num_workers):
+            ahead = self.options.prefetch_batches, self.options.num_workers
+            for made in prefetch(thunks, *ahead):
                 self._step(made, batches[self.at.index], len(batches))
                 self._after_step()
                 if self.at.exhausted:
@@ -286,9 +292,9 @@ class _Run:
 
     def _step(self, batches: list[Batch], indices: list[Array], steps_in_epoch: int) -> None:
         started = time.perf_counter()
-        totals = self._totals(batches, indices)
-        sums: dict[str, float] = {}
-        self._zero_grad()
+        totals, sums = self._totals(batches, indices), dict[str, float]()
+        for parameter in self.parameters.values():
+            parameter.zero_grad()
         for batch, samples in zip(batches, indices, strict=True):
             terms = self.objective.losses(batch, DropoutKeys(self.seed, self.at.step))
             for name, term in terms.items():
@@ -303,7 +309,9 @@ class _Run:
                 raise LooposError(f"the objective counts '{name}', but has no loss of that name")
         norm = gradient_norm(self.optimizer.parameters.values())
         if not np.isfinite(norm):
-            self._fail(f"the gradient of {self._first_bad()} is not finite", indices)
+            bad = _first_not_finite({n: p.grad for n, p in self.optimizer.parameters.items()})
+            of = f"'{bad}'" if bad else "all parameters together"
+            self._fail(f"the gradient of {of} is not finite", indices)
         limit = self.options.max_grad_norm
         scale = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
         rate = self.rate(self.at.step)
@@ -311,11 +319,10 @@ class _Run:
         self.updating = True
         self.optimizer.step(scale, rate)
         self._advance(steps_in_epoch)
-        terms_mean = {name: sums[name] / totals[name] for name in sums}
+        means = {name: sums[name] / totals[name] for name in sums}
         tokens, spent = sum(batch.num_tokens for batch in batches), time.perf_counter() - started
         record: dict[str, Any] = {"step": self.at.step, "epoch": epoch}
-        record["loss"] = sum(terms_mean.values())
-        record |= terms_mean if len(terms_mean) > 1 else {}
+        record |= {"loss": sum(means.values()), **(means if len(means) > 1 else {})}
         record |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
         record |= {"tokens_per_s": tokens / spent, "time_s": spent}
         self.history.append(record)
@@ -330,38 +337,32 @@ class _Run:
             for name, count in self.objective.counts(batch).items():
                 totals[name] = totals.get(name, 0.0) + count
         for name, total in totals.items():
+            if len(totals) > 1 and name in _COLUMNS:
+                raise LooposError(f"the objective's term '{name}' is called as a column of records")
             if not total > 0:
                 self._fail(f"nothing counts towards {name}", indices)
         return totals
 
-    def _zero_grad(self) -> None:
-        for parameter in self.parameters.values():
-            parameter.zero_grad()
-
-    def _first_bad(self) -> str:
-        for name, parameter in self.optimizer.parameters.items():
-            if parameter.grad is not None and not np.isfinite(parameter.grad).all():
-                return f"'{name}'"
-        return "all parameters together"
-
-    def _fail(self, what: str, samples: Any) -> None:
-        """Save the last good state and stop the run with a sentence."""
+    def _fail(self, what: str, samples: Any) -> NoReturn:
+        """Stop the run with a sentence that names the samples."""
         rows = np.concatenate([np.atleast_1d(s) for s in samples]).tolist()
         shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-        message = f"step {self.at.step + 1}: {what} (samples {shown})"
+        self._halt(f"step {self.at.step + 1}: {what} (samples {shown})")
+
+    def _halt(self, message: str) -> NoReturn:
+        """Save the last good state and stop the run."""
         bad = self._bad_weight()
         if bad is not None:
             message += f"; parameter '{bad}' was not finite before"
         elif self.root is not None:
-            message += f"; the state before it is in {self.save()}"
+            try:
+                message += f"; the state before it is in {self.save()}"
+            except OutputError as error:
+                message += f"; the state before it is lost: {error}"
         raise NumericalError(message)
 
     def _bad_weight(self) -> str | None:
-        """Return the name of the first parameter that is not finite."""
-        for name, parameter in self.parameters.items():
-            if not np.isfinite(parameter.data).all():
-                return name
-        return None
+        return _first_not_finite({name: p.data for name, p in self.parameters.items()})
 
     # -- after a step ------------------------------------------------------------------------------
 
@@ -391,23 +392,29 @@ class _Run:
         at, (name, direction) = self.at, self.monitor
         if name not in figures:
             raise ConfigError(f"the evaluation has no figure '{name}' to monitor")
+        for key, figure in figures.items():
+            if isinstance(figure, (float, np.floating)) and not np.isfinite(figure):
+                self._halt(f"step {at.step}: the evaluation's {key} is {figure}")
         value = float(figures[name])
-        if not np.isfinite(value):
-            raise NumericalError(f"step {at.step}: the evaluation's {name} is {value}")
         sign = 1.0 if direction == "min" else -1.0
         better = at.best_value is None or sign * value < sign * at.best_value
         record = {"step": at.step, "epoch": at.epoch, "eval": figures, "best": better}
         self.evaluations.append(record)
         for callback in (self.metrics_file, *self.callbacks):
             callback.on_evaluate(record)
-        at.evaluation_due = False
-        at.evaluations_since_best = 0 if better else at.evaluations_since_best + 1
+        since = 0 if better else at.evaluations_since_best + 1
         patience = self.options.early_stopping_patience
-        at.exhausted = patience is not None and at.evaluations_since_best >= patience
-        if better:
-            at.best_value, at.best_step = value, at.step
-            if self.root is not None:
-                self.save()
+        # In one assignment: an interrupt saves the state before the evaluation or the one after it.
+        self.at = replace(
+            at,
+            evaluation_due=False,
+            evaluations_since_best=since,
+            exhausted=patience is not None and since >= patience,
+            best_value=value if better else at.best_value,
+            best_step=at.step if better else at.best_step,
+        )
+        if better and self.root is not None:
+            self.save()
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -427,6 +434,7 @@ class _Run:
             "monitor": list(self.monitor),
             "total_steps": self.total_steps,
             "options": self.options.as_dict(),
+            "trained": {name: p.requires_grad for name, p in self.parameters.items()},
             "run_config": self.run_config,
             "backend": get_backend().describe(),
         }
@@ -449,17 +457,8 @@ class _Run:
         checkpoints = self.root / "checkpoints"
         self.saved = save_checkpoint(checkpoints, self.parameters, self.optimizer, state)
         self.saved_state = state
-        best = self._checkpoint_of(self.at.best_step)
-        prune(checkpoints, [self.saved] if best is None else [self.saved, best])
+        prune(checkpoints, [self.saved, self._checkpoint_of(self.at.best_step) or self.saved])
         return self.saved
-
-    def require_unused(self) -> None:
-        """Refuse to delete the checkpoints of an earlier run, as keeping best and last would."""
-        if self.root is not None and list_checkpoints(self.root / "checkpoints"):
-            raise InputError(
-                f"{self.root}: already holds the checkpoints of a run; resume it, or choose "
-                "another directory"
-            )
 
     def restore(self) -> None:
         """Take over the newest whole checkpoint, if it is one of this run."""
@@ -473,6 +472,10 @@ class _Run:
         load_checkpoint(path, self.parameters, self.optimizer)
         self.at = _Progress(**{name: state[name] for name in vars(self.at)})
         self.saved = path
+        best = self._checkpoint_of(self.at.best_step)
+        if best is not None and (reason := damage(best)):  # not known only when the run is done
+            _log.warning("the best checkpoint is lost, the next evaluation is the best: %s", reason)
+            self.at = replace(self.at, best_value=None, best_step=None)
         was, now = state["backend"]["name"], get_backend().describe()["name"]
         if was != now:
             _log.warning("resumed on backend %s what ran on %s", now, was)
@@ -488,3 +491,10 @@ class _Run:
         return Interrupted(
             f"interrupted after step {self.at.step}, saved in {self.save()}", self.saved
         )
+
+
+def _first_not_finite(arrays: Mapping[str, Array | None]) -> str | None:
+    for name, array in arrays.items():
+        if array is not None and not np.isfinite(array).all():
+            return name
+    return None

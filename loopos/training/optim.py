@@ -45,7 +45,7 @@ class Optimizer(ABC):
     Raises
     ------
     ConfigError
-        If a number is out of range or a name stands twice.
+        If a number is out of range, or a name or a parameter stands twice.
     """
 
     #: Names of the arrays kept for each parameter, in its shape.
@@ -60,10 +60,8 @@ class Optimizer(ABC):
         weight_decay: float,
         decay_groups: DecayGroups = "matrices",
     ):
-        _require(
-            learning_rate >= 0, "learning_rate", "a number that is not negative", learning_rate
-        )
-        _require(weight_decay >= 0, "weight_decay", "a number that is not negative", weight_decay)
+        for key, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+            _require(0 <= value < np.inf, key, "a finite number that is not negative", value)
         self.parameters = _named(parameters)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.steps = 0
@@ -267,14 +265,20 @@ class Adam(AdamW):
 
 
 def _named(parameters: Mapping[str, Parameter] | Iterable[Parameter]) -> dict[str, Parameter]:
-    if isinstance(parameters, Mapping):
-        return dict(parameters)
     named: dict[str, Parameter] = {}
-    for index, parameter in enumerate(parameters):
-        name = parameter.name or f"parameter_{index}"
-        if name in named:
-            raise ConfigError(f"two parameters are called '{name}'")
-        named[name] = parameter
+    if isinstance(parameters, Mapping):
+        named.update(parameters)
+    else:
+        for index, parameter in enumerate(parameters):
+            name = parameter.name or f"parameter_{index}"
+            if name in named:
+                raise ConfigError(f"two parameters are called '{name}'")
+            named[name] = parameter
+    seen: dict[int, str] = {}
+    for name, parameter in named.items():
+        first = seen.setdefault(id(parameter), name)
+        if first != name:  # a tied one: it would be updated twice, and counted twice in the norm
+            raise ConfigError(f"'{first}' and '{name}' are one parameter")
     return named
 
 

@@ -102,7 +102,7 @@ class TrainingOptions:
                     continue
                 words = "an integer" if kind is Integral else "a number"
                 _require(name, value, _is_number(value, kind), words)
-                _require(name, value, math.isfinite(value) and holds(value), expected)
+                _require(name, value, _is_finite(value) and holds(value), expected)
                 # NumPy's numbers are welcome, but checkpoints hold JSON.
                 object.__setattr__(self, name, int(value) if kind is Integral else float(value))
         pair = self.betas
@@ -139,6 +139,13 @@ _NUMBERS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] =
 
 def _is_number(value: Any, kind: type) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float can hold
+        return False
 
 
 def _require(name: str, value: Any, holds: bool, expected: str) -> None:

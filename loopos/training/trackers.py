@@ -122,10 +122,14 @@ class MetricsFile(Callback):
     on_evaluate = _write
 
     def on_end(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file (raises OutputError where the disk is full)."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            file.close()  # tries once more to write what could not be written before
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
 
 
 def _plain(value: Any) -> Any:
@@ -174,7 +178,10 @@ class ConsoleProgress(Callback):
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
         )
-        self._progress = Progress(*columns, console=Console(file=self._stream), expand=True)
+        console = Console(file=self._stream)
+        if console.is_dumb_terminal:  # a bar would stay unseen up to the end
+            return
+        self._progress = Progress(*columns, console=console, expand=True)
         self._task = self._progress.add_task("", total=info.total_steps, completed=info.start_step)
         self._progress.start()
 
