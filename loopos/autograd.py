@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -36,13 +36,22 @@ def is_grad_enabled() -> bool:
 
 
 @contextmanager
-def no_grad() -> Iterator[None]:
-    """Record nothing inside the block: evaluation and frozen models keep no tape."""
-    token = _grad_enabled.set(False)
+def _set_grad(enabled: bool) -> Iterator[None]:
+    token = _grad_enabled.set(enabled)
     try:
         yield
     finally:
         _grad_enabled.reset(token)
+
+
+def no_grad() -> AbstractContextManager[None]:
+    """Record nothing inside the block: evaluation and frozen models keep no tape."""
+    return _set_grad(False)
+
+
+def enable_grad() -> AbstractContextManager[None]:
+    """Record inside the block, whatever holds around it."""
+    return _set_grad(True)
 
 
 class Node:

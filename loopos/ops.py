@@ -7,13 +7,14 @@ plain ndarrays; they have no gradient. The backend of the forward also runs the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from loopos.autograd import Array, Tensor, record, recording
-from loopos.backends import get_backend
+from loopos import autograd
+from loopos.autograd import Array, Tensor, enable_grad, no_grad, record, recording
+from loopos.backends import get_backend, use_backend
 from loopos.backends.random_bits import derive_key
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "binary_cross_entropy",
     "cross_entropy",
     "dropout",
     "embedding",
@@ -33,6 +35,7 @@ __all__ = [
     "linear_kl",
     "linear_logprobs",
     "mse",
+    "recompute",
     "reshape",
     "rms_norm",
     "rope",
@@ -60,6 +63,12 @@ class DropoutKeys:
 
     def __init__(self, seed: int, step: int):
         self._seed, self._step, self._count = seed, step, 0
+
+    def copy(self) -> DropoutKeys:
+        """Return keys that go on where these are, to compute something a second time."""
+        twin = DropoutKeys(self._seed, self._step)
+        twin._count = self._count
+        return twin
 
     def next(self) -> int:
         """Return the key of the next op."""
@@ -110,9 +119,16 @@ def embedding(ids: Array, table: Tensor) -> Tensor:
     return record([backend.embedding(ids, table.data)], (table,), backward)
 
 
-def add(a: Tensor, b: Tensor) -> Tensor:
-    """``a + b`` of one shape."""
-    return record([a.data + b.data], (a, b), lambda grads: (grads[0], grads[0]))
+def add(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """``a + scale * b`` of one shape."""
+    if scale == 1.0:
+        return record([a.data + b.data], (a, b), lambda grads: (grads[0], grads[0]))
+    factor = b.dtype.type(scale)
+
+    def backward(grads: Grads) -> Grads:
+        return grads[0], None if grads[0] is None else grads[0] * factor
+
+    return record([a.data + factor * b.data], (a, b), backward)
 
 
 def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -353,6 +369,12 @@ def cross_entropy(
     return _scaled(logits, total, dlogits), count
 
 
+def binary_cross_entropy(logits: Tensor, targets: Array) -> tuple[Tensor, float]:
+    """Summed binary cross-entropy of ``logits[B, K]`` and ``targets[B, K]``, and the elements."""
+    total, count, gradient = get_backend().binary_cross_entropy(logits.data, targets)
+    return _scaled(logits, total, gradient), count
+
+
 def mse(prediction: Tensor, target: Array) -> tuple[Tensor, float]:
     """Summed squared error, and the number of elements."""
     total, count, gradient = get_backend().mse(prediction.data, target)
@@ -382,3 +404,43 @@ def dropout(
         return (backend.dropout_backward(_arrived(grads[0], x.data), *options),)
 
     return record([backend.dropout(x.data, *options)], (x,), backward)
+
+
+def recompute(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    parameters: Iterable[Tensor],
+) -> tuple[Tensor, ...]:
+    """Call `function`, keep its inputs and outputs only, and call it again in the backward.
+
+    Gradient checkpointing (Chen et al. 2016, "Training deep nets with sublinear memory cost"). The
+    same ops run on the same values in the same order, so gradients have the same bytes.
+
+    Parameters
+    ----------
+    function : callable
+        Of the inputs alone: what it draws, it must draw again on its second call.
+    inputs : tuple of Tensor
+    parameters : iterable of Tensor
+        All that `function` uses besides: their gradients are added as always.
+
+    Returns
+    -------
+    tuple of Tensor
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    if not recording(*inputs, *trained):
+        return function(*inputs)
+    backend = get_backend()
+    with no_grad():
+        arrays = [tensor.data for tensor in function(*inputs)]
+
+    def backward(grads: Grads) -> Grads:
+        leaves = tuple(Tensor(tensor.data, tensor.requires_grad) for tensor in inputs)
+        with use_backend(backend), enable_grad():
+            outputs = zip(function(*leaves), grads, strict=True)
+            autograd.backward([(y, g) for y, g in outputs if g is not None and y.requires_grad])
+        return [*(leaf.grad for leaf in leaves), *(None for _ in trained)]
+
+    outputs = record(arrays, (*inputs, *trained), backward)
+    return outputs if isinstance(outputs, tuple) else (outputs,)

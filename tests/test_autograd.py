@@ -86,6 +86,12 @@ def op_cases():
         "linear_kl": (lambda: ops.linear_kl(x, w, y.data, array(6, 6, seed=7), 1.2), [x, w]),
         "cross_entropy": (lambda: ops.cross_entropy(x, ids, weights[:6] + 1, 0.1)[0], [x]),
         "mse": (lambda: ops.mse(x, y.data)[0], [x]),
+        "add scaled": (lambda: ops.add(x, y, -0.7), [x, y]),
+        "binary_cross_entropy": (lambda: ops.binary_cross_entropy(x, y.data > 0)[0], [x]),
+        "recompute": (
+            lambda: ops.recompute(lambda z: (ops.linear(z, w, b, "relu"), z), (x,), [w, b])[0],
+            [x, w, b],
+        ),
         "dropout": (lambda: ops.dropout(x, 0.4, keys(), OFFSETS, SAMPLES), [x]),
     }
 

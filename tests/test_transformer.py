@@ -402,3 +402,63 @@ def test_inputs_that_do_not_fit_are_refused():
 def test_rope_runs_beyond_max_seq_len():
     model = Transformer(LLAMA)
     assert model.forward(Batch.from_sequences([[1] * 40])).shape == (40, 23)
+
+
+# -- gradient checkpointing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["pre", "post"])
+@pytest.mark.parametrize("frozen", [(), ("embeddings.tokens", "layers.0.attention.q.weight")])
+def test_recomputing_layers_changes_no_byte(placement, frozen):
+    config = TransformerConfig(
+        d_model=12, num_heads=3, num_layers=3, d_ff=20, vocab_size=31, max_seq_len=16,
+        norm_placement=placement, dropout=0.2,
+    )  # fmt: skip
+    batch = Batch.from_sequences([[3, 1, 4, 1, 5], [9], [2, 6, 5, 30]])
+    runs = []
+    for recompute in (False, True):
+        model = Transformer(config, seed=1)
+        model.gradient_checkpointing = recompute
+        for name in frozen:
+            model.parameters()[name].requires_grad = False
+        keys = DropoutKeys(3, 4)
+        loss, _ = model.next_token_loss(batch, keys)
+        loss.backward()
+        grads = {n: p.grad for n, p in model.parameters().items()}
+        runs.append((loss.item(), keys.next(), grads))
+    assert runs[0][:2] == runs[1][:2]
+    for name, grad in runs[0][2].items():
+        assert (grad is None) == (name in frozen)
+        assert grad is None or np.array_equal(grad, runs[1][2][name]), name
+
+
+def test_recomputing_keeps_what_enters_a_layer_only():
+    import tracemalloc
+
+    config = TransformerConfig(
+        d_model=16, num_heads=2, num_layers=8, d_ff=64, vocab_size=31, max_seq_len=256
+    )
+    batch = Batch.from_sequences([np.arange(256) % 31])
+    held = []
+    for recompute in (False, True):
+        model = Transformer(config)
+        model.gradient_checkpointing = recompute
+        tracemalloc.start()
+        loss, _ = model.next_token_loss(batch)
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        del loss
+    layer_states = 2 * 256 * 16 * 4  # the stream and its norm
+    assert held[1] < 8 * layer_states * 1.5 + 200_000
+    assert held[0] > 4 * held[1]
+
+
+def test_nothing_is_recomputed_where_nothing_is_trained(monkeypatch):
+    model = Transformer(TransformerConfig(12, 3, 2, 20, 31))
+    model.gradient_checkpointing = True
+    batch = Batch.from_sequences([[3, 1, 4]])
+    for parameter in model.parameters().values():
+        parameter.requires_grad = False
+    assert not model.get_hidden_states(batch).requires_grad
+    with no_grad():
+        assert not Transformer(model.config).get_hidden_states(batch).requires_grad

@@ -251,6 +251,24 @@ class LossOps:
         dlogits = np.exp(z) * target.sum(axis=1, keepdims=True) - target
         return total, count, dlogits
 
+    def binary_cross_entropy(self, logits: Array, targets: Array) -> tuple[float, float, Array]:
+        """Binary cross-entropy of ``logits`` and ``targets`` in [0, 1], both of one shape.
+
+        An element's loss is ``softplus(z) - y z``, with its gradient ``sigmoid(z) - y``.
+
+        Returns
+        -------
+        total, count : float
+            `count` is the number of elements.
+        dlogits : ndarray
+            Gradient of `total`.
+        """
+        y = targets.astype(logits.dtype)
+        decay = np.exp(-np.abs(logits))  # never overflows
+        loss = np.maximum(logits, 0) - logits * y + np.log1p(decay)
+        sigmoid = np.where(logits >= 0, 1, decay) / (1 + decay)
+        return float(np.sum(loss, dtype=np.float64)), float(loss.size), sigmoid - y
+
     def mse(self, prediction: Array, target: Array) -> tuple[float, float, Array]:
         """Sum of squared errors, number of elements, gradient ``2 (prediction - target)``."""
         difference = prediction - target.astype(prediction.dtype)

@@ -366,6 +366,20 @@ def cross_entropy(n: int, k: int, weighted: bool, smoothing: float) -> OpCase:
     )
 
 
+def binary_cross_entropy(n: int, k: int, spread: float) -> OpCase:
+    """Multi-label loss; a large spread saturates the sigmoid."""
+    return OpCase(
+        "binary_cross_entropy",
+        f"{n}x{k},spread {spread:g}",
+        lambda rng: {
+            "logits": rng.normal(0, spread, size=(n, k)),
+            "targets": rng.integers(0, 2, size=(n, k)).astype(np.int64),
+        },
+        lambda be, a: be.binary_cross_entropy(a["logits"], a["targets"]),
+        lambda be, a, out, up: {"logits": out[2] * out[2].dtype.type(up[0])},
+    )
+
+
 def mse(n: int) -> OpCase:
     """Squared error."""
     return OpCase(
@@ -495,6 +509,8 @@ CASES: list[OpCase] = [
     linear_kl(19, 7, 31, 1.3),
     *(cross_entropy(9, 5, weighted, s) for weighted in (False, True) for s in (0.0, 0.1)),
     cross_entropy(0, 5, False, 0.0),
+    *(binary_cross_entropy(7, 5, spread) for spread in (1.0, 60.0)),
+    binary_cross_entropy(0, 5, 1.0),
     mse(13),
     dropout(RAGGED, 9, 0.3),
     adamw((7, 5), 1, True),

@@ -145,6 +145,30 @@ class TensorFile:
                 raise self._fault(f"unexpected tensor '{name}'{nearest(name, known)}")
 
 
+def read_finite(file: TensorFile, name: str, shape: tuple[int, ...] | None, dtype: Any) -> Array:
+    """Return a tensor of a file, of a given shape (any if None) and finite.
+
+    Raises
+    ------
+    ModelFormatError
+        If it is missing, of another shape, cut off or holds NaN or infinity.
+    """
+    if shape is not None and name in file.names and file.shape(name) != shape:
+        found = list(file.shape(name))
+        raise ModelFormatError(
+            f"{file.path}: tensor '{name}' has shape {found}, expected {list(shape)}"
+        )
+    array = file.read(name, dtype)
+    finite = np.isfinite(array)
+    if not finite.all():
+        where = [int(index) for index in np.argwhere(~finite)[0]]
+        raise ModelFormatError(
+            f"{file.path}: tensor '{name}' is {array[tuple(where)]} at {where}"
+            f" (as {np.dtype(dtype)})"
+        )
+    return array
+
+
 def write_tensors(path: str | Path, tensors: Mapping[str, Array]) -> None:
     """Write float32 and float64 arrays as one ``.safetensors`` file, through a rename.
 

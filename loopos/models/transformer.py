@@ -7,8 +7,9 @@ and lengths follow from ``batch.offsets``; there is no padding and no mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,13 @@ from loopos import ops
 from loopos.autograd import Array, Parameter, Tensor
 from loopos.data.batch import Batch
 from loopos.errors import ConfigError, DataError
+from loopos.models.adapter import Adapter, LoraConfig
 from loopos.models.config import TransformerConfig
 from loopos.ops import DropoutKeys
 
 __all__ = ["Origin", "SavesTokenizer", "Transformer", "TransformerConfig", "parameter_shapes"]
+
+States = tuple[Tensor, ...]
 
 _INIT_STD = 0.02  # GPT-2 (Radford et al. 2019) and BERT (Devlin et al. 2019)
 
@@ -43,10 +47,13 @@ class Origin:
         The whole ``config.json``, with the keys that do not concern the computation.
     prefix : str
         What stood before the body's tensor names, such as "transformer." or nothing.
+    source : str
+        Where it came from: a path, or the name of a model on the hub.
     """
 
     config: dict[str, Any]
     prefix: str
+    source: str
 
 
 def _linear_shapes(name: str, out: int, width: int, bias: bool) -> Iterator[tuple[str, tuple]]:
@@ -145,6 +152,16 @@ class Transformer:
         their own names and saved back.
     origin : Origin or None
         Of a loaded model.
+    adapters : dict of str to Adapter
+        Low-rank updates by the name of their linear layer, such as "layers.0.attention.q"; see
+        :func:`loopos.add_lora`.
+    lora : LoraConfig or None
+        What made them.
+    unmerged : dict of str to ndarray
+        While the weights hold the updates, and the adapters are left out: the weights without.
+    gradient_checkpointing : bool
+        Keep only what enters each layer and compute the layer again in the backward
+        (:func:`ops.recompute`): less memory, one more forward, the same bytes.
 
     Raises
     ------
@@ -177,16 +194,24 @@ class Transformer:
             raise ConfigError(f"'{surplus[0]}' is no parameter of this model")
         self.extra_tensors: dict[str, Array] = {}
         self.origin: Origin | None = None
+        self.adapters: dict[str, Adapter] = {}
+        self.lora: LoraConfig | None = None
+        self.unmerged: dict[str, Array] = {}
+        self.gradient_checkpointing = False
         half = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
         self._inv_freq = config.rope_theta**-half  # Su et al. 2021, eq. 15
 
     def parameters(self) -> dict[str, Parameter]:
-        """Return every parameter by name, such as "layers.0.attention.q.weight", in order."""
-        return dict(self._parameters)
+        """Return every parameter by name, such as "layers.0.attention.q.weight", in order.
+
+        Those of adapters come last, such as "layers.0.attention.q.lora_a".
+        """
+        adapters = dict.fromkeys(self.adapters.values())  # one may serve several layers
+        return self._parameters | {n: p for adapter in adapters for n, p in adapter.named()}
 
     def num_parameters(self) -> int:
-        """Return how many numbers are trained; a tied table counts once."""
-        return sum(p.data.size for p in self._parameters.values())
+        """Return how many numbers the parameters hold; a tied table counts once."""
+        return sum(p.data.size for p in self.parameters().values())
 
     @property
     def head_weight(self) -> Parameter:
@@ -223,24 +248,16 @@ class Transformer:
         """
         self._check(batch)
         x = self._embed(batch, dropout)
-        layers = range(self.config.num_layers)
-        if self.config.norm_placement == "post":
-            for index in layers:
-                name = f"layers.{index}"
-                branch = self._attention(name, x, batch, dropout)
-                x, _ = self._add_norm(f"{name}.attention_norm", branch, x)
-                branch = self._mlp(name, x, batch, dropout)
-                x, _ = self._add_norm(f"{name}.mlp_norm", branch, x)
-            return x
-        stream, x = x, self._norm("layers.0.attention_norm", x)
-        for index in layers:
-            name, last = f"layers.{index}", index + 1 == self.config.num_layers
-            branch = self._attention(name, x, batch, dropout)
-            x, stream = self._add_norm(f"{name}.mlp_norm", branch, stream)
-            branch = self._mlp(name, x, batch, dropout)
-            following = "final_norm" if last else f"layers.{index + 1}.attention_norm"
-            x, stream = self._add_norm(following, branch, stream)
-        return x
+        pre = self.config.norm_placement == "pre"
+        # What runs through the layers: the residual stream, and before it its norm.
+        states: States = (self._norm("layers.0.attention_norm", x), x) if pre else (x,)
+        layer = self._pre_norm_layer if pre else self._post_norm_layer
+        for index in range(self.config.num_layers):
+            if self.gradient_checkpointing:
+                states = self._recomputed(partial(layer, index), states, batch, dropout)
+            else:
+                states = layer(index, states, batch, dropout)
+        return states[0]
 
     def forward(self, batch: Batch, dropout: DropoutKeys | None = None) -> Tensor:
         """Return the logits ``[N, V]`` of every token; for people and tests.
@@ -289,6 +306,40 @@ class Transformer:
 
     # -- the parts of the network ----------------------------------------------------------------
 
+    def _recomputed(
+        self,
+        layer: Callable[..., States],
+        states: States,
+        batch: Batch,
+        dropout: DropoutKeys | None,
+    ) -> States:
+        """Run a layer so that its backward computes it again, with the same dropout keys."""
+        again = None if dropout is None else dropout.copy()
+        keys = iter((dropout, again))
+        return ops.recompute(
+            lambda *given: layer(given, batch, next(keys)), states, self.parameters().values()
+        )
+
+    def _pre_norm_layer(
+        self, index: int, states: States, batch: Batch, dropout: DropoutKeys | None
+    ) -> States:
+        x, stream = states
+        name, last = f"layers.{index}", index + 1 == self.config.num_layers
+        branch = self._attention(name, x, batch, dropout)
+        x, stream = self._add_norm(f"{name}.mlp_norm", branch, stream)
+        branch = self._mlp(name, x, batch, dropout)
+        following = "final_norm" if last else f"layers.{index + 1}.attention_norm"
+        return self._add_norm(following, branch, stream)
+
+    def _post_norm_layer(
+        self, index: int, states: States, batch: Batch, dropout: DropoutKeys | None
+    ) -> States:
+        (x,), name = states, f"layers.{index}"
+        branch = self._attention(name, x, batch, dropout)
+        x, _ = self._add_norm(f"{name}.attention_norm", branch, x)
+        branch = self._mlp(name, x, batch, dropout)
+        return self._add_norm(f"{name}.mlp_norm", branch, x)[:1]
+
     def _check(self, batch: Batch) -> None:
         tokens, config = batch.tokens, self.config
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
@@ -323,7 +374,8 @@ class Transformer:
         self, layer: str, x: Tensor, batch: Batch, dropout: DropoutKeys | None
     ) -> Tensor:
         config, size = self.config, self.config.head_size
-        q, k, v = (self._linear(f"{layer}.attention.{name}", x) for name in "qkv")
+        names = tuple(f"{layer}.attention.{name}" for name in "qkv")
+        q, k, v = self._linears(names, x, batch, dropout)
         q = ops.reshape(q, (-1, config.num_heads, size))
         k = ops.reshape(k, (-1, config.kv_heads, size))
         v = ops.reshape(v, (-1, config.kv_heads, size))
@@ -342,20 +394,40 @@ class Transformer:
             sample_ids=batch.sample_ids,
         )
         mixed = ops.reshape(mixed, (-1, config.num_heads * size))
-        return self._drop(self._linear(f"{layer}.attention.o", mixed), batch, dropout)
+        (branch,) = self._linears((f"{layer}.attention.o",), mixed, batch, dropout)
+        return self._drop(branch, batch, dropout)
 
     def _mlp(self, layer: str, x: Tensor, batch: Batch, dropout: DropoutKeys | None) -> Tensor:
-        kind = self.config.activation
+        kind, mlp = self.config.activation, f"{layer}.mlp"
         if kind == "swiglu":
-            gate = self._linear(f"{layer}.mlp.gate", x)
-            inner = ops.swiglu(gate, self._linear(f"{layer}.mlp.up", x))
+            inner = ops.swiglu(*self._linears((f"{mlp}.gate", f"{mlp}.up"), x, batch, dropout))
         else:
-            inner = self._linear(f"{layer}.mlp.up", x, activation=kind)
-        return self._drop(self._linear(f"{layer}.mlp.down", inner), batch, dropout)
+            (inner,) = self._linears((f"{mlp}.up",), x, batch, dropout, activation=kind)
+        (branch,) = self._linears((f"{mlp}.down",), inner, batch, dropout)
+        return self._drop(branch, batch, dropout)
 
-    def _linear(self, name: str, x: Tensor, activation: str | None = None) -> Tensor:
-        bias = self._parameters.get(f"{name}.bias")
-        return ops.linear(x, self._parameters[f"{name}.weight"], bias, activation=activation)
+    def _linears(
+        self,
+        names: tuple[str, ...],
+        x: Tensor,
+        batch: Batch,
+        dropout: DropoutKeys | None,
+        activation: str | None = None,
+    ) -> list[Tensor]:
+        """Apply linear layers that have one input, each with its low-rank update if it has one."""
+        low: dict[Adapter, Tensor] = {}
+        outputs = []
+        for name in names:
+            weight, bias = self._parameters[f"{name}.weight"], self._parameters.get(f"{name}.bias")
+            adapter = None if self.unmerged else self.adapters.get(name)
+            if adapter is None:
+                outputs.append(ops.linear(x, weight, bias, activation=activation))
+                continue
+            if adapter not in low:
+                low[adapter] = adapter.down(x, batch, dropout)
+            y = adapter.add_to(name, ops.linear(x, weight, bias), low[adapter])
+            outputs.append(y if activation is None else ops.activation(y, activation))
+        return outputs
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         gain, eps = self._parameters[f"{name}.weight"], self.config.norm_eps

@@ -20,11 +20,17 @@ from loopos.files import read_json, write_json
 from loopos.models.config import TransformerConfig
 from loopos.models.families import Family, Rule, family_for, family_of
 from loopos.models.families.base import has_lm_head
-from loopos.models.tensor_file import TensorFile, write_tensors
+from loopos.models.peft_files import (
+    ADAPTER_CONFIG,
+    load_adapters,
+    read_adapter_config,
+    save_adapters,
+)
+from loopos.models.tensor_file import TensorFile, read_finite, write_tensors
 from loopos.models.transformer import Origin, SavesTokenizer, Transformer, parameter_shapes
 from loopos.version import __version__
 
-__all__ = ["load_config", "load_model", "read_finite", "save_model", "to_hf_tensors"]
+__all__ = ["is_adapter", "load_config", "load_model", "read_finite", "save_model", "to_hf_tensors"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "float64")}
@@ -45,7 +51,8 @@ def load_config(directory: str | Path) -> TransformerConfig:
     MissingFileError, ModelFormatError
         As :func:`load_model`.
     """
-    return _read_config(Path(directory))[1]
+    path = Path(directory)
+    return _read_config(Path(_base_of(path)) if is_adapter(path) else path)[1]
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
@@ -54,7 +61,8 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
     Parameters
     ----------
     directory : path
-        With ``config.json`` and ``model.safetensors`` (or its shards and their index).
+        With ``config.json`` and ``model.safetensors`` (or its shards and their index); or with
+        PEFT's ``adapter_config.json``, which names the base to load before the adapters.
     dtype : {"float32", "float64"}
         Of the parameters; files in float16 and bfloat16 are converted.
 
@@ -74,6 +82,8 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
     directory = Path(directory)
+    if is_adapter(directory):
+        return load_adapters(load_model(_base_of(directory), dtype), directory)
     family, config, values = _read_config(directory)
     files = _tensor_files(directory)
     prefix = family.prefix if any(name.startswith(family.prefix) for name in files) else ""
@@ -89,32 +99,21 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
         arrays |= _read_rule(rule, shapes, name, file, _DTYPES[dtype])
     model = Transformer(config, dtype=_DTYPES[dtype], arrays=arrays)
     model.extra_tensors = _read_others(family, model, found)
-    model.origin = Origin(values, prefix)
+    model.origin = Origin(values, prefix, str(directory))
     return model
 
 
-def read_finite(file: TensorFile, name: str, shape: tuple[int, ...] | None, dtype: Any) -> Array:
-    """Return a tensor of a file, of a given shape (any if None) and finite.
+def is_adapter(directory: str | Path) -> bool:
+    """Whether a directory holds adapters and no model of its own."""
+    path = Path(directory)
+    return (path / ADAPTER_CONFIG).is_file() and not (path / _CONFIG).is_file()
 
-    Raises
-    ------
-    ModelFormatError
-        If it is missing, of another shape, cut off or holds NaN or infinity.
-    """
-    if shape is not None and name in file.names and file.shape(name) != shape:
-        found = list(file.shape(name))
-        raise ModelFormatError(
-            f"{file.path}: tensor '{name}' has shape {found}, expected {list(shape)}"
-        )
-    array = file.read(name, dtype)
-    finite = np.isfinite(array)
-    if not finite.all():
-        where = [int(index) for index in np.argwhere(~finite)[0]]
-        raise ModelFormatError(
-            f"{file.path}: tensor '{name}' is {array[tuple(where)]} at {where}"
-            f" (as {np.dtype(dtype)})"
-        )
-    return array
+
+def _base_of(directory: Path) -> str:
+    base = read_adapter_config(directory)[1]
+    if is_adapter(base):
+        raise ModelFormatError(f"{directory / ADAPTER_CONFIG}: the base {base} holds adapters too")
+    return base
 
 
 def save_model(
@@ -142,6 +141,11 @@ def save_model(
         If the directory cannot be written.
     """
     directory = Path(directory)
+    if model.adapters and not model.unmerged:
+        save_adapters(model, directory)
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        return
     arrays = {name: parameter.data for name, parameter in model.parameters().items()}
     for name, array in arrays.items():
         if not np.isfinite(array).all():
