@@ -73,7 +73,12 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a text is no reason to die
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(_run_app())
+        code = _run_app()
+        try:
+            sys.stderr.flush()
+        except OSError:  # its reader has left, and Python would complain of it at exit
+            silence(2)
+        sys.exit(code)
     except BrokenPipeError:
         # Whoever read our output has left: say nothing more, not even at exit.
         silence(1)
@@ -162,21 +167,12 @@ def run(
         def on_start(self, info: RunInfo) -> None:
             show_start(loaded, info)
 
-    class Progress(ConsoleProgress):
-        """Goes on unheard when its reader leaves: hours of training are worth more than a line."""
-
-        def _print(self, line: str) -> None:
-            try:
-                super()._print(line)
-            except OSError:
-                silence(2)
-
     with _stop_on_signals() as stop:
         try:
             summary = run_config(
                 loaded,
                 resume=resume,
-                callbacks=[Announce(), Progress()],
+                callbacks=[Announce(), ConsoleProgress()],
                 stop=stop,
                 on_prepared=show_prepared,
             )
@@ -363,16 +359,7 @@ def predict(
         given = [_as_utf8(text) for text in texts or []] or _standard_input()
     if not given:
         raise InputError("there is no text to classify")
-    predictions = tuner.predict(given)
-    names = tuner.label_names or [str(i) for i in range(predictions.probabilities.shape[1])]
-    rows = [
-        {
-            "text": text,
-            "label": label,
-            "probabilities": dict(zip(names, map(float, p), strict=True)),
-        }
-        for text, label, p in zip(given, predictions.labels, predictions.probabilities, strict=True)
-    ]
+    rows = list(tuner.predict(given).rows(given))
     if output is not None:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         atomic_write_text(output, "".join(f"{line}\n" for line in lines))

@@ -271,7 +271,13 @@ def _override(sections: dict[str, dict[str, Any]], override: str, faults: Faults
     kind = typing.get_type_hints(texts).get(name) if texts else None
     if kind in (str, str | None) and not isinstance(parsed, (str, type(None))):
         parsed = value  # a directory may well be called 2024
-    sections[section][name] = parsed
+    *outer, last = name.split(".")
+    target = sections[section]
+    for part in outer:  # as in training.lora.rank
+        inner = target.get(part)
+        target[part] = dict(inner) if isinstance(inner, dict) else {}
+        target = target[part]
+    target[last] = parsed
     faults.lines[f"{section}.{name}"] = COMMAND
 
 
@@ -296,6 +302,11 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
         _check_sizes(model, data, faults)
     if training is not None and data is not None:
         _check_validation(training, data, faults)
+        if training.lora is not None and data.pretrained_weights is None:
+            faults.add(
+                "training.lora",
+                "adapters need data.pretrained_weights, as only they are trained and saved",
+            )
     language_model = computation is not None and computation.mode == "pretraining"
     if language_model and "num_classes" in (model or {}):
         faults.add("model.num_classes", "a language model has no classes")
@@ -332,7 +343,7 @@ def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None
     given = {name: v for name, v in values.items() if v is not None and name != "type"}
     fine = True
     for name, value in given.items():
-        least = {"num_classes": 2, "token_types": 0}.get(name, 1)
+        least = {"token_types": 0}.get(name, 1)
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             faults.add(f"model.{name}", _at_least(least, value))
             fine = False
@@ -379,15 +390,31 @@ def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:
     """Return a dataclass made of a section, None if it does not fit."""
     hints = typing.get_type_hints(kind)
     fields = {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}
-    values = _check(name, fields, raw, faults)
-    if values is None:
+    # A section in a section, such as training.lora, is a dataclass of its own.
+    inner = {key: _dataclass_of(hint) for key, (hint, _) in fields.items()}
+    sections = {key: raw[key] for key in raw if inner.get(key) and raw[key] is not None}
+    found = {}
+    for key, content in sections.items():
+        if isinstance(content, dict):
+            found[key] = _section(f"{name}.{key}", inner[key], content, faults)
+        else:
+            found[key] = None
+            faults.add(f"{name}.{key}", f"expected a section of keys, found {content!r}")
+    values = _check(name, fields, {k: v for k, v in raw.items() if k not in sections}, faults)
+    if values is None or None in found.values():
         return None
     try:
-        return kind(**values)
+        return kind(**values, **found)
     except InputError as error:  # a value of the right type, out of its range
         key, _, message = str(error).partition(": ")
         faults.add(key, message)
         return None
+
+
+def _dataclass_of(hint: Any) -> Any:
+    """Return the dataclass that a type is or may be, None for others."""
+    parts = (hint, *typing.get_args(hint))
+    return next((part for part in parts if dataclasses.is_dataclass(part)), None)
 
 
 def _check(

@@ -207,17 +207,12 @@ def _show(directory: Path, held_out: LabelledTexts, seed: int) -> tuple[Shown, .
     indices = np.random.default_rng(seed).choice(len(held_out.texts), size=3, replace=False)
     picked = held_out.take(indices)
     predictions = FineTuner.load(directory / "model").predict(picked.texts)
-    names = picked.label_names
+    rows = predictions.rows(picked.texts)
     return tuple(
-        Shown(text, names[label], str(predicted), float(probabilities.max()))
-        for text, label, predicted, probabilities in zip(
-            picked.texts,
-            picked.labels,
-            predictions.labels,
-            predictions.probabilities,
-            strict=True,
-        )
-    )
+        Shown(row["text"], picked.label_names[label], row["label"],
+              max(row["probabilities"].values()))
+        for row, label in zip(rows, picked.labels, strict=True)
+    )  # fmt: skip
 
 
 def run_demo(

@@ -143,12 +143,24 @@ def show_predictions(rows: list[dict[str, Any]]) -> None:
     from rich.cells import cell_len, set_cell_size
 
     width = shutil.get_terminal_size((80, 20)).columns if sys.stdout.isatty() else None
-    longest = max(cell_len(row["label"]) for row in rows)
-    for row in rows:
-        label = set_cell_size(row["label"], longest)
-        head = f"{label}  {max(row['probabilities'].values()):6.1%}  "
+    heads = [_said(row) for row in rows]
+    longest = max(map(cell_len, heads))
+    for row, said in zip(rows, heads, strict=True):
+        head = set_cell_size(said, longest) + "  "
+        if "label" in row:
+            head += f"{max(row['probabilities'].values()):6.1%}  "
         text = " ".join(row["text"].split())
         if width is not None:
             room = max(20, width - cell_len(head))
             text = text if cell_len(text) <= room else set_cell_size(text, room - 3) + "..."
         say(head + text)
+
+
+def _said(row: dict[str, Any]) -> str:
+    """Return what a model said of a text: a class, a number, or labels and their probabilities."""
+    if "value" in row:
+        return f"{row['value']:.4g}"
+    if "labels" in row:
+        shares = row["probabilities"]
+        return ", ".join(f"{name} {shares[name]:.0%}" for name in row["labels"]) or "(none)"
+    return str(row["label"])

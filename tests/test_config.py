@@ -228,7 +228,7 @@ def test_a_value_of_the_wrong_kind_is_refused_not_converted(refused, base, key, 
     [
         ("model.d_model", 0, "expected a whole number of at least 1, found 0"),
         ("model.vocab_size", -5, "expected a whole number of at least 1, found -5"),
-        ("model.num_classes", 1, "expected a whole number of at least 2, found 1"),
+        ("model.num_classes", 0, "expected a whole number of at least 1, found 0"),
         ("model.dropout", 1.0, "expected a number in [0, 1), found 1.0"),
         ("computation.seed", -1, "expected a whole number of at least 0, found -1"),
         ("computation.num_threads", 0, "expected a whole number of at least 1, found 0"),

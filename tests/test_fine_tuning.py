@@ -368,8 +368,8 @@ def test_more_classes_than_the_head_has_are_refused(tokenizer):
     expected = "num_classes is 3 but 2 labels are named"
     found = message_of(ConfigError, FineTuner, body(), tokenizer, num_classes=3, label_names="ab")
     assert found == expected
-    assert message_of(ConfigError, FineTuner, body(), tokenizer, num_classes=1) == (
-        "num_classes is 1, expected at least 2"
+    assert message_of(ConfigError, FineTuner, body(), tokenizer, num_classes=0) == (
+        "num_classes is 0, expected at least 1"
     )
 
 

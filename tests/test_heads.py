@@ -104,7 +104,8 @@ def test_transformers_loads_the_body(saved):
     ("change", "text"),
     [
         ({"pooling": "max"}, "pooling is 'max', expected one of mean, last, cls"),
-        ({"num_classes": 1}, "num_classes is 1, expected at least 2"),
+        ({"num_classes": 0}, "num_classes is 0, expected at least 1"),
+        ({"problem": "regresion"}, "key 'problem' is 'regresion', .*did you mean 'regression'"),
         ({"num_classes": 4}, "expected 4 labels"),
         ({"pools": "mean"}, "key 'pools' is unknown"),
     ],
@@ -146,8 +147,8 @@ def test_wrong_arguments_are_refused(tmp_path):
     body = Transformer(CONFIG)
     with pytest.raises(ConfigError, match=r"pooling is 'means'.*did you mean 'mean'"):
         SequenceClassifier(body, 3, "means")
-    with pytest.raises(ConfigError, match="num_classes is 1"):
-        SequenceClassifier(body, 1)
+    with pytest.raises(ConfigError, match="num_classes is 0"):
+        SequenceClassifier(body, 0)
     with pytest.raises(ConfigError, match="2 labels for num_classes 3"):
         SequenceClassifier(body, 3).save(tmp_path, labels=["a", "b"])
     assert not list(tmp_path.iterdir())

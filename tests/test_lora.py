@@ -186,7 +186,7 @@ def test_training_moves_adapters_only():
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < losses[0] - 0.15  # the head stays as it was drawn
     assert all(np.array_equal(base.parameters()[n].data, a) for n, a in kept.items())
     assert set(optimizer.parameters) == set(model.parameters())
     touched = {key.partition("/")[2] for key in optimizer.state_dict() if "/" in key}

@@ -65,6 +65,7 @@ class LabelledTexts(Texts):
 
     labels: Array
     label_names: list[str]
+    problem: str = field(default="classification", kw_only=True)
 
     def take(self, indices: Sequence[int] | Array) -> LabelledTexts:
         """Return the rows at `indices`; the classes stay as they are."""
@@ -153,6 +154,7 @@ def read_labelled(
     label_field: str = "label",
     label_names: Sequence[str] | None = None,
     num_classes: int | None = None,
+    problem: str | None = None,
 ) -> LabelledTexts:
     """Read texts with labels.
 

@@ -1,17 +1,24 @@
-"""What several methods do alike: encode texts, freeze parameters, walk a set without training."""
+"""What several methods do alike: encode texts, choose what is trained, train, walk a set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypedDict, TypeVar
 
 import numpy as np
 
 from loopos.autograd import Parameter
+from loopos.data.batch import Batch
 from loopos.errors import ConfigError, DataError, NumericalError, nearest
+from loopos.models.adapter import ALL_LINEAR
+from loopos.models.lora import add_lora, without_adapters
+from loopos.models.transformer import Transformer
 from loopos.training.checkpoint import load_checkpoint
-from loopos.training.loop import TrainingOptions, TrainResult
+from loopos.training.loop import Objective, TrainingOptions, TrainResult, train
+from loopos.training.trackers import Callback
 
 Array = np.ndarray[Any, Any]
 OptionsType = TypeVar("OptionsType", bound=TrainingOptions)
@@ -89,11 +96,120 @@ def with_overrides(options: OptionsType, overrides: Mapping[str, Any]) -> Option
     return replace(options, **overrides)
 
 
+def trained_body(model: Transformer) -> set[str]:
+    """Return the names of what is trained of a body: its adapters if it has any, or all."""
+    adapters = {parameter.name for adapter in model.adapters.values()
+                for _, parameter in adapter.named()}  # fmt: skip
+    return adapters or set(model.parameters())
+
+
 def train_only(parameters: Mapping[str, Parameter], wanted: set[str]) -> None:
     """Freeze every parameter whose name is not in `wanted`."""
     for name, parameter in parameters.items():
         parameter.requires_grad = name in wanted
         parameter.zero_grad()
+
+
+def with_adapters(model: Transformer, options: TrainingOptions, seed: int) -> Transformer:
+    """Return `model` as ``options.lora`` asks: with new adapters, or with those that it has.
+
+    Raises
+    ------
+    ConfigError
+        If the model has other adapters, or has them merged.
+    """
+    wanted = options.lora
+    if model.unmerged:
+        raise ConfigError("the adapters of this model are merged; unmerge them to train on")
+    if wanted is None or not model.adapters:
+        return model if wanted is None else add_lora(model, wanted, seed)
+    fresh = add_lora(without_adapters(model), wanted)
+    same = replace(wanted, target_modules=ALL_LINEAR) == replace(
+        model.lora or wanted, target_modules=ALL_LINEAR
+    )
+    if not same or list(fresh.adapters) != list(model.adapters):
+        raise ConfigError(
+            f"training.lora: {wanted} is asked for, but the model has adapters of {model.lora}"
+        )
+    return model
+
+
+def rate_factors(names: Iterable[str], num_layers: int, decay: float) -> dict[str, float]:
+    """Return the factor of each parameter's learning rate (Clark et al. 2020, "ELECTRA", 3.1).
+
+    Layer i of L has ``decay^(L - i)``, the embeddings ``decay^(L + 1)``, all else 1.
+    """
+    factors = {}
+    for name in names:
+        layer = re.match(r"layers\.(\d+)\.", name)
+        if layer:
+            factors[name] = decay ** (num_layers - int(layer[1]))
+        elif name.startswith("embeddings."):
+            factors[name] = decay ** (num_layers + 1)
+    return factors
+
+
+class RunArguments(TypedDict):
+    """What :func:`loopos.training.loop.train` is told of where and how a run goes."""
+
+    output_dir: str | Path | None
+    callbacks: Sequence[Callback]
+    resume: bool
+    stop: Callable[[], bool] | None
+    run_config: dict[str, Any] | None
+
+
+def fit(
+    model: Transformer,
+    parameters: Mapping[str, Parameter],
+    objective: Objective,
+    tokens: Sequence[Array],
+    options: TrainingOptions,
+    *,
+    labels: Array | None = None,
+    seed: int,
+    evaluate: Callable[[], dict[str, Any]] | None,
+    run: RunArguments,
+) -> TrainResult:
+    """Train on encoded texts, and end with the weights of the best evaluation.
+
+    Parameters
+    ----------
+    model : Transformer
+        The body.
+    parameters : mapping of str to Parameter
+        Of the body and its heads.
+    objective : Objective
+    tokens : sequence of ndarray int32
+        One sample each.
+    options : TrainingOptions
+    labels : ndarray [n, ...], optional
+        Of the samples.
+    seed : int
+    evaluate : callable or None
+    run : RunArguments
+    """
+
+    def make_batch(indices: Array, sample_ids: Array) -> Batch:
+        sequences = [tokens[i] for i in indices]
+        marks = None if labels is None else labels[indices]
+        return Batch.from_sequences(sequences, labels=marks, sample_ids=sample_ids)
+
+    model.gradient_checkpointing = options.gradient_checkpointing
+    decay = options.layerwise_lr_decay
+    result = train(
+        parameters,
+        objective,
+        make_batch,
+        np.array([len(ids) for ids in tokens]),
+        options,
+        seed=seed,
+        evaluate=evaluate,
+        rate_factors=rate_factors(parameters, model.config.num_layers, decay),
+        **run,
+    )
+    restore_best(result, parameters)
+    return result
 
 
 def restore_best(result: TrainResult, parameters: Mapping[str, Parameter]) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loopos import ops
 from loopos.autograd import Array, Tensor, no_grad
 from loopos.data.batch import Batch
 from loopos.data.readers import LabelledTexts, read_labelled
@@ -27,18 +26,20 @@ from loopos.errors import ConfigError, DataError, nearest
 from loopos.methods.common import (
     Encoded,
     encode,
+    fit,
     in_order,
     require_finite,
-    restore_best,
     train_only,
+    trained_body,
+    with_adapters,
     with_overrides,
 )
+from loopos.methods.problems import PROBLEMS, Classification, Predictions, Problem
 from loopos.models.heads import POOLINGS, Pooling, SequenceClassifier, load_classifier
 from loopos.models.transformer import Transformer
 from loopos.models.weights import load_model
 from loopos.ops import DropoutKeys
-from loopos.training.loop import TrainingOptions, TrainResult, train
-from loopos.training.metrics import classification_metrics
+from loopos.training.loop import TrainingOptions, TrainResult
 from loopos.training.trackers import Callback
 
 __all__ = ["FineTuner", "Options", "Predictions", "make", "read"]
@@ -97,43 +98,20 @@ class Options(TrainingOptions):
             raise ConfigError(f"training.max_length: expected at least 1, found {self.max_length}")
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """What a classifier says of some texts.
-
-    Attributes
-    ----------
-    ids : ndarray int64 [n]
-        The most probable class of each text.
-    labels : list of str
-        Its name; its number where labels were integers.
-    probabilities : ndarray [n, K]
-        Softmax of the logits.
-    """
-
-    ids: Array
-    labels: list[str]
-    probabilities: Array
-
-
 class _Objective:
-    """Cross-entropy of the class logits; counts are sums of class weights."""
+    """The loss of a problem over the outputs of a head."""
 
-    def __init__(self, model: SequenceClassifier, class_weights: Array | None, smoothing: float):
-        self._model, self._weights, self._smoothing = model, class_weights, smoothing
+    def __init__(self, model: SequenceClassifier, problem: Problem):
+        self._model, self._problem = model, problem
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """Return the sum of the class weights of the batch's labels."""
-        if self._weights is None:
-            return {"loss": float(batch.num_sequences)}
-        return {"loss": float(self._weights[batch.labels].sum())}
+        """Return what the loss of the batch is divided by."""
+        return {"loss": self._problem.count(batch)}
 
     def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
         """Return the summed loss of the batch."""
         assert batch.labels is not None
-        logits = self._model.logits(batch, dropout)
-        total, _ = ops.cross_entropy(logits, batch.labels, self._weights, self._smoothing)
-        return {"loss": total}
+        return {"loss": self._problem.loss(self._model.logits(batch, dropout), batch.labels)}
 
 
 class FineTuner:
@@ -146,7 +124,7 @@ class FineTuner:
     tokenizer : Tokenizer, optional
         May be absent when `model` is a path.
     num_classes : int, optional
-        At least 2; taken from the first training set when absent.
+        Taken from the first training set when absent; 1 for a regression.
     label_names : list of str, optional
         Name of each class; taken from the first training set when absent.
     seed : int
@@ -175,6 +153,8 @@ class FineTuner:
         self.tokenizer, self.seed = tokenizer, seed
         self.label_names = None if label_names is None else list(label_names)
         self._classifier: SequenceClassifier | None = None
+        #: Whether the head has seen data, or comes from a file, so that its problem is settled.
+        self._fitted = isinstance(model, SequenceClassifier)
         if isinstance(model, SequenceClassifier):
             self._classifier, self.body = model, model.body
             self.label_names = self.label_names or model.labels
@@ -240,7 +220,8 @@ class FineTuner:
         training = self._labelled(training_data)
         model = self._head_for(training)
         model.pooling = options.pooling or model.pooling
-        if np.unique(training.labels).size < 2:
+        classes = model.problem == "classification"
+        if classes and np.unique(training.labels).size < 2:
             raise DataError(
                 f"{training.where[0]}: every row has the class "
                 f"'{training.label_names[training.labels[0]]}', expected two classes at least"
@@ -253,32 +234,25 @@ class FineTuner:
             limit = self._max_length(options)
             held_out = encode(self.tokenizer, validation.texts, limit, validation.where)
             evaluate = self._evaluator(held_out, validation.labels)
+        self.body = model.body = with_adapters(self.body, options, self.seed)
         train_only(model.parameters(), self._trained_names(options))
-        weights = _class_weights(options.class_weights, training.labels, model.num_classes)
-
-        def make_batch(indices: Array, sample_ids: Array) -> Batch:
-            return Batch.from_sequences(
-                [encoded.tokens[i] for i in indices],
-                labels=training.labels[indices],
-                sample_ids=sample_ids,
-            )
-
-        result = train(
+        return fit(
+            self.body,
             model.parameters(),
-            _Objective(model, weights, options.label_smoothing),
-            make_batch,
-            np.array([len(ids) for ids in encoded.tokens]),
+            _Objective(model, self._problem(options, training)),
+            encoded.tokens,
             options,
+            labels=training.labels,
             seed=self.seed,
-            output_dir=output_dir,
             evaluate=evaluate,
-            callbacks=callbacks,
-            resume=resume,
-            stop=stop,
-            run_config=run_config,
+            run={
+                "output_dir": output_dir,
+                "callbacks": callbacks,
+                "resume": resume,
+                "stop": stop,
+                "run_config": run_config,
+            },
         )
-        restore_best(result, model.parameters())
-        return result
 
     def report(
         self,
@@ -297,7 +271,9 @@ class FineTuner:
     # -- use -----------------------------------------------------------------------------------
 
     def evaluate(self, data: Labelled, options: Options | None = None) -> dict[str, Any]:
-        """Return loss and classification metrics on labelled texts (see ``training.metrics``).
+        """Return the loss and the metrics of the problem on labelled texts.
+
+        See :mod:`loopos.training.metrics`.
 
         Of `options` only ``max_length`` matters.
         """
@@ -308,7 +284,7 @@ class FineTuner:
         return self._evaluator(encoded, labelled.labels)()
 
     def predict(self, texts: Sequence[str], batch_tokens: int = 4096) -> Predictions:
-        """Classify texts.
+        """Say of each text what the model was trained to say: class, number or labels.
 
         Parameters
         ----------
@@ -329,14 +305,9 @@ class FineTuner:
             if not text.strip():
                 raise DataError(f"text {index}: there is nothing in it")
         encoded = encode(self.tokenizer, texts, self._max_length(Options()))
-        logits = self._logits(encoded, batch_tokens).astype(np.float64)
-        logits -= logits.max(axis=1, keepdims=True)
-        probabilities = np.exp(logits)
-        probabilities /= probabilities.sum(axis=1, keepdims=True)
-        ids = np.argmax(probabilities, axis=1)
-        names = self.label_names
-        labels = [str(i) if names is None else names[i] for i in ids.tolist()]
-        return Predictions(ids, labels, probabilities)
+        names = self.label_names or [str(i) for i in range(self.classifier.num_classes)]
+        problem = PROBLEMS[self.classifier.problem]()
+        return problem.predictions(self._logits(encoded, batch_tokens), names)
 
     def save(self, directory: str | Path) -> None:
         """Write body, head, labels and tokenizer; transformers' AutoModel loads the body."""
@@ -366,10 +337,13 @@ class FineTuner:
         """Return the classifier, its head made and its classes named after the first data."""
         names = training.label_names
         if self._classifier is None:
-            self.label_names = self.label_names or names
-            self._make_head(len(self.label_names))
+            self.label_names = self.label_names or names or None
+            self._make_head(len(names) or 1, training.problem)
+        elif not self._fitted:
+            self._classifier.problem = training.problem
+        self._fitted = True
         self._check_labels(training)
-        if self.label_names is None:
+        if self.label_names is None and names:
             classes = self.classifier.num_classes
             if len(names) > classes:
                 raise ConfigError(f"num_classes is {classes} but the data names {len(names)}")
@@ -381,26 +355,57 @@ class FineTuner:
         self.classifier.labels = self.label_names
         return self.classifier
 
-    def _make_head(self, num_classes: int) -> None:
+    def _make_head(self, num_classes: int, problem: str | None = None) -> None:
         names = self.label_names
         if names is not None and len(names) != num_classes:
             raise ConfigError(f"num_classes is {num_classes} but {len(names)} labels are named")
         self._classifier = SequenceClassifier(self.body, num_classes, seed=self.seed)
         self._classifier.labels = names
+        self._classifier.problem = problem or self._classifier.problem
 
     def _labelled(self, data: Labelled) -> LabelledTexts:
-        if isinstance(data, LabelledTexts):
-            return data if self.label_names is None else data.with_label_names(self.label_names)
-        return read_labelled(data, label_names=self.label_names)
+        known = self._classifier
+        problem = known.problem if known is not None and self._fitted else None
+        if not isinstance(data, LabelledTexts):
+            outputs = None if known is None else known.num_classes
+            classes = outputs if outputs == 1 or problem == "multi_label" else None
+            return read_labelled(
+                data, label_names=self.label_names, num_classes=classes, problem=problem
+            )
+        return data if self.label_names is None else data.with_label_names(self.label_names)
 
     def _check_labels(self, data: LabelledTexts) -> None:
-        classes = self.classifier.num_classes
+        """Refuse data of another problem, and classes that the head does not have."""
+        model = self.classifier
         if len(data.texts) == 0:
             raise DataError("there is no labelled text")
-        for row in np.flatnonzero((data.labels < 0) | (data.labels >= classes))[:1]:
+        if data.problem != model.problem:
             raise DataError(
-                f"{data.where[row]}: label {data.labels[row]} is outside the {classes} classes"
+                f"{data.where[0]}: expected labels for {model.problem}, found {data.problem}"
             )
+        classes = model.num_classes
+        if model.problem == "multi_label" and data.labels.shape[1] != classes:
+            raise DataError(
+                f"{data.where[0]}: {data.labels.shape[1]} labels, the model has {classes}"
+            )
+        if model.problem == "classification":
+            for row in np.flatnonzero((data.labels < 0) | (data.labels >= classes))[:1]:
+                raise DataError(
+                    f"{data.where[row]}: label {data.labels[row]} is outside the {classes} classes"
+                )
+
+    def _problem(self, options: Options, training: LabelledTexts) -> Problem:
+        """Return the problem of the head, with what the options say of its loss."""
+        kind = self.classifier.problem
+        if kind == "classification":
+            weights = _class_weights(
+                options.class_weights, training.labels, self.classifier.num_classes
+            )
+            return Classification(weights, options.label_smoothing)
+        for name in ("class_weights", "label_smoothing"):
+            if getattr(options, name):
+                raise ConfigError(f"training.{name}: only for classification, the data is {kind}")
+        return PROBLEMS[kind]()
 
     def _max_length(self, options: Options) -> int:
         limit = self.body.config.max_seq_len
@@ -415,7 +420,11 @@ class FineTuner:
         model = self.classifier
         head = {"classifier.weight", "classifier.bias"}
         if options.train == "all":
-            return set(model.parameters())
+            return head | (trained_body(self.body) & set(model.parameters()))
+        if self.body.adapters:
+            raise ConfigError(
+                f"training.train: {options.train!r}, but a model with adapters trains these"
+            )
         if options.train == "head":
             return head
         layers = self.body.config.num_layers
@@ -439,13 +448,12 @@ class FineTuner:
         """Return a function that evaluates the model as it is when called."""
 
         def evaluate() -> dict[str, Any]:
-            logits = self._logits(encoded)
+            problem = PROBLEMS[self.classifier.problem]()
+            outputs = self._logits(encoded)
             with no_grad():
-                total, count = ops.cross_entropy(Tensor(logits), labels)
-            loss = require_finite(total.item() / count, "the loss on the evaluation data")
-            predicted = np.argmax(logits, axis=1)
-            metrics = classification_metrics(labels, predicted, self.classifier.num_classes)
-            return {"loss": loss} | metrics
+                total = problem.loss(Tensor(outputs), labels).item()
+            loss = require_finite(total / len(labels), "the loss on the evaluation data")
+            return {"loss": loss} | problem.metrics(outputs, labels)
 
         return evaluate
 
@@ -473,12 +481,13 @@ def make(
 ) -> FineTuner:
     """Make the trainer of a run."""
     names = training.label_names
-    if num_classes is not None and num_classes != len(names):
+    outputs = len(names) or 1
+    if num_classes is not None and num_classes != outputs:
         raise ConfigError(
-            f"model.num_classes: {num_classes}, but the data has {len(names)} classes "
+            f"model.num_classes: {num_classes}, but the data has {outputs} classes "
             f"({', '.join(names[:10])})"
         )
-    return FineTuner(model, tokenizer, num_classes=len(names), label_names=names, seed=seed)
+    return FineTuner(model, tokenizer, num_classes=outputs, label_names=names or None, seed=seed)
 
 
 def _class_weights(

@@ -20,10 +20,18 @@ from loopos.data.readers import Texts, read_texts
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError, DataError
-from loopos.methods.common import in_order, require_finite, restore_best, train_only, with_overrides
+from loopos.methods.common import (
+    fit,
+    in_order,
+    require_finite,
+    train_only,
+    trained_body,
+    with_adapters,
+    with_overrides,
+)
 from loopos.models.transformer import Transformer
 from loopos.ops import DropoutKeys
-from loopos.training.loop import TrainingOptions, TrainResult, train
+from loopos.training.loop import TrainingOptions, TrainResult
 from loopos.training.trackers import Callback
 
 __all__ = ["Options", "Pretrainer", "make", "read"]
@@ -120,27 +128,24 @@ class Pretrainer:
         evaluate = None
         if validation_data is not None:
             evaluate = self._evaluator(self._pieces(_texts(validation_data), options))
-        train_only(self.model.parameters(), set(self.model.parameters()))
-
-        def make_batch(indices: Array, sample_ids: Array) -> Batch:
-            return Batch.from_sequences([pieces[i] for i in indices], sample_ids=sample_ids)
-
-        result = train(
+        self.model = with_adapters(self.model, options, self.seed)
+        train_only(self.model.parameters(), trained_body(self.model))
+        return fit(
+            self.model,
             self.model.parameters(),
             _Objective(self.model),
-            make_batch,
-            np.array([len(piece) for piece in pieces]),
+            pieces,
             options,
             seed=self.seed,
-            output_dir=output_dir,
             evaluate=evaluate,
-            callbacks=callbacks,
-            resume=resume,
-            stop=stop,
-            run_config=run_config,
+            run={
+                "output_dir": output_dir,
+                "callbacks": callbacks,
+                "resume": resume,
+                "stop": stop,
+                "run_config": run_config,
+            },
         )
-        restore_best(result, self.model.parameters())
-        return result
 
     def report(
         self, training: Texts, validation: Texts | None = None, options: Options | None = None

@@ -19,6 +19,8 @@ from loopos.ops import DropoutKeys
 
 Pooling = Literal["mean", "last", "cls"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
+#: What the outputs of a head can mean.
+KINDS = ("classification", "regression", "multi_label")
 
 _INIT_STD = 0.02
 _HEAD_FILE = "classifier.safetensors"
@@ -56,7 +58,7 @@ class SequenceClassifier:
     body : Transformer
         Its hidden states are classified; it is held, not copied.
     num_classes : int
-        At least 2.
+        Outputs: classes, labels, or 1 for a number.
     pooling : {"mean", "last", "cls"}
         See :func:`pool`.
     seed : int
@@ -66,6 +68,8 @@ class SequenceClassifier:
     ----------
     labels : list of str or None
         The name of each class.
+    problem : str
+        What the outputs mean: "classification", "regression" or "multi_label".
 
     Raises
     ------
@@ -76,8 +80,8 @@ class SequenceClassifier:
     def __init__(
         self, body: Transformer, num_classes: int, pooling: Pooling = "mean", seed: int = 0
     ):
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise ConfigError(f"num_classes is {num_classes!r}, expected at least 2")
+        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+            raise ConfigError(f"num_classes is {num_classes!r}, expected at least 1")
         if pooling not in POOLINGS:
             raise ConfigError(
                 f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}"
@@ -85,6 +89,7 @@ class SequenceClassifier:
             )
         self.body, self.num_classes, self.pooling = body, num_classes, pooling
         self.labels: list[str] | None = None
+        self.problem = "regression" if num_classes == 1 else "classification"
         draws = np.random.default_rng(seed).standard_normal((num_classes, body.config.d_model))
         weight = (draws * _INIT_STD).astype(body.dtype)
         self.weight = Parameter(weight, "classifier.weight")
@@ -138,7 +143,12 @@ class SequenceClassifier:
         self.body.save(directory, tokenizer)
         head = {"classifier.weight": self.weight.data, "classifier.bias": self.bias.data}
         write_tensors(directory / _HEAD_FILE, head)
-        values = {"num_classes": self.num_classes, "pooling": self.pooling, "labels": labels}
+        values = {
+            "num_classes": self.num_classes,
+            "pooling": self.pooling,
+            "labels": labels,
+            "problem": self.problem,
+        }
         write_json(directory / _HEAD_CONFIG, values)
 
 
@@ -161,7 +171,8 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceCl
     """
     directory = Path(directory)
     values = read_json(directory / _HEAD_CONFIG, ModelFormatError)
-    expected = ["num_classes", "pooling", "labels"]
+    values.setdefault("problem", "classification")  # what older files mean
+    expected = ["num_classes", "pooling", "labels", "problem"]
     for key in [*expected, *values]:
         if key not in values or key not in expected:
             what = "unknown" if key in values else "missing"
@@ -171,6 +182,12 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceCl
         classifier = SequenceClassifier(body, values["num_classes"], values["pooling"])
     except ConfigError as error:
         raise ModelFormatError(f"{directory / _HEAD_CONFIG}: {error}") from error
+    classifier.problem = values["problem"]
+    if classifier.problem not in KINDS:
+        raise ModelFormatError(
+            f"{directory / _HEAD_CONFIG}: key 'problem' is {classifier.problem!r}, expected one of "
+            f"{', '.join(KINDS)}{nearest(str(classifier.problem), KINDS)}"
+        )
     labels = values["labels"]
     if labels is not None and (
         not isinstance(labels, list) or len(labels) != classifier.num_classes

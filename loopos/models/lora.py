@@ -19,9 +19,10 @@ from loopos.autograd import Parameter, Tensor, no_grad
 from loopos.errors import ConfigError, nearest
 from loopos.models.adapter import ALL_LINEAR, Adapter, LoraConfig
 from loopos.models.families import family_for
-from loopos.models.transformer import Transformer
+from loopos.models.transformer import Transformer, parameter_shapes
 
-__all__ = ["LoraConfig", "add_lora", "linear_modules", "merge_lora", "unmerge_lora"]
+__all__ = ["LoraConfig", "add_lora", "linear_modules", "merge_lora", "unmerge_lora",
+           "without_adapters"]  # fmt: skip
 
 
 def linear_modules(model: Transformer) -> dict[str, tuple[str, ...]]:
@@ -82,11 +83,18 @@ def add_lora(model: Transformer, config: LoraConfig | None = None, seed: int = 0
     return adapted
 
 
+def without_adapters(model: Transformer) -> Transformer:
+    """Return the base of an adapted model: the same arrays, without its adapters."""
+    names = parameter_shapes(model.config)
+    arrays = {name: model.unmerged.get(name, model.parameters()[name].data) for name in names}
+    base = Transformer(model.config, dtype=model.dtype, arrays=arrays)
+    base.extra_tensors, base.origin = model.extra_tensors, model.origin
+    return base
+
+
 def _sharing(model: Transformer) -> Transformer:
     """Return a model of the same arrays, all frozen."""
-    arrays = {name: parameter.data for name, parameter in model.parameters().items()}
-    twin = Transformer(model.config, dtype=model.dtype, arrays=arrays)
-    twin.extra_tensors, twin.origin = model.extra_tensors, model.origin
+    twin = without_adapters(model)
     for parameter in twin.parameters().values():
         parameter.requires_grad = False
     return twin

@@ -41,7 +41,7 @@ from loopos.training.checkpoint import (
 from loopos.training.optim import gradient_norm
 from loopos.training.options import TrainingOptions, make_optimizer
 from loopos.training.schedules import make_schedule
-from loopos.training.trackers import Callback, MetricsFile, RunInfo
+from loopos.training.trackers import Callback, MetricsFile, RunInfo, TensorBoard
 
 __all__ = ["Interrupted", "Objective", "TrainResult", "TrainingOptions", "train"]
 
@@ -129,6 +129,7 @@ def train(
     resume: bool = False,
     stop: Callable[[], bool] | None = None,
     run_config: dict[str, Any] | None = None,
+    rate_factors: Mapping[str, float] | None = None,
 ) -> TrainResult:
     """Train.
 
@@ -161,6 +162,8 @@ def train(
         Asked after every step; True saves and ends the run.
     run_config : dict, optional
         Kept in checkpoints; on resume no key of its section "model" may have another value.
+    rate_factors : mapping of str to float, optional
+        Factor of the learning rate for some parameters.
 
     Raises
     ------
@@ -187,6 +190,11 @@ def train(
         run.metrics_file = MetricsFile(root / "metrics.jsonl")
         require_json(run._state())
     run.callbacks = callbacks
+    if options.tensorboard:
+        if root is None:
+            raise ConfigError("training.tensorboard: needs an output directory")
+        run.callbacks = [*callbacks, TensorBoard(root / "tensorboard")]
+    run.optimizer.rate_factors = dict(rate_factors or {})
     if resume:
         run.restore()
     elif root is not None:
@@ -236,7 +244,12 @@ class _Run:
         )
         self.total_steps = self.sampler.count(options.num_epochs, options.max_steps)
         self.rate = make_schedule(
-            options.scheduler, options.learning_rate, options.warmup_steps, self.total_steps
+            options.scheduler,
+            options.learning_rate,
+            options.warmup_steps,
+            self.total_steps,
+            min_learning_rate=options.min_learning_rate,
+            shape=options.schedule_shape,
         )
         trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
         if not trained:

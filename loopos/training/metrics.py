@@ -1,4 +1,4 @@
-"""Classification metrics from a confusion matrix, by scikit-learn's definitions."""
+"""Metrics of classes, numbers and sets of labels, by scikit-learn's definitions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import numpy as np
 
 from loopos.errors import DataError
 
-__all__ = ["classification_metrics", "confusion_matrix"]
+__all__ = [
+    "classification_metrics",
+    "confusion_matrix",
+    "multi_label_metrics",
+    "regression_metrics",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -87,3 +92,76 @@ def classification_metrics(labels: Array, predictions: Array, num_classes: int) 
     metrics["confusion_matrix"] = matrix.tolist()
     metrics["count"] = count
     return metrics
+
+
+def regression_metrics(targets: Array, predictions: Array) -> dict[str, Any]:
+    """Return mean squared error, mean absolute error and the coefficient of determination.
+
+    Parameters
+    ----------
+    targets, predictions : ndarray of float [n]
+
+    Returns
+    -------
+    dict
+        ``mse``, ``mae``, ``count``, and ``r2`` where it is defined: where targets differ.
+
+    Raises
+    ------
+    DataError
+        If the lengths differ or there is none.
+    """
+    targets, predictions = (np.asarray(v, dtype=np.float64) for v in (targets, predictions))
+    if targets.shape != predictions.shape or targets.ndim != 1 or not targets.size:
+        raise DataError(f"{targets.size} targets for {predictions.size} predictions")
+    errors = predictions - targets
+    squares, spread = np.square(errors), np.square(targets - targets.mean())
+    metrics = {"mse": float(squares.mean()), "mae": float(np.abs(errors).mean())}
+    if spread.sum() > 0:
+        metrics["r2"] = float(1.0 - squares.sum() / spread.sum())
+    return metrics | {"count": targets.size}
+
+
+def multi_label_metrics(labels: Array, predictions: Array) -> dict[str, Any]:
+    """Return precision, recall and F1 over sets of labels, subset accuracy and Hamming loss.
+
+    Parameters
+    ----------
+    labels, predictions : ndarray of 0 and 1 [n, K]
+
+    Returns
+    -------
+    dict
+        ``subset_accuracy`` (rows with every label right); ``hamming_loss`` (share of wrong
+        entries); ``precision_<avg>``, ``recall_<avg>``, ``f1_<avg>`` with ``<avg>`` one of
+        ``macro``, ``micro``, ``weighted``; ``per_label`` (lists of precision, recall, f1 and
+        support); ``count``. A quotient of nothing by nothing is 0.
+
+    Raises
+    ------
+    DataError
+        If the shapes differ or there is no row.
+    """
+    labels, predictions = np.asarray(labels).astype(bool), np.asarray(predictions).astype(bool)
+    if labels.shape != predictions.shape or labels.ndim != 2 or not labels.size:
+        raise DataError(f"labels {list(labels.shape)} for predictions {list(predictions.shape)}")
+    hits = (labels & predictions).sum(axis=0)
+    support, predicted = labels.sum(axis=0), predictions.sum(axis=0)
+    metrics: dict[str, Any] = {
+        "subset_accuracy": float((labels == predictions).all(axis=1).mean()),
+        "hamming_loss": float((labels != predictions).mean()),
+    }
+    parts = {
+        "precision": (hits, predicted),
+        "recall": (hits, support),
+        "f1": (2.0 * hits, support + predicted),
+    }
+    per_label = {}
+    for name, (above, below) in parts.items():
+        values = _ratio(above, below)
+        metrics[f"{name}_macro"] = float(values.mean())
+        metrics[f"{name}_micro"] = float(_ratio(above.sum(), below.sum()))
+        metrics[f"{name}_weighted"] = float(_ratio((values * support).sum(), support.sum()))
+        per_label[name] = values.tolist()
+    metrics["per_label"] = per_label | {"support": support.tolist()}
+    return metrics | {"count": len(labels)}

@@ -42,6 +42,11 @@ class Optimizer(ABC):
         Which parameters decay: those with two axes or more (not biases and gains), all, or those
         for which ``decay_groups(name, parameter)`` is true.
 
+    Attributes
+    ----------
+    rate_factors : dict of str to float
+        Factor of the learning rate for some parameters, 1 for all others.
+
     Raises
     ------
     ConfigError
@@ -65,6 +70,7 @@ class Optimizer(ABC):
         self.parameters = _named(parameters)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.steps = 0
+        self.rate_factors: dict[str, float] = {}
         self._decayed = {
             name for name, p in self.parameters.items() if _decays(decay_groups, name, p)
         }
@@ -98,7 +104,8 @@ class Optimizer(ABC):
         for name, parameter in due:
             assert parameter.grad is not None
             decay = self.weight_decay if name in self._decayed else 0.0
-            self._update(name, parameter, parameter.grad, scale, rate, decay)
+            own = rate * self.rate_factors.get(name, 1.0)
+            self._update(name, parameter, parameter.grad, scale, own, decay)
 
     @abstractmethod
     def _update(

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any, Literal
 
 from loopos.autograd import Parameter
 from loopos.errors import ConfigError, nearest
+from loopos.models.adapter import LoraConfig
 from loopos.training.optim import SGD, Adam, AdamW, Optimizer
-from loopos.training.schedules import SCHEDULES
+from loopos.training.schedules import SCHEDULES, SHAPED, Shape
 
 __all__ = ["TrainingOptions", "make_optimizer"]
 
@@ -39,13 +40,34 @@ class TrainingOptions:
         Of Adam and AdamW.
     momentum : float
         Of SGD.
-    scheduler : {"constant", "linear", "cosine"}
+    scheduler : {"constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "step", \
+"inverse_sqrt"}
+        How the rate falls after the warm-up; see :mod:`loopos.training.schedules`.
     warmup_steps : int
         Steps over which the rate grows from 0.
+    min_learning_rate : float
+        Where the rate falls to, instead of 0.
+    scheduler_cycles : int or None
+        Cycles of "cosine_with_restarts"; None means 1.
+    scheduler_power : float or None
+        Exponent of "polynomial"; None means 1.
+    scheduler_step_size, scheduler_gamma : int or None, float or None
+        "step" multiplies the rate by gamma (None: 0.1) every so many steps (None: a third of all).
+    scheduler_timescale : int or None
+        Steps after which "inverse_sqrt" has fallen to 0.71 of the highest rate; None means
+        `warmup_steps`, or 10,000 without a warm-up.
+    layerwise_lr_decay : float
+        The rate of a layer is that of the layer above it times this factor, in (0, 1]; the
+        embeddings come below the first layer, heads have the whole rate.
     max_grad_norm : float or None
         Gradients are scaled down to this global norm.
     gradient_accumulation_steps : int
         Batches in one optimizer step.
+    gradient_checkpointing : bool
+        Compute each layer again in the backward instead of keeping what it computed: less memory,
+        about a third more time, the same bytes.
+    lora : LoraConfig or None
+        Train low-rank adapters (and heads) and leave the weights of the model as they are.
     shuffle : bool
         Whether each epoch has an order of its own.
     length_bucketing : bool
@@ -60,6 +82,8 @@ class TrainingOptions:
         Evaluations without a better loss after which the run ends.
     save_steps : int or None
         Steps between checkpoints; None saves after every epoch.
+    tensorboard : bool
+        Write event files for TensorBoard into ``tensorboard/`` of the output directory.
 
     Raises
     ------
@@ -77,10 +101,21 @@ class TrainingOptions:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.9
-    scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    scheduler: Literal[
+        "constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "step", "inverse_sqrt"
+    ] = "constant"
     warmup_steps: int = 0
+    min_learning_rate: float = 0.0
+    scheduler_cycles: int | None = None
+    scheduler_power: float | None = None
+    scheduler_step_size: int | None = None
+    scheduler_gamma: float | None = None
+    scheduler_timescale: int | None = None
+    layerwise_lr_decay: float = 1.0
     max_grad_norm: float | None = None
     gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
     shuffle: bool = True
     length_bucketing: bool = False
     prefetch_batches: int = 2
@@ -88,6 +123,7 @@ class TrainingOptions:
     eval_steps: int | None = None
     early_stopping_patience: int | None = None
     save_steps: int | None = None
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -110,31 +146,66 @@ class TrainingOptions:
         fits = numbers and len(pair) == 2 and all(0 <= beta < 1 for beta in pair)
         _require("betas", pair, fits, "two numbers in [0, 1)")
         object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
+        if isinstance(self.lora, Mapping):  # as a configuration or a checkpoint has it
+            object.__setattr__(self, "lora", LoraConfig(**self.lora))
+        _require("lora", self.lora, self.lora is None or isinstance(self.lora, LoraConfig),
+                 "a LoraConfig or nothing")  # fmt: skip
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        """Refuse what the schedule would not heed."""
+        floor, rate = self.min_learning_rate, self.learning_rate
+        _require("min_learning_rate", floor, floor <= rate, f"at most the learning_rate {rate:g}")
+        if self.scheduler == "constant" and floor:
+            raise ConfigError("training.min_learning_rate: a constant rate never falls")
+        for name in (field.name for field in fields(Shape)):
+            heeded = name in SHAPED.get(self.scheduler, ())
+            if getattr(self, f"scheduler_{name}") is not None and not heeded:
+                raise ConfigError(
+                    f"training.scheduler_{name}: the scheduler '{self.scheduler}' has none"
+                )
+
+    @property
+    def schedule_shape(self) -> Shape:
+        """What the schedule has of its own."""
+        names = [field.name for field in fields(Shape)]
+        return Shape(**{name: getattr(self, f"scheduler_{name}") for name in names})
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        values = asdict(self)
-        return values | {"betas": list(self.betas)}
+        return {name: _listed(value) for name, value in asdict(self).items()}
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("adamw", "adam", "sgd"),
     "scheduler": tuple(SCHEDULES),
 }
-_SWITCHES = ("shuffle", "length_bucketing")
+_SWITCHES = ("shuffle", "length_bucketing", "gradient_checkpointing", "tensorboard")
 _OPTIONAL = ("batch_tokens", "num_epochs", "max_steps", "max_grad_norm", "eval_steps",
-             "early_stopping_patience", "save_steps")  # fmt: skip
+             "early_stopping_patience", "save_steps", "scheduler_cycles", "scheduler_power",
+             "scheduler_step_size", "scheduler_gamma", "scheduler_timescale")  # fmt: skip
 #: Names, their kind of number, what must hold, and that in words.
 _NUMBERS: tuple[tuple[tuple[str, ...], type, Callable[[Any], bool], str], ...] = (
     (("batch_size", "gradient_accumulation_steps", "batch_tokens", "num_epochs", "max_steps",
-      "eval_steps", "save_steps", "early_stopping_patience"),
+      "eval_steps", "save_steps", "early_stopping_patience", "scheduler_cycles",
+      "scheduler_step_size", "scheduler_timescale"),
      Integral, lambda n: n >= 1, "at least 1"),
     (("warmup_steps", "prefetch_batches", "num_workers"),
      Integral, lambda n: n >= 0, "a number that is not negative"),
-    (("weight_decay",), Real, lambda x: x >= 0, "a number that is not negative"),
-    (("learning_rate", "eps", "max_grad_norm"), Real, lambda x: x > 0, "a positive number"),
+    (("weight_decay", "min_learning_rate"), Real, lambda x: x >= 0,
+     "a number that is not negative"),
+    (("learning_rate", "eps", "max_grad_norm", "scheduler_power"),
+     Real, lambda x: x > 0, "a positive number"),
+    (("layerwise_lr_decay", "scheduler_gamma"), Real, lambda x: 0 < x <= 1, "a number in (0, 1]"),
     (("momentum",), Real, lambda x: 0 <= x < 1, "a number in [0, 1)"),
 )  # fmt: skip
+
+
+def _listed(value: Any) -> Any:
+    """Return `value` with lists for its tuples, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _is_number(value: Any, kind: type) -> bool:

@@ -12,10 +12,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from loopos.errors import CheckpointError, OutputError
+from loopos.errors import CheckpointError, ConfigError, OutputError
 from loopos.files import atomic_write_text, read_text
 
-__all__ = ["Callback", "ConsoleProgress", "MetricsFile", "RunInfo"]
+__all__ = ["Callback", "ConsoleProgress", "MetricsFile", "RunInfo", "TensorBoard"]
 
 Record = Mapping[str, Any]
 
@@ -132,6 +132,69 @@ class MetricsFile(Callback):
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
 
 
+class TensorBoard(Callback):
+    """Event files for TensorBoard: ``train/`` figures of every step, ``eval/`` of evaluations.
+
+    Parameters
+    ----------
+    directory : path
+        Where they go. On resume, events after the step that the run starts from are purged by
+        TensorBoard itself.
+
+    Raises
+    ------
+    ConfigError
+        If tensorboard is not installed.
+    """
+
+    def __init__(self, directory: str | Path):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise ConfigError(
+                "training.tensorboard: needs tensorboard; pip install 'loopos[tensorboard]'"
+            ) from error
+        self.directory = Path(directory)
+        self._event, self._summary, self._open = event_pb2, summary_pb2, EventFileWriter
+        self._writer: Any = None
+
+    def on_start(self, info: RunInfo) -> None:
+        """Open the file (raises OutputError)."""
+        try:
+            self._writer = self._open(str(self.directory))
+        except OSError as error:
+            raise OutputError(f"{self.directory}: cannot be written ({error.strerror})") from error
+        log = self._event.SessionLog(status=self._event.SessionLog.START)
+        self._add(info.start_step + 1, session_log=log)
+
+    def on_step(self, record: Record) -> None:
+        """Write the step's figures."""
+        self._scalars("train", record, record)
+
+    def on_evaluate(self, record: Record) -> None:
+        """Write the evaluation's figures that are single numbers."""
+        self._scalars("eval", record["eval"], record)
+
+    def on_end(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _scalars(self, group: str, figures: Mapping[str, Any], record: Record) -> None:
+        values = [
+            self._summary.Summary.Value(tag=f"{group}/{name}", simple_value=float(figure))
+            for name, figure in figures.items()
+            if name != "step" and np.ndim(figure) == 0 and not isinstance(figure, (str, Mapping))
+        ]
+        self._add(record["step"], summary=self._summary.Summary(value=values))
+
+    def _add(self, step: int, **content: Any) -> None:
+        event = self._event.Event(wall_time=time.time(), step=step, **content)
+        self._writer.add_event(event)
+
+
 def _plain(value: Any) -> Any:
     """Return `value` as JSON can hold it."""
     if isinstance(value, Mapping):
@@ -162,6 +225,7 @@ class ConsoleProgress(Callback):
         self._total = 0
         self._last = self._started = 0.0
         self._first = 0
+        self._unheard = False
 
     def on_start(self, info: RunInfo) -> None:
         """Show the bar, or remember when the run began."""
@@ -214,10 +278,15 @@ class ConsoleProgress(Callback):
             self._progress = None
 
     def _print(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(line, highlight=False, markup=False)
-        else:
-            print(line, file=self._stream, flush=True)
+        if self._unheard:
+            return
+        try:
+            if self._progress is not None:
+                self._progress.console.print(line, highlight=False, markup=False)
+            else:
+                print(line, file=self._stream, flush=True)
+        except OSError:  # the reader has left: hours of training are worth more than a line
+            self._unheard = True
 
 
 def _duration(seconds: float) -> str:
