@@ -1,4 +1,4 @@
-"""The command line: ``loopos run``, ``validate``, ``configs``, ``info``, ``predict``, ``demo``.
+"""The command line: ``loopos run``, ``validate`` and ``demo`` here, the rest in ``commands``.
 
 Exit codes: 0 done; 2 the input is wrong or the output cannot be written; 130 interrupted, with the
 state saved; 1 anything else.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -17,27 +16,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loopos import commands
 from loopos.display import (
     open_standard_streams,
     plain,
     say,
+    show_estimate,
     show_place,
-    show_predictions,
     show_prepared,
     show_start,
     show_summary,
     silence,
 )
-from loopos.errors import InputError, LooposError, MissingFileError, OutputError
-from loopos.files import atomic_write_text
+from loopos.errors import InputError, LooposError, OutputError
 from loopos.version import __version__
 
 if TYPE_CHECKING:
-    from loopos.methods.fine_tuning import FineTuner
     from loopos.training.trackers import RunInfo
 
 app = typer.Typer(
@@ -192,15 +190,21 @@ def validate(
     config: Annotated[str, _CONFIG],
     overrides: Annotated[list[str] | None, _SET] = None,
     output_dir: Annotated[Path | None, _OUTPUT] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Try a few steps to tell how much memory and time a run takes.")
+    ] = True,
 ) -> None:
-    """Check a configuration, its data and its model.
+    """Check a configuration, and say what a run would take.
 
-    Says what a run would do; trains and writes nothing.
+    Data and model are read. A few steps are tried, in a process of its own, and forgotten; exits with 2 where a run would
+    not fit into memory.
     """
     from loopos.config import load_config
+    from loopos.rehearsal import refuse_memory, rehearse
     from loopos.runner import computing, plan, prepare
 
-    loaded = load_config(config, _with_output(overrides, output_dir))
+    given = _with_output(overrides, output_dir)
+    loaded = load_config(config, given)
     with computing(loaded):
         prepared = prepare(loaded)
         show_prepared(prepared)
@@ -208,6 +212,12 @@ def validate(
         say("run")
         say(f"  {steps.steps_per_epoch:,} optimizer steps an epoch, {steps.total_steps:,} in all")
         show_place(loaded)
+    del prepared  # the rehearsal wants the memory for itself
+    if measure:
+        estimate = rehearse(loaded, given)
+        show_estimate(estimate)
+        if not estimate.fits:
+            refuse_memory(loaded, estimate.available_bytes, estimate.peak_bytes)
     say(f"{loaded.source}: fine")
 
 
@@ -243,178 +253,14 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-# -- configs and info ----------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
-
-@app.command()
-def configs(
-    show: Annotated[str | None, typer.Option(metavar="NAME", help="Print one of them.")] = None,
-    copy: Annotated[
-        tuple[str, Path] | None,
-        typer.Option(metavar="NAME PATH", help="Copy one of them to a file that does not exist."),
-    ] = None,
-) -> None:
-    """List the configurations that come with loopos."""
-    from loopos.config import shipped_configs
-    from loopos.errors import nearest
-
-    shipped = shipped_configs()
-
-    def path_of(name: str) -> Path:
-        if name not in shipped:
-            raise MissingFileError(f"no shipped configuration '{name}'{nearest(name, shipped)}")
-        return shipped[name]
-
-    if show is not None:
-        say(path_of(show).read_text(encoding="utf-8").rstrip())
-        return
-    if copy is not None:
-        source, target = path_of(copy[0]), copy[1]
-        if target.exists():
-            raise InputError(f"{target}: exists already")
-        atomic_write_text(target, source.read_text(encoding="utf-8"))
-        say(f"copied to {target}")
-        return
-    for name, path in shipped.items():
-        description = json.loads(path.read_text(encoding="utf-8"))["computation"]["description"]
-        say(f"{name:<16} {description}")
-
-
-@app.command()
-def info(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Show backends, instruction sets, threads and versions."""
-    import numpy as np
-
-    from loopos.backends import available_backends, get_backend, unavailable_backends, use_backend
-    from loopos.backends.threads import available_cpus
-
-    described = {}
-    for name in available_backends():
-        with use_backend(name) as backend:
-            described[name] = backend.describe()
-    facts: dict[str, Any] = {
-        "loopos": __version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "cpus": available_cpus(),
-        "backend": get_backend().describe()["name"],
-        "backends": described,
-        "unavailable": unavailable_backends(),
-    }
-    if as_json:
-        say(json.dumps(facts, indent=2))
-        return
-    for name in ("loopos", "python", "numpy", "platform", "cpus"):
-        say(f"{name:<12} {facts[name]}")
-    for name, what in described.items():
-        chosen = " (in force)" if name == facts["backend"] else ""
-        say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
-        say(f"             {len(what['native'])} ops native, {len(what['inherited'])} inherited")
-        if "products" in what:
-            say(f"             matrix products: {what['products']}")
-    for name, reason in facts["unavailable"].items():
-        say(f"unavailable  {name}: {reason}")
-
-
-# -- predict and demo ----------------------------------------------------------------------------
-
-
-@app.command()
-def predict(
-    model: Annotated[
-        Path, typer.Argument(metavar="DIRECTORY", help="A run directory, or a saved classifier.")
-    ],
-    texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXTS", help="Texts to classify.")
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option("--input", metavar="FILE", help="A file of rows with a text each."),
-    ] = None,
-    text_field: Annotated[str, typer.Option(metavar="NAME", help="Name of that field.")] = "text",
-    output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines to this file.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
-) -> None:
-    """Classify texts with a trained model.
-
-    Texts are given as arguments, in a file, or line by line on standard input.
-    """
-    from loopos.data.readers import read_texts
-
-    if texts and input_file is not None:
-        raise InputError("give either texts or --input, not both")
-    tuner = _load_tuner(model)
-    if input_file is not None:
-        read = read_texts(input_file, text_field)
-        given = read.texts
-        if read.dropped:
-            places = ", ".join(read.dropped[:5]) + (", ..." if len(read.dropped) > 5 else "")
-            print(f"left out, as there is no text: {places}", file=sys.stderr)
-    else:
-        given = [_as_utf8(text) for text in texts or []] or _standard_input()
-    if not given:
-        raise InputError("there is no text to classify")
-    rows = list(tuner.predict(given).rows(given))
-    if output is not None:
-        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-        atomic_write_text(output, "".join(f"{line}\n" for line in lines))
-    if as_json:
-        escaped = "utf" not in (sys.stdout.encoding or "").lower()
-        for row in rows:
-            say(json.dumps(row, ensure_ascii=escaped))
-    elif output is not None:
-        say(f"{len(rows)} predictions in {output}")
-    else:
-        show_predictions(rows)
-
-
-def _load_tuner(directory: Path) -> FineTuner:
-    """Load the classifier of a run directory, or one that was saved by itself."""
-    from loopos.methods.fine_tuning import FineTuner
-
-    if not directory.is_dir():
-        raise MissingFileError(f"{directory}: no such directory")
-    inner = directory / "model"
-    if not inner.is_dir():
-        if (directory / "metrics.jsonl").exists():
-            raise InputError(
-                f"{directory}: this run has not finished, so there is no model in it; "
-                "continue it with 'loopos run CONFIG --resume'"
-            )
-        inner = directory
-    if (inner / "config.json").exists() and not (inner / "classifier.json").exists():
-        raise InputError(
-            f"{inner}: is no classifier (classifier.json is missing); "
-            "fine-tune it first, as data.pretrained_weights"
-        )
-    return FineTuner.load(inner)
-
-
-def _as_utf8(argument: str) -> str:
-    """Undo what a locale other than UTF-8 made of an argument, where it was UTF-8."""
-    try:
-        return os.fsencode(argument).decode("utf-8")
-    except UnicodeError:
-        return argument
-
-
-def _standard_input() -> list[str]:
-    """Return the lines of standard input that have text."""
-    if sys.stdin.isatty():
-        print("reading texts, one a line, up to Ctrl-D", file=sys.stderr)
-    raw = sys.stdin.buffer.read()  # UTF-8 like every file, whatever the locale says
-    try:
-        lines = raw.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        byte = raw[error.start]
-        raise InputError(f"standard input:{line}: not UTF-8 text (byte 0x{byte:02x})") from error
-    return [line.rstrip("\r") for line in lines if line.strip()]
+app.command()(commands.predict)
+app.command()(commands.evaluate)
+app.command()(commands.merge)
+app.command()(commands.configs)
+app.command()(commands.info)
+app.add_typer(commands.tokenizer, name="tokenizer")
 
 
 @app.command()

@@ -14,11 +14,22 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loopos.config import RunConfig
+    from loopos.rehearsal import Estimate
     from loopos.runner import Prepared, Summary
     from loopos.training.trackers import RunInfo
 
-__all__ = ["open_standard_streams", "plain", "say", "show_place", "show_predictions",
-           "show_prepared", "show_start", "show_summary", "silence"]  # fmt: skip
+__all__ = [
+    "open_standard_streams",
+    "plain",
+    "say",
+    "show_figures",
+    "show_place",
+    "show_predictions",
+    "show_prepared",
+    "show_start",
+    "show_summary",
+    "silence",
+]
 
 #: Control characters would act on the terminal instead of being shown.
 _SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
@@ -90,6 +101,25 @@ def show_place(config: RunConfig) -> None:
     say(f"  output in {config.output_dir}")
 
 
+def show_estimate(estimate: Estimate) -> None:
+    """Print what a run will take."""
+    gib, free = 2**30, estimate.available_bytes
+    has = "" if free is None else f" ({free / gib:.1f} GiB are free)"
+    say(f"  memory {estimate.peak_bytes / gib:.2f} GiB at the most{has}")
+    parts = [f"{_seconds(estimate.step_s)} a step"]
+    if estimate.evaluation_s:
+        parts.append(f"{_seconds(estimate.evaluation_s)} an evaluation")
+    parts.append(f"{_seconds(estimate.save_s)} a checkpoint")
+    say(f"  time {_seconds(estimate.total_s)} ({', '.join(parts)})")
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
 def show_prepared(prepared: Prepared) -> None:
     """Print the data report and the size of what is trained."""
     say("data")
@@ -107,15 +137,20 @@ def show_summary(summary: Summary) -> None:
     say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}{note}")
     if figures:
         say("evaluation")
-        for name, value in figures.items():
-            if isinstance(value, float):
-                say(f"  {name:<20} {value:.4f}")
+        show_figures(figures, "  ")
         _confusion(figures, summary.output_dir)
     say(f"saved in {summary.output_dir}")
     if (summary.output_dir / "model" / "classifier.json").exists():
         say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
     else:
         say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
+
+
+def show_figures(figures: dict[str, Any], indent: str = "") -> None:
+    """Print the figures that are single numbers."""
+    for name, value in figures.items():
+        if isinstance(value, float):
+            say(f"{indent}{name:<20} {value:.4f}")
 
 
 def _confusion(figures: dict[str, Any], directory: Path) -> None:

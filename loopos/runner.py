@@ -303,7 +303,7 @@ def run(
     resume: bool = False,
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] | None = None,
-    on_prepared: Callable[[Prepared], None] | None = None,
+    on_prepared: Callable[[Prepared], Prepared | None] | None = None,
 ) -> Summary:
     """Carry out a configuration.
 
@@ -316,7 +316,7 @@ def run(
     stop : callable, optional
         Asked after every step; True saves the state and ends the run.
     on_prepared : callable, optional
-        Given what was prepared, before the first step.
+        Given what was prepared, before the first step; may return what to go on with instead.
 
     Raises
     ------
@@ -335,7 +335,7 @@ def run(
         if checkpoint is not None:
             _refuse_changes(config, checkpoint, record)
         if on_prepared is not None:
-            on_prepared(prepared)
+            prepared = on_prepared(prepared) or prepared
         with _located(config):
             result = prepared.trainer.fit(
                 prepared.training,

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -203,9 +204,16 @@ def test_validate_says_what_a_run_would_do_and_writes_nothing(project):
     out, err = loopos("validate", "run.json", "--set", "training.num_epochs=5", cwd=project)
     lines = out.splitlines()
     assert lines[lines.index("run") + 1] == "  6 optimizer steps an epoch, 30 in all"
-    assert lines[-2:] == ["  output in out", "run.json: fine"]
+    assert lines[-4] == "  output in out"
+    assert re.fullmatch(r"  memory 0\.\d\d GiB at the most \(\d+\.\d GiB are free\)", lines[-3])
+    time = r"[\d.]+ m?s"
+    parts = rf"{time} a step, {time} an evaluation, {time} a checkpoint"
+    assert re.fullmatch(rf"  time {time} \({parts}\)", lines[-2])
+    assert lines[-1] == "run.json: fine"
     assert err == ""
     assert snapshot(project) == before
+    quick, _ = loopos("validate", "run.json", "--no-measure", cwd=project)
+    assert quick.splitlines()[-2:] == ["  output in out", "run.json: fine"]
 
 
 def test_configs_are_listed_shown_and_copied(tmp_path):
@@ -245,7 +253,8 @@ def test_version_and_help(tmp_path):
     out, _ = loopos(cwd=tmp_path)
     assert out == loopos("--help", cwd=tmp_path)[0] == loopos("-h", cwd=tmp_path)[0]
     assert "Exit codes: 0" in out
-    for name in ("run", "validate", "configs", "info", "predict", "demo"):
+    for name in ("run", "validate", "configs", "info", "predict", "evaluate", "merge",
+                 "tokenizer", "demo"):  # fmt: skip
         assert f"\n  {name} " in out
     assert "..." not in out.partition("Commands:")[2]  # every summary fits its line
 

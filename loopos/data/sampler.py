@@ -5,20 +5,36 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import copy_context
+from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from typing import Any, TypeVar
 
 import numpy as np
 
 from loopos.errors import ConfigError
 
-__all__ = ["BatchSampler", "prefetch"]
+__all__ = ["BatchSampler", "choosing", "prefetch"]
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
 
 #: Effective batches whose samples are sorted by length together.
 _BUCKET_WINDOW = 50
+
+
+#: Returns the effective batches of an epoch, in place of :meth:`BatchSampler.batches`.
+Choice = Callable[["BatchSampler", int], list[list[Array]]]
+_choice: ContextVar[Choice | None] = ContextVar("loopos_batch_choice", default=None)
+
+
+@contextmanager
+def choosing(choose: Choice) -> Iterator[None]:
+    """Inside the block, epochs hold the batches that `choose` returns: for rehearsals."""
+    token = _choice.set(choose)
+    try:
+        yield
+    finally:
+        _choice.reset(token)
 
 
 class BatchSampler:
@@ -76,6 +92,11 @@ class BatchSampler:
 
     def epoch(self, k: int) -> list[list[Array]]:
         """Return the effective batches of epoch `k`, each a list of microbatches (int64 [b])."""
+        choose = _choice.get()
+        return self.batches(k) if choose is None else choose(self, k)
+
+    def batches(self, k: int) -> list[list[Array]]:
+        """Return all effective batches of epoch `k`, whatever :func:`choosing` says."""
         rng = np.random.default_rng([self._seed, k])
         count = self.lengths.size
         order = rng.permutation(count) if self._shuffle else np.arange(count, dtype=np.int64)

@@ -1,0 +1,364 @@
+"""Commands beside ``run`` and ``validate``: use what was trained, and see what there is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loopos.display import say, show_figures, show_predictions
+from loopos.errors import InputError, MissingFileError
+from loopos.files import atomic_write_text, write_json
+from loopos.version import __version__
+
+if TYPE_CHECKING:
+    from loopos.methods.fine_tuning import FineTuner
+
+_DIRECTORY = typer.Argument(metavar="DIRECTORY", help="A run directory, or a saved classifier.")
+_TEXT = typer.Option("--text-field", metavar="NAME", help="Name of the field of texts.")
+
+#: What optional packages are for.
+_EXTRAS = {
+    "numba": "numba", "parquet": "pyarrow", "gguf": "gguf", "hub": "huggingface_hub",
+    "tensorboard": "tensorboard",
+}  # fmt: skip
+
+
+def configs(
+    show: Annotated[str | None, typer.Option(metavar="NAME", help="Print one of them.")] = None,
+    copy: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(metavar="NAME PATH", help="Copy one of them to a file that does not exist."),
+    ] = None,
+) -> None:
+    """List the configurations that come with loopos."""
+    from loopos.config import shipped_configs
+    from loopos.errors import nearest
+
+    shipped = shipped_configs()
+
+    def path_of(name: str) -> Path:
+        if name not in shipped:
+            raise MissingFileError(f"no shipped configuration '{name}'{nearest(name, shipped)}")
+        return shipped[name]
+
+    if show is not None:
+        say(path_of(show).read_text(encoding="utf-8").rstrip())
+        return
+    if copy is not None:
+        source, target = path_of(copy[0]), copy[1]
+        if target.exists():
+            raise InputError(f"{target}: exists already")
+        atomic_write_text(target, source.read_text(encoding="utf-8"))
+        say(f"copied to {target}")
+        return
+    for name, path in shipped.items():
+        description = json.loads(path.read_text(encoding="utf-8"))["computation"]["description"]
+        say(f"{name:<16} {description}")
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show versions, backends, memory, families and extras."""
+    facts = _facts()
+    if as_json:
+        say(json.dumps(facts, indent=2))
+        return
+    for name in ("loopos", "python", "numpy", "platform", "cpus"):
+        say(f"{name:<12} {facts[name]}")
+    if facts["memory_bytes"] is not None:
+        say(f"{'memory':<12} {facts['memory_bytes'] / 2**30:.1f} GiB free")
+    for name, what in facts["backends"].items():
+        chosen = " (in force)" if name == facts["backend"] else ""
+        say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
+        say(f"             {len(what['native'])} ops native, {len(what['inherited'])} inherited")
+        if "products" in what:
+            say(f"             matrix products: {what['products']}")
+    for name, reason in facts["unavailable"].items():
+        say(f"unavailable  {name}: {reason}")
+    say(f"families     {', '.join(facts['families'])}")
+    say(f"methods      {', '.join(facts['methods'])}")
+    for name, version in facts["extras"].items():
+        missing = f"not installed (pip install 'loopos[{name}]')"
+        say(f"extra        {name}: {version or missing}")
+
+
+def _facts() -> dict[str, Any]:
+    import numpy as np
+
+    from loopos.backends import available_backends, get_backend, unavailable_backends, use_backend
+    from loopos.backends.memory import available_bytes
+    from loopos.backends.threads import available_cpus
+    from loopos.methods import METHODS
+    from loopos.models.families import FAMILIES
+
+    described = {}
+    for name in available_backends():
+        with use_backend(name) as backend:
+            described[name] = backend.describe()
+    return {
+        "loopos": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpus": available_cpus(),
+        "memory_bytes": available_bytes(),
+        "backend": get_backend().describe()["name"],
+        "backends": described,
+        "unavailable": unavailable_backends(),
+        "families": list(FAMILIES),
+        "methods": [f"{mode}/{method}" for mode, method in METHODS],
+        "extras": {extra: _version(package) for extra, package in _EXTRAS.items()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# -- classifiers -----------------------------------------------------------------------------------
+
+
+def predict(
+    model: Annotated[Path, _DIRECTORY],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXTS", help="Texts to classify.")
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="A file of rows with a text each."),
+    ] = None,
+    text_field: Annotated[str, _TEXT] = "text",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write JSON lines to this file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+) -> None:
+    """Classify texts with a trained model.
+
+    Texts are given as arguments, in a file, or line by line on standard input.
+    """
+    from loopos.data.readers import read_texts
+
+    if texts and input_file is not None:
+        raise InputError("give either texts or --input, not both")
+    tuner = _load_tuner(model)
+    if input_file is not None:
+        read = read_texts(input_file, text_field)
+        given = read.texts
+        if read.dropped:
+            places = ", ".join(read.dropped[:5]) + (", ..." if len(read.dropped) > 5 else "")
+            print(f"left out, as there is no text: {places}", file=sys.stderr)
+    else:
+        given = [_as_utf8(text) for text in texts or []] or _standard_input()
+    if not given:
+        raise InputError("there is no text to classify")
+    rows = list(tuner.predict(given).rows(given))
+    if output is not None:
+        lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+        atomic_write_text(output, "".join(f"{line}\n" for line in lines))
+    if as_json:
+        escaped = "utf" not in (sys.stdout.encoding or "").lower()
+        for row in rows:
+            say(json.dumps(row, ensure_ascii=escaped))
+    elif output is not None:
+        say(f"{len(rows)} predictions in {output}")
+    else:
+        show_predictions(rows)
+
+
+def _load_tuner(directory: Path) -> FineTuner:
+    """Load the classifier of a run directory, or one that was saved by itself."""
+    from loopos.methods.fine_tuning import FineTuner
+
+    if not directory.is_dir():
+        raise MissingFileError(f"{directory}: no such directory")
+    inner = directory / "model"
+    if not inner.is_dir():
+        if (directory / "metrics.jsonl").exists():
+            raise InputError(
+                f"{directory}: this run has not finished, so there is no model in it; "
+                "continue it with 'loopos run CONFIG --resume'"
+            )
+        inner = directory
+    if (inner / "config.json").exists() and not (inner / "classifier.json").exists():
+        raise InputError(
+            f"{inner}: is no classifier (classifier.json is missing); "
+            "fine-tune it first, as data.pretrained_weights"
+        )
+    return FineTuner.load(inner)
+
+
+def _as_utf8(argument: str) -> str:
+    """Undo what a locale other than UTF-8 made of an argument, where it was UTF-8."""
+    try:
+        return os.fsencode(argument).decode("utf-8")
+    except UnicodeError:
+        return argument
+
+
+def _standard_input() -> list[str]:
+    """Return the lines of standard input that have text."""
+    if sys.stdin.isatty():
+        print("reading texts, one a line, up to Ctrl-D", file=sys.stderr)
+    raw = sys.stdin.buffer.read()  # UTF-8 like every file, whatever the locale says
+    try:
+        lines = raw.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        byte = raw[error.start]
+        raise InputError(f"standard input:{line}: not UTF-8 text (byte 0x{byte:02x})") from error
+    return [line.rstrip("\r") for line in lines if line.strip()]
+
+
+def evaluate(
+    model: Annotated[Path, _DIRECTORY],
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled rows, as for training.")],
+    text_field: Annotated[str, _TEXT] = "text",
+    label_field: Annotated[
+        str, typer.Option(metavar="NAME", help="Name of the field of labels.")
+    ] = "label",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="Write all figures as JSON.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+) -> None:
+    """Measure a model on other data.
+
+    A classifier's figures, or the perplexity of a language model.
+    """
+    figures = _evaluated(model, data, text_field, label_field)
+    if output is not None:
+        write_json(output, figures)
+    if as_json:
+        say(json.dumps(figures, indent=2))
+    else:
+        show_figures(figures)
+
+
+def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dict[str, Any]:
+    from loopos.data.readers import read_labelled, read_texts
+
+    if _is_language_model(model):
+        from loopos.data.tokenizer import load_tokenizer
+        from loopos.methods.pretraining import Pretrainer
+        from loopos.models.weights import load_model
+
+        inner = _inner(model)
+        trainer = Pretrainer(load_model(inner), load_tokenizer(inner))
+        return dict(trainer.evaluate(read_texts(data, text_field)))
+    tuner = _load_tuner(model)
+    head = tuner.classifier
+    labelled = read_labelled(
+        data,
+        text_field,
+        label_field,
+        tuner.label_names,
+        None if head.problem == "classification" else head.num_classes,
+        head.problem,
+    )
+    return tuner.evaluate(labelled)
+
+
+def _inner(directory: Path) -> Path:
+    return directory / "model" if (directory / "model").is_dir() else directory
+
+
+def _is_language_model(directory: Path) -> bool:
+    from loopos.models.weights import load_config
+
+    inner = _inner(directory)
+    if not inner.exists() or (inner / "classifier.json").exists():
+        return False
+    if inner.is_dir() and not (inner / "config.json").exists():
+        return False
+    return bool(load_config(inner).lm_head)
+
+
+def merge(
+    model: Annotated[Path, _DIRECTORY],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A directory not there yet.")],
+) -> None:
+    """Save a model trained with LoRA as a whole one.
+
+    Its adapters are put into copies of the weights.
+    """
+    from loopos.data.tokenizer import load_tokenizer
+    from loopos.models.heads import load_classifier
+    from loopos.models.lora import merge_lora
+    from loopos.models.weights import load_model
+
+    inner = _inner(model)
+    if not inner.is_dir():
+        raise MissingFileError(f"{model}: no such directory")
+    if output.exists():
+        raise InputError(f"{output}: exists already")
+    if (inner / "classifier.json").exists():
+        classifier = load_classifier(inner)
+        merge_lora(classifier.body)
+        classifier.save(output, load_tokenizer(inner))
+    else:
+        body = load_model(inner)
+        merge_lora(body)
+        body.save(output, load_tokenizer(inner))
+    say(f"saved in {output}")
+
+
+# -- tokenizers ------------------------------------------------------------------------------------
+
+tokenizer = typer.Typer(help="Train a tokenizer, or see what one makes of a text.")
+
+
+@tokenizer.command()
+def train(
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA...", help="Texts: .txt, or rows with a field.")
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIRECTORY", help="Where it is saved.")
+    ],
+    vocab_size: Annotated[
+        int, typer.Option(metavar="N", help="Tokens, the 256 bytes among them.")
+    ] = 16000,
+    text_field: Annotated[str, _TEXT] = "text",
+) -> None:
+    """Train a byte-level BPE tokenizer and save it for ``data.tokenizer``."""
+    from loopos.data.readers import read_texts
+    from loopos.data.tokenizer import train_bpe
+
+    if (output / "tokenizer.json").exists():
+        raise InputError(f"{output}: already holds a tokenizer")
+    texts = read_texts(data if len(data) > 1 else data[0], text_field)  # type: ignore[arg-type]
+    trained = train_bpe(texts.texts, vocab_size)
+    trained.save(output)
+    length = sum(len(text.encode()) for text in texts.texts)
+    tokens = sum(len(ids) for ids in trained.encode_batch(list(texts.texts)[:1000]))
+    sampled = sum(len(text.encode()) for text in list(texts.texts)[:1000])
+    say(f"{trained.vocab_size:,} tokens from {len(texts.texts):,} texts, {length:,} bytes")
+    say(f"{sampled / max(1, tokens):.2f} bytes a token")
+    say(f"saved in {output}")
+
+
+@tokenizer.command()
+def show(
+    path: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A directory or a file.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT")],
+) -> None:
+    """Show the tokens of a text, and their ids."""
+    from loopos.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(path)
+    ids = found.encode(_as_utf8(text))
+    for id_ in ids:
+        say(f"{id_:>7}  {found.decode([id_])!r}")
+    say(f"{len(ids)} tokens")

@@ -1,0 +1,278 @@
+"""What a run will take, found by doing a little of it: peak memory and time.
+
+A process of its own carries out the whole course of the run (read, encode, train, evaluate, save,
+finish) in a directory that is deleted, but trains on a few batches only, the largest ones among
+them, and evaluates on a few rows, the longest ones among them. Its peak memory is that of the run;
+its times, divided by what they were spent on, add up to the run's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from loopos.backends.memory import available_bytes, peak_bytes
+from loopos.config import RunConfig, load_config
+from loopos.data.sampler import BatchSampler, choosing
+from loopos.errors import ConfigError, LooposError
+from loopos.runner import Prepared, run
+from loopos.training.options import TrainingOptions
+from loopos.training.trackers import Callback, Record, RunInfo
+
+__all__ = ["Estimate", "refuse_memory", "rehearse"]
+
+Array = np.ndarray[Any, Any]
+
+#: Exit code of a rehearsal that ran out of memory.
+_NO_MEMORY = 3
+#: Batches of the training data that are tried, beside the largest one.
+_BATCHES = 6
+#: Epochs in which the largest batch is looked for.
+_EPOCHS = 20
+#: Rows of the validation data that are tried: so many of the longest, and of all.
+_LONGEST, _ROWS = 64, 192
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will take.
+
+    Attributes
+    ----------
+    peak_bytes : int
+        The most memory that it will hold at once.
+    available_bytes : int or None
+        What this machine has to give; None where that cannot be told.
+    total_s, step_s, evaluation_s, save_s : float
+        The whole run, a mean optimizer step, one evaluation, one checkpoint; seconds.
+    """
+
+    peak_bytes: int
+    available_bytes: int | None
+    total_s: float
+    step_s: float
+    evaluation_s: float
+    save_s: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory is there."""
+        return self.available_bytes is None or self.peak_bytes <= self.available_bytes
+
+
+def rehearse(config: RunConfig, overrides: Sequence[str] = ()) -> Estimate:
+    """Find what a run will take, in a process of its own.
+
+    Parameters
+    ----------
+    config : RunConfig
+        As :func:`loopos.config.load_config` gave it for ``config.source`` and `overrides`.
+    overrides : sequence of str
+
+    Raises
+    ------
+    ConfigError
+        If there is not enough memory even for the rehearsal.
+    LooposError
+        Whatever the run itself would raise.
+    """
+    free = available_bytes()
+    place = next(p for p in config.output_dir.absolute().parents if p.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".loopos-rehearsal-", dir=place) as directory:
+        asked = {
+            "source": config.source,
+            "overrides": list(overrides),
+            "directory": directory,
+            "limit": free,
+            "launched": time.time(),
+        }
+        command = [sys.executable, "-m", "loopos.rehearsal"]
+        done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
+    if done.returncode in (_NO_MEMORY, -signal.SIGKILL):  # the system's way to say the same
+        refuse_memory(config, free, None)
+    if done.returncode:
+        raise LooposError(f"{config.source}: the rehearsal of the run failed")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "error" in found:
+        raise LooposError(found["error"])
+    return Estimate(available_bytes=free, **found)
+
+
+def refuse_memory(config: RunConfig, free: int | None, needed: int | None) -> NoReturn:
+    """Raise ConfigError: the run does not fit."""
+    amount = "more memory" if needed is None else f"about {_gib(needed)} of memory"
+    has = "" if free is None else f", and {_gib(free)} are free"
+    raise ConfigError(
+        f"{config.source}: this run needs {amount}{has}; smaller training.batch_size or "
+        "training.batch_tokens, training.gradient_checkpointing and training.lora lower it"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+# -- in the process of its own ---------------------------------------------------------------------
+
+
+class _Few:
+    """Chooses the batches of a rehearsal, and remembers what the whole run would be."""
+
+    def __init__(self, options: TrainingOptions):
+        self._options = options
+        self.total_steps = self.steps_per_epoch = self.tokens = 0
+
+    def __call__(self, sampler: BatchSampler, k: int) -> list[list[Array]]:
+        """Return the largest batch of the run, the largest of its first epoch, some of any size."""
+        lengths, options = sampler.lengths, self._options
+        epochs = [sampler.batches(i) for i in range(min(options.num_epochs or 1, _EPOCHS))]
+        per_epoch = self.steps_per_epoch = len(epochs[0])
+        whole, limit = per_epoch * (options.num_epochs or 1), options.max_steps
+        if limit is None or (options.num_epochs is not None and whole < limit):
+            limit = whole
+        self.total_steps = limit
+        self.tokens = int(lengths.sum() * self.total_steps / per_epoch)
+
+        def microbatch(batch: list[Array]) -> int:
+            return max(int(lengths[indices].sum()) for indices in batch)
+
+        largest = max((batch for epoch in epochs for batch in epoch), key=microbatch)
+        sizes = np.array([sum(int(lengths[m].sum()) for m in batch) for batch in epochs[0]])
+        order = np.argsort(sizes, kind="stable")
+        picked = order[np.linspace(0, per_epoch - 1, min(_BATCHES, per_epoch)).astype(int)]
+        return [largest, *(epochs[0][int(i)] for i in picked[::-1])]
+
+
+class _Clock(Callback):
+    """Notes when things happen."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, float]] = []
+        self.started = self.trained = self.evaluated = self.ended = 0.0
+
+    def on_start(self, info: RunInfo) -> None:
+        """Everything is read and encoded."""
+        self.started = time.time()
+
+    def on_step(self, record: Record) -> None:
+        """A step was made."""
+        self.steps.append((record["tokens"], record["time_s"]))
+        self.trained = self.evaluated = time.time()
+
+    def on_evaluate(self, record: Record) -> None:
+        """The last step was evaluated; what follows is its checkpoint."""
+        self.evaluated = time.time()
+
+    def on_end(self) -> None:
+        """The checkpoint is there; what follows is the end of the run."""
+        self.ended = time.time()
+
+
+def _part(prepared: Prepared) -> tuple[Prepared, float]:
+    """Return the same with a part of the validation rows, and the part's share of the text."""
+    validation = prepared.validation
+    if validation is None:
+        return prepared, 1.0
+    lengths = np.array([len(text) for text in validation.texts])
+    if lengths.size <= _LONGEST + _ROWS:
+        return prepared, 1.0
+    order = np.argsort(lengths, kind="stable")
+    some = order[np.linspace(0, lengths.size - _LONGEST - 1, _ROWS).astype(int)]
+    picked = np.sort(np.concatenate([order[-_LONGEST:], some]))
+    share = float(lengths[picked].sum() / max(1, lengths.sum()))
+    return dataclasses.replace(prepared, validation=validation.take(picked)), share
+
+
+def _line(steps: list[tuple[int, float]]) -> tuple[float, float]:
+    """Return seconds a step and seconds a token that explain the steps best, neither negative."""
+    from scipy.optimize import nnls
+
+    tokens, spent = np.array(steps, dtype=np.float64).T
+    # Relative errors: a small step counts as much as a large one.
+    columns = np.stack([1 / spent, tokens / spent], axis=1)
+    (first, each), _ = nnls(columns, np.ones(len(spent)))
+    return float(first), float(each)
+
+
+def _due(every: int | None, few: _Few) -> set[int]:
+    """Return after which steps something happens that happens every so many (None: an epoch)."""
+    step = every or few.steps_per_epoch
+    return {*range(step, few.total_steps + 1, step), few.total_steps}
+
+
+def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, Any]:
+    """Carry out a little of the run, and add up what all of it would take."""
+    options, few, clock = config.training, _Few(config.training), _Clock()
+    short = dataclasses.replace(
+        options, num_epochs=1, max_steps=None, eval_steps=None, save_steps=None,
+        early_stopping_patience=None,
+    )  # fmt: skip
+    elsewhere = dataclasses.replace(config.data, output_dir=str(directory / "run"))
+    rehearsed = dataclasses.replace(config, training=short, data=elsewhere)
+    shares = [1.0]
+
+    def shorten(prepared: Prepared) -> Prepared:
+        part, share = _part(prepared)
+        shares.append(share if part.validation is not None else 0.0)
+        return part
+
+    with choosing(few):
+        run(rehearsed, callbacks=[clock], on_prepared=shorten)
+    ended, share = time.time(), shares[-1]
+    evaluations = _due(options.eval_steps, few) if share else set()
+    # Every evaluation may be the best so far, and then it is saved.
+    saves = evaluations | _due(options.save_steps, few)
+    evaluation_s = (clock.evaluated - clock.trained) / share if share else 0.0
+    save_s = clock.ended - clock.evaluated
+    first, each = _line(clock.steps[1:])  # the first step finds no buffers yet
+    training_s = first * few.total_steps + each * few.tokens
+    total_s = (clock.started - launched) + training_s + (ended - clock.ended)
+    total_s += len(evaluations) * evaluation_s + len(saves) * save_s
+    if share:  # the end of the run evaluates once more, here on a part
+        total_s += evaluation_s * (1 - share)
+    return {
+        "peak_bytes": peak_bytes(),
+        "total_s": total_s,
+        "step_s": training_s / few.total_steps,
+        "evaluation_s": evaluation_s,
+        "save_s": save_s,
+    }
+
+
+def _limit(memory: int) -> None:
+    """Let allocations beyond `memory` fail with MemoryError, before the machine swaps or kills."""
+    try:
+        import resource
+    except ImportError:  # not a Unix: it would be told by the system
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+
+
+def _main() -> int:
+    asked = json.load(sys.stdin)
+    if asked["limit"] is not None:
+        _limit(asked["limit"])
+    try:
+        config = load_config(asked["source"], asked["overrides"])
+        found = _measure(config, Path(asked["directory"]), asked["launched"])
+    except MemoryError:
+        return _NO_MEMORY
+    except LooposError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
