@@ -16,10 +16,12 @@ import numpy as np
 
 from loopos.autograd import Array
 from loopos.errors import InputError, MissingFileError, ModelFormatError, NumericalError, nearest
-from loopos.files import read_json, write_json
+from loopos.files import is_gguf, read_json, write_json
+from loopos.hub import local_path, nearest_path
 from loopos.models.config import TransformerConfig
 from loopos.models.families import Family, Rule, family_for, family_of
 from loopos.models.families.base import has_lm_head
+from loopos.models.gguf_file import GgufFile
 from loopos.models.tensor_file import TensorFile, write_tensors
 from loopos.models.transformer import Origin, SavesTokenizer, Transformer, parameter_shapes
 from loopos.version import __version__
@@ -27,34 +29,44 @@ from loopos.version import __version__
 __all__ = ["load_config", "load_model", "read_finite", "save_model", "to_hf_tensors"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+#: What is fetched of a model on the Hub: no pickles, no copies in other formats.
+_HUB_FILES = (_CONFIG, "model.safetensors", _INDEX, "model-*.safetensors")
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "float64")}
 #: Keys in which a configuration says the dtype, new and old.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def load_config(directory: str | Path) -> TransformerConfig:
-    """Read only the configuration of a model directory.
+    """Read only the configuration of a model.
 
     Parameters
     ----------
-    directory : path
-        With ``config.json``.
+    directory : path or str
+        With ``config.json``; or as for :func:`load_model`.
 
     Raises
     ------
     MissingFileError, ModelFormatError
         As :func:`load_model`.
     """
-    return _read_config(Path(directory))[1]
+    directory = local_path(directory, (_CONFIG,))
+    if is_gguf(directory):
+        from loopos.models.gguf import load_gguf_config
+
+        return load_gguf_config(directory)
+    return _read_config(directory)[1]
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
-    """Read a model in the Hugging Face layout, of the families GPT-2, Llama and BERT.
+    """Read a model in the Hugging Face layout, or from a GGUF file.
 
     Parameters
     ----------
-    directory : path
-        With ``config.json`` and ``model.safetensors`` (or its shards and their index).
+    directory : path or str
+        With ``config.json`` and ``model.safetensors`` (or its shards and their index); or a
+        ``.gguf`` file, whose quantised tensors are dequantised; or, given as a string and where
+        there is no such path, the name of a model on the Hugging Face Hub, "org/name" or
+        "org/name@revision", of which only those files are fetched.
     dtype : {"float32", "float64"}
         Of the parameters; files in float16 and bfloat16 are converted.
 
@@ -70,10 +82,16 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
     ModelFormatError
         If the configuration asks for what loopos does not compute, or a tensor is missing,
         unexpected, of another shape, cut off or not finite; one sentence with file and tensor.
+    InputError
+        If a library that this needs is not installed.
     """
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    directory = Path(directory)
+    directory = local_path(directory, _HUB_FILES)
+    if is_gguf(directory):
+        from loopos.models.gguf import load_gguf
+
+        return load_gguf(directory, _DTYPES[dtype])
     family, config, values = _read_config(directory)
     files = _tensor_files(directory)
     prefix = family.prefix if any(name.startswith(family.prefix) for name in files) else ""
@@ -93,7 +111,9 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
     return model
 
 
-def read_finite(file: TensorFile, name: str, shape: tuple[int, ...] | None, dtype: Any) -> Array:
+def read_finite(
+    file: TensorFile | GgufFile, name: str, shape: tuple[int, ...] | None, dtype: Any
+) -> Array:
     """Return a tensor of a file, of a given shape (any if None) and finite.
 
     Raises
@@ -185,10 +205,14 @@ def to_hf_tensors(
 
 def _read_config(directory: Path) -> tuple[Family, TransformerConfig, dict[str, Any]]:
     if not directory.is_dir():
-        raise MissingFileError(f"{directory}: no such directory")
+        raise MissingFileError(f"{directory}: no such directory{nearest_path(directory)}")
     path = directory / _CONFIG
     if not path.is_file():
-        raise MissingFileError(f"{directory}: holds no {_CONFIG}, so it is not a model directory")
+        files = sorted(directory.glob("*.gguf"))
+        hint = f" (to read {files[0].name}, give the path of that file)" if files else ""
+        raise MissingFileError(
+            f"{directory}: holds no {_CONFIG}, so it is not a model directory{hint}"
+        )
     values = read_json(path, ModelFormatError)
     try:
         family = family_of(values.get("model_type"))
