@@ -168,8 +168,9 @@ def _add_ends(backend: Any, file: GgufFile, names: dict[str, str | None], add_bo
             continue
         if token is None:
             raise _fault(file, f"key 'tokenizer.ggml.{name}_token_id' is missing, which is added")
-        template = [token, *template] if name == "bos" else [*template, token]
-        ids.append((token, backend.token_to_id(token)))
+        template = [name, *template] if name == "bos" else [*template, name]
+        # By another name than its own, in which a colon or a dollar would mean something.
+        ids.append({"id": name, "ids": [backend.token_to_id(token)], "tokens": [token]})
     if ids:
         pair = [*template, *(part.replace("$A", "$B") + ":1" for part in template)]
         backend.post_processor = processors.TemplateProcessing(
@@ -223,6 +224,8 @@ def _merges(file: GgufFile, vocab: dict[str, int]) -> list[tuple[str, str]]:
 # -- SentencePiece ---------------------------------------------------------------------------------
 
 _SPACE = "\u2581"
+#: Characters of a token, at the most: the search for its two halves takes time with the length.
+_LONGEST = 512
 
 
 def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
@@ -246,6 +249,9 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> tuple[Any, bool]:
     bytes_ = {f"<0x{value:02X}>" for value in range(256)}
     fallback = bytes_ <= set(tokens)
     vocab = {token: index for index, token in enumerate(tokens)}
+    longest = max(tokens, key=len)
+    if len(longest) > _LONGEST:
+        raise _fault(file, f"key '{_TOKENS}' has a token of {len(longest)} characters")
     pairs = _merges_by_score(tokens, types, scores, vocab)
     backend = Backend(
         BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
