@@ -167,6 +167,7 @@ def _configured(file: GgufFile) -> tuple[Family, TransformerConfig, dict[str, An
             f"{file.path}: is one of {parts} parts (key 'split.count'), expected a whole model"
         )
     _refuse_keys(file, architecture)
+    _refuse_size(file, architecture)
     values = _values(file, architecture)
     try:
         family = family_of(values["model_type"])
@@ -193,29 +194,9 @@ def _refuse_keys(file: GgufFile, architecture: str) -> None:
         )
 
 
-def _values(file: GgufFile, architecture: str) -> dict[str, Any]:
-    """Return the keys of a Hugging Face configuration."""
-
-    def size(key: str) -> int:
-        found: int = file.require(f"{architecture}.{key}", int)
-        return found
-
-    width, heads, layers = (
-        size("embedding_length"), size("attention.head_count"), size("block_count"),
-    )  # fmt: skip
-    if layers > len(file.names):
-        raise ModelFormatError(
-            f"{file.path}: key '{architecture}.block_count' is {layers}, "
-            f"more than its {len(file.names)} tensors"
-        )
-    for name in ("token_embd.weight", "output_norm.weight"):
-        if name not in file.names:
-            raise ModelFormatError(
-                f"{file.path}: tensor '{name}' is missing{nearest(name, file.names)}"
-            )
-    head = file.get(f"{architecture}.attention.key_length", int)
-    if head is None:
-        head = width // max(heads, 1)
+def _head_size(file: GgufFile, architecture: str, default: int) -> int:
+    """Return the width of a head, which keys, values and rotations must share."""
+    head: int = file.get(f"{architecture}.attention.key_length", int, default)
     for key in ("attention.value_length", "rope.dimension_count"):
         found = file.get(f"{architecture}.{key}", int, head)
         if found != head:
@@ -223,25 +204,54 @@ def _values(file: GgufFile, architecture: str) -> dict[str, Any]:
                 f"{file.path}: key '{architecture}.{key}' is {found}, which loopos does not "
                 f"compute (it computes the size of a head, {head})"
             )
+    return head
+
+
+def _refuse_size(file: GgufFile, architecture: str) -> None:
+    """Raise ModelFormatError for more layers than there can be, before they are listed."""
+    layers = file.require(f"{architecture}.block_count", int)
+    if layers > len(file.names):
+        raise ModelFormatError(
+            f"{file.path}: key '{architecture}.block_count' is {layers}, "
+            f"more than its {len(file.names)} tensors"
+        )
+    if "token_embd.weight" not in file.names:
+        close = nearest("token_embd.weight", file.names)
+        raise ModelFormatError(f"{file.path}: tensor 'token_embd.weight' is missing{close}")
+
+
+def _values(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """Return the keys of a Hugging Face configuration."""
+
+    def size(key: str) -> int:
+        found: int = file.require(f"{architecture}.{key}", int)
+        return found
+
+    width, heads = size("embedding_length"), size("attention.head_count")
+    head = _head_size(file, architecture, width // max(heads, 1))
     theta = file.get(f"{architecture}.rope.freq_base", float, 10000.0)
-    return {
+    values = {
         "model_type": _MODEL_TYPES[architecture],
         "hidden_size": width,
         "intermediate_size": size("feed_forward_length"),
-        "num_hidden_layers": layers,
+        "num_hidden_layers": size("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": file.get(f"{architecture}.attention.head_count_kv", int, heads),
-        "head_dim": head,
         "hidden_act": "silu",
         "max_position_embeddings": size("context_length"),
         "rms_norm_eps": file.require(f"{architecture}.attention.layer_norm_rms_epsilon", float),
         "vocab_size": file.shape("token_embd.weight")[0],
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(file, architecture, theta, head),
-        "attention_bias": "blk.0.attn_q.bias" in file.names,
-        "mlp_bias": "blk.0.ffn_up.bias" in file.names,
         "tie_word_embeddings": "output.weight" not in file.names,
     }
+    if architecture != "qwen2":  # which has no such keys: q, k and v have biases, o has none
+        values |= {"head_dim": head, "attention_bias": "blk.0.attn_q.bias" in file.names}
+    elif head * heads != width:
+        values["head_dim"] = head
+    if architecture == "llama":
+        values["mlp_bias"] = "blk.0.ffn_up.bias" in file.names
+    return values
 
 
 def _rope_scaling(
