@@ -344,6 +344,10 @@ def refused(path, *words, error=ModelFormatError, read=load_model):
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), ["rope_scaling", "yarn"]),
         (lambda w: w.add_rope_scaling_factor(4.0), ["rope_scaling", "linear", "4.0"]),
         (lambda w: w.add_expert_count(8), ["'llama.expert_count' is 8"]),
+        (
+            lambda w: w.add_array("llama.expert_count", [0, 0]),
+            ["'llama.expert_count' is an array of 2"],
+        ),
         (lambda w: w.add_sliding_window(16), ["'llama.attention.sliding_window' is 16"]),
         (lambda w: w.add_uint32("llama.block_cuont", 2), ["block_cuont", "mean 'block_count'"]),
         (lambda w: w.add_value_length(4), ["'llama.attention.value_length' is 4", "8"]),

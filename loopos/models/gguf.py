@@ -185,10 +185,12 @@ def _refuse_keys(file: GgufFile, architecture: str) -> None:
     """Raise ModelFormatError for a key that may change the computation and is not understood."""
     for key, value in file.metadata.items():
         plain = key.removeprefix(f"{architecture}.")
-        if plain == key or plain in _KEYS or (plain in _ONLY and value in _ONLY[plain]):
+        several = isinstance(value, (list, np.ndarray))
+        harmless = plain in _ONLY and not several and value in _ONLY[plain]
+        if plain == key or plain in _KEYS or harmless:
             continue
         close = "" if plain in _ONLY else nearest(plain, _KEYS)
-        shown = f"an array of {len(value)}" if isinstance(value, (list, np.ndarray)) else value
+        shown = f"an array of {len(value)}" if several else value
         raise ModelFormatError(
             f"{file.path}: key '{key}' is {shown}, which loopos does not compute{close}"
         )
@@ -309,9 +311,9 @@ def _llama3_factors(scaling: dict[str, Any], theta: float, head: int) -> Array:
     ``modeling_rope_utils.py``, "llama3".
     """
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / (
-        2 * math.pi * theta ** (np.arange(0, head, 2) / head)
-    )  # within the original context
-    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    inverse: Array = (1 - smooth) / scaling["factor"] + smooth
-    return 1 / inverse
+    context = scaling["original_max_position_embeddings"]
+    with np.errstate(all="ignore"):  # of bases and factors that make no sense, which differ
+        turns = context / (2 * math.pi * np.float64(theta) ** (np.arange(0, head, 2) / head))
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        inverse: Array = (1 - smooth) / scaling["factor"] + smooth
+        return 1 / inverse
