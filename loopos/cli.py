@@ -196,8 +196,8 @@ def validate(
 ) -> None:
     """Check a configuration, and say what a run would take.
 
-    Data and model are read. A few steps are tried, in a process of its own, and forgotten; exits with 2 where a run would
-    not fit into memory.
+    Data and model are read. A few steps are tried, in a process of its own, and forgotten; exits
+    with 2 where a run would not fit into memory.
     """
     from loopos.config import load_config
     from loopos.rehearsal import refuse_memory, rehearse

@@ -143,6 +143,29 @@ def builtin(name: str) -> Path:
     return ASSETS / name
 
 
+#: The first bytes of a GGUF file.
+GGUF_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path names a GGUF file, by its ending or its first bytes.
+
+    Raises
+    ------
+    InputError
+        If there is a file that cannot be read.
+    """
+    if path.suffix.lower() == ".gguf":
+        return not path.is_dir()
+    if not path.is_file():
+        return False
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def read_text(path: str | Path, error: type[InputError] = InputError) -> str:
     """Return the UTF-8 text of `path`; a byte-order mark is dropped.
 

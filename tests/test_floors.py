@@ -9,7 +9,7 @@ import loopos
 
 #: The floor of each module or package under loopos; it imports its own floor or below.
 FLOORS = {
-    "errors": -1, "files": -1, "version": -1,
+    "errors": -1, "files": -1, "hub": -1, "version": -1,
     "_ext": 0,
     "backends": 1,
     "autograd": 2, "ops": 2,

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from loopos.errors import DataError, MissingFileError, ModelFormatError, nearest
-from loopos.files import atomic_write_text, read_json, read_text, write_json
+from loopos.errors import DataError, MissingFileError, ModelFormatError
+from loopos.files import atomic_write_text, is_gguf, read_json, read_text, write_json
+from loopos.hub import local_path, nearest_path
 
 __all__ = ["Tokenizer", "load_tokenizer", "train_bpe"]
 
@@ -19,6 +20,14 @@ Array = np.ndarray[Any, Any]
 END_OF_TEXT = "<|endoftext|>"
 #: What may close a text, when the tokenizer's own configuration names nothing.
 _END_CANDIDATES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
+
+
+_TEMPLATE_FILE = "chat_template.jinja"
+#: What is fetched of a model on the Hub.
+_HUB_FILES = (
+    "tokenizer.json", "tokenizer_config.json", _TEMPLATE_FILE,
+    "vocab.json", "merges.txt", "vocab.txt",
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -32,6 +41,12 @@ class Tokenizer:
         The token that closes a text.
     config : dict, optional
         ``tokenizer_config.json`` as it was read; saved back.
+
+    Attributes
+    ----------
+    chat_template : str or None
+        The Jinja template that writes messages as one text, from `config`; may be set, and is
+        saved.
     """
 
     def __init__(
@@ -41,6 +56,7 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self._config = config or {}
+        self.chat_template = _chat_template(self._config)
         candidates = [eos_token] if eos_token else _END_CANDIDATES
         self.eos_token = next((t for t in candidates if backend.token_to_id(t) is not None), None)
 
@@ -126,6 +142,9 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._config
         if self.eos_token is not None:
             config.setdefault("eos_token", self.eos_token)
+        if self.chat_template != _chat_template(config):
+            config["chat_template"] = self.chat_template
+        (directory / _TEMPLATE_FILE).unlink(missing_ok=True)  # it would override what is saved
         write_json(directory / "tokenizer_config.json", config)
 
 
@@ -145,14 +164,16 @@ def _checked(texts: Iterable[Any]) -> Iterator[str]:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read the tokenizer of a model.
+    """Read the tokenizer of a model, and its chat template.
 
     Parameters
     ----------
-    path : path
+    path : path or str
         A directory with ``tokenizer.json``, or GPT-2's ``vocab.json`` and ``merges.txt`` (also
         under their first names ``encoder.json`` and ``vocab.bpe``), or BERT's ``vocab.txt``; or
-        one of these files.
+        one of these files, or a ``.gguf`` file; or, given as a string and where there is no such
+        path, the name of a model on the Hugging Face Hub, "org/name" or "org/name@revision", of
+        which only those files are fetched.
 
     Raises
     ------
@@ -161,13 +182,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     ModelFormatError
         If its files are damaged.
     """
-    path = Path(path)
+    path = local_path(path, _HUB_FILES)
     if not path.exists():
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise MissingFileError(f"{path}: no such file or directory{nearest(path.name, beside)}")
+        raise MissingFileError(f"{path}: no such file or directory{nearest_path(path)}")
+    if is_gguf(path):
+        from loopos.data.gguf_tokenizer import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(path)
     directory = path if path.is_dir() else path.parent
     config_file = directory / "tokenizer_config.json"
     config = read_json(config_file, ModelFormatError) if config_file.exists() else {}
+    template = directory / _TEMPLATE_FILE
+    if template.exists():  # it overrides the configuration, as in transformers
+        config["chat_template"] = read_text(template, ModelFormatError)
     names = [path.name] if path.is_file() else [entry.name for entry in directory.iterdir()]
     if "tokenizer.json" in names or _is_tokenizer_json(path):
         file = path if path.is_file() else path / "tokenizer.json"
@@ -205,6 +232,15 @@ def _eos_token(config: dict[str, Any]) -> str | None:
     if isinstance(token, dict):  # an AddedToken
         token = token.get("content")
     return token if isinstance(token, str) else None
+
+
+def _chat_template(config: dict[str, Any]) -> str | None:
+    """Return the template of ``tokenizer_config.json``, of several the one named "default"."""
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((e.get("template") for e in named if e.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 def _gpt2(vocabulary: Path, merges: Path, config: dict[str, Any]) -> Tokenizer:

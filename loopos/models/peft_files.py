@@ -19,9 +19,15 @@ from loopos.models.lora import add_lora, linear_modules
 from loopos.models.tensor_file import TensorFile, read_finite, write_tensors
 from loopos.models.transformer import Transformer
 
-__all__ = ["ADAPTER_CONFIG", "load_adapters", "read_adapter_config", "save_adapters"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
+    "load_adapters",
+    "read_adapter_config",
+    "save_adapters",
+]
 
-ADAPTER_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 #: Keys that change nothing of what is computed from weights that are there already.
 _HARMLESS = {
@@ -80,7 +86,7 @@ def save_adapters(model: Transformer, directory: str | Path) -> None:
         "task_type": "CAUSAL_LM" if model.config.lm_head else "FEATURE_EXTRACTION",
         "use_rslora": config.rslora,
     }
-    write_tensors(directory / _WEIGHTS, tensors)
+    write_tensors(directory / ADAPTER_WEIGHTS, tensors)
     write_json(directory / ADAPTER_CONFIG, values)
 
 
@@ -181,7 +187,7 @@ def load_adapters(model: Transformer, directory: str | Path) -> Transformer:
     """
     directory = Path(directory)
     config, _ = read_adapter_config(directory)
-    file = TensorFile(directory / _WEIGHTS)
+    file = TensorFile(directory / ADAPTER_WEIGHTS)
     modules, prefix = linear_modules(model), _prefix(model, file)
     names = {f"{prefix}{module}.lora_{side}.weight": module for module in modules for side in "AB"}
     for name in file.names:

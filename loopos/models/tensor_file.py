@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -145,7 +145,20 @@ class TensorFile:
                 raise self._fault(f"unexpected tensor '{name}'{nearest(name, known)}")
 
 
-def read_finite(file: TensorFile, name: str, shape: tuple[int, ...] | None, dtype: Any) -> Array:
+class HoldsTensors(Protocol):
+    """A file of named tensors, such as :class:`TensorFile`."""
+
+    path: Path
+    names: list[str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+
+    def read(self, name: str, dtype: Any) -> Array:
+        """Return a tensor."""
+
+
+def read_finite(file: HoldsTensors, name: str, shape: tuple[int, ...] | None, dtype: Any) -> Array:
     """Return a tensor of a file, of a given shape (any if None) and finite.
 
     Raises

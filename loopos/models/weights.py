@@ -16,12 +16,14 @@ import numpy as np
 
 from loopos.autograd import Array
 from loopos.errors import InputError, MissingFileError, ModelFormatError, NumericalError, nearest
-from loopos.files import read_json, write_json
+from loopos.files import is_gguf, read_json, write_json
+from loopos.hub import local_path, nearest_path
 from loopos.models.config import TransformerConfig
 from loopos.models.families import Family, Rule, family_for, family_of
 from loopos.models.families.base import has_lm_head
 from loopos.models.peft_files import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     load_adapters,
     read_adapter_config,
     save_adapters,
@@ -33,36 +35,45 @@ from loopos.version import __version__
 __all__ = ["is_adapter", "load_config", "load_model", "read_finite", "save_model", "to_hf_tensors"]
 
 _CONFIG, _WEIGHTS, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+#: What is fetched of a model on the Hub: no pickles, no copies in other formats.
+_HUB_FILES = (_CONFIG, _WEIGHTS, _INDEX, "model-*.safetensors", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _DTYPES: dict[str, np.dtype[Any]] = {name: np.dtype(name) for name in ("float32", "float64")}
 #: Keys in which a configuration says the dtype, new and old.
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def load_config(directory: str | Path) -> TransformerConfig:
-    """Read only the configuration of a model directory.
+    """Read only the configuration of a model.
 
     Parameters
     ----------
-    directory : path
-        With ``config.json``.
+    directory : path or str
+        With ``config.json``; or as for :func:`load_model`.
 
     Raises
     ------
     MissingFileError, ModelFormatError
         As :func:`load_model`.
     """
-    path = Path(directory)
-    return _read_config(Path(_base_of(path)) if is_adapter(path) else path)[1]
+    path = local_path(directory, (_CONFIG, ADAPTER_CONFIG))
+    if is_gguf(path):
+        from loopos.models.gguf import load_gguf_config
+
+        return load_gguf_config(path)
+    return load_config(_base_of(path)) if is_adapter(path) else _read_config(path)[1]
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
-    """Read a model in the Hugging Face layout, of the families GPT-2, Llama and BERT.
+    """Read a model in the Hugging Face layout, or from a GGUF file.
 
     Parameters
     ----------
-    directory : path
+    directory : path or str
         With ``config.json`` and ``model.safetensors`` (or its shards and their index); or with
-        PEFT's ``adapter_config.json``, which names the base to load before the adapters.
+        PEFT's ``adapter_config.json``, which names the base to load before the adapters; or a
+        ``.gguf`` file, whose quantised tensors are dequantised; or, given as a string and where
+        there is no such path, the name of a model on the Hugging Face Hub, "org/name" or
+        "org/name@revision", of which only those files are fetched.
     dtype : {"float32", "float64"}
         Of the parameters; files in float16 and bfloat16 are converted.
 
@@ -78,14 +89,20 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
     ModelFormatError
         If the configuration asks for what loopos does not compute, or a tensor is missing,
         unexpected, of another shape, cut off or not finite; one sentence with file and tensor.
+    InputError
+        If a library that this needs is not installed.
     """
     if dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
-    directory = Path(directory)
-    if is_adapter(directory):
-        return load_adapters(load_model(_base_of(directory), dtype), directory)
-    family, config, values = _read_config(directory)
-    files = _tensor_files(directory)
+    path = local_path(directory, _HUB_FILES)
+    if is_gguf(path):
+        from loopos.models.gguf import load_gguf
+
+        return load_gguf(path, _DTYPES[dtype])
+    if is_adapter(path):
+        return load_adapters(load_model(_base_of(path), dtype), path)
+    family, config, values = _read_config(path)
+    files = _tensor_files(path)
     prefix = family.prefix if any(name.startswith(family.prefix) for name in files) else ""
     found = _by_plain_name(family, prefix, files)
     arrays: dict[str, Array] = {}
@@ -94,7 +111,7 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
         if rule.hf_name not in found:
             name = (prefix if rule.prefixed else "") + rule.hf_name
             close = nearest(name, [actual for actual, _ in found.values()])
-            raise ModelFormatError(f"{directory}: tensor '{name}' is missing{close}")
+            raise ModelFormatError(f"{path}: tensor '{name}' is missing{close}")
         name, file = found.pop(rule.hf_name)
         arrays |= _read_rule(rule, shapes, name, file, _DTYPES[dtype])
     model = Transformer(config, dtype=_DTYPES[dtype], arrays=arrays)
@@ -189,10 +206,14 @@ def to_hf_tensors(
 
 def _read_config(directory: Path) -> tuple[Family, TransformerConfig, dict[str, Any]]:
     if not directory.is_dir():
-        raise MissingFileError(f"{directory}: no such directory")
+        raise MissingFileError(f"{directory}: no such directory{nearest_path(directory)}")
     path = directory / _CONFIG
     if not path.is_file():
-        raise MissingFileError(f"{directory}: holds no {_CONFIG}, so it is not a model directory")
+        files = sorted(directory.glob("*.gguf"))
+        hint = f" (to read {files[0].name}, give the path of that file)" if files else ""
+        raise MissingFileError(
+            f"{directory}: holds no {_CONFIG}, so it is not a model directory{hint}"
+        )
     values = read_json(path, ModelFormatError)
     try:
         family = family_of(values.get("model_type"))
