@@ -20,6 +20,7 @@ from typing import Any, Literal
 from loopos.config_files import COMMAND, Faults, Lines, describe, place, read_config_file
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
 from loopos.files import builtin
+from loopos.hub import is_hub_name
 from loopos.methods import METHODS, PLANNED
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
 from loopos.training.options import TrainingOptions
@@ -88,7 +89,8 @@ class Data:
     validation_fraction : float
         Share of that split, in [0, 1); 0 means no validation.
     pretrained_weights : str or None
-        Directory of a model; None starts fresh.
+        Directory of a model, a .gguf file, or "org/name" on the Hugging Face Hub; None starts
+        fresh.
     tokenizer : str or None
         Directory or file; None takes the one beside the weights, or trains one on the training
         texts.
@@ -193,6 +195,22 @@ class RunConfig:
         names = {entry.name for parent in parents for entry in parent.iterdir()}
         hint = nearest(path.name, sorted(names))
         raise MissingFileError(f"{where}: {path}: no such file or directory{hint}")
+
+    def model_source(self, key: str) -> str:
+        """Return the path that ``data.<key>`` names, or else a name on the Hugging Face Hub.
+
+        Raises
+        ------
+        MissingFileError
+            If there is no such path and it is no such name.
+        """
+        try:
+            return str(self.path(key))
+        except MissingFileError:
+            value = str(getattr(self.data, key))
+            if not is_hub_name(value):
+                raise
+            return value
 
 
 def shipped_configs() -> dict[str, Path]:

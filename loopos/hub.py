@@ -9,7 +9,7 @@ from typing import Any
 
 from loopos.errors import MissingFileError, nearest
 
-__all__ = ["local_path", "nearest_path"]
+__all__ = ["is_hub_name", "local_path", "nearest_path"]
 
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"({_PART}/{_PART})(?:@([\w./-]+))?")
@@ -35,6 +35,12 @@ def nearest_path(path: Path) -> str:
     return nearest(path.name, beside)
 
 
+def is_hub_name(name: str | Path) -> bool:
+    """Whether a name, where there is no such path, is that of a model on the Hub."""
+    ending = Path(name).suffix.lower()
+    return isinstance(name, str) and bool(_NAME.fullmatch(name)) and ending not in _FILE_ENDINGS
+
+
 def local_path(name: str | Path, patterns: Sequence[str]) -> Path:
     """Return where a model is: the path that was given, or where its files were fetched to.
 
@@ -53,9 +59,9 @@ def local_path(name: str | Path, patterns: Sequence[str]) -> Path:
         installed; the nearest local name is given too.
     """
     path = Path(name)
-    found = _NAME.fullmatch(name) if isinstance(name, str) else None
-    if found is None or path.exists() or path.suffix.lower() in _FILE_ENDINGS:
+    if not is_hub_name(name) or path.exists():
         return path
+    repository, _, revision = str(name).partition("@")
     missing = f"{name}: no such directory{nearest_path(path)}".rstrip("?")
     try:
         from huggingface_hub import snapshot_download
@@ -64,11 +70,10 @@ def local_path(name: str | Path, patterns: Sequence[str]) -> Path:
             f"{missing}, and fetching a model of that name from the Hugging Face Hub needs the "
             "huggingface_hub library; install it with: pip install 'loopos[hub]'"
         ) from error
-    repository, revision = found[1], found[2]
     try:
         fetched = snapshot_download(
             repository,
-            revision=revision,
+            revision=revision or None,
             allow_patterns=list(patterns),
             tqdm_class=_without_output(),
         )

@@ -29,12 +29,13 @@ from loopos.errors import (
     ConfigError,
     DataError,
     InputError,
+    MissingFileError,
     OutputError,
 )
 from loopos.files import read_json, write_json
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
-from loopos.models.weights import load_model
+from loopos.models.weights import load_config, load_model
 from loopos.training.checkpoint import find_checkpoint, read_state
 from loopos.training.loop import Interrupted, TrainResult
 from loopos.training.trackers import Callback, RunInfo
@@ -142,6 +143,15 @@ def _located(config: RunConfig, key: str | None = None) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _named(config: RunConfig, key: str) -> Iterator[None]:
+    """Say which key it was that named what is not there."""
+    try:
+        yield
+    except MissingFileError as error:
+        raise MissingFileError(f"{config.where(key)}: {error}") from error
+
+
 def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
     """Read and check data, tokenizer and model; nothing is written.
 
@@ -194,25 +204,23 @@ def _model(config: RunConfig) -> Transformer:
             transformer = TransformerConfig(**asked)
             _refuse_giants(transformer)
         return Transformer(transformer, seed=config.computation.seed)
-    path = config.path("pretrained_weights")
-    if path.is_file():
-        raise ConfigError(
-            f"{config.where('data.pretrained_weights')}: expected a directory with config.json and "
-            f"model.safetensors, found the file {path}"
-        )
+    source = config.model_source("pretrained_weights")
+    path = Path(source)
     if (path / "metrics.jsonl").is_file() and not (path / "model.safetensors").is_file():
         raise ConfigError(
             f"{config.where('data.pretrained_weights')}: {path} is a run directory; "
             f"its model is {path / 'model'}"
         )
-    model = load_model(path)
+    with _named(config, "data.pretrained_weights"):
+        _refuse_giants(load_config(source))
+        model = load_model(source)
     dropout = asked.pop("dropout", 0.0)
     for name, value in asked.items():
         found = getattr(model.config, name)
         if found != value:
             raise ConfigError(
-                f"{config.where(f'model.{name}')}: {value!r}, but data.pretrained_weights ({path}) "
-                f"has {found!r}"
+                f"{config.where(f'model.{name}')}: {value!r}, but data.pretrained_weights "
+                f"({source}) has {found!r}"
             )
     model.config = dataclasses.replace(model.config, dropout=dropout)
     return model
@@ -241,11 +249,12 @@ def _tokenizer(
         with _located(config, "model.vocab_size"):
             return train_bpe(training.texts, size)
     key = "pretrained_weights" if config.data.tokenizer is None else "tokenizer"
-    path = config.path(key)
-    tokenizer = load_tokenizer(path)
+    source = config.model_source(key)
+    with _named(config, f"data.{key}"):
+        tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > size:
         raise ConfigError(
-            f"{config.where(f'data.{key}')}: the tokenizer in {path} has {tokenizer.vocab_size} "
+            f"{config.where(f'data.{key}')}: the tokenizer in {source} has {tokenizer.vocab_size} "
             f"ids, more than the model's vocab_size {size}"
         )
     return tokenizer

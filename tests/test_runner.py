@@ -416,8 +416,12 @@ def test_missing_files_name_the_key_and_the_nearest(configure):
 def test_pretrained_weights_that_are_a_file(configure):
     Path("model.gguf").write_bytes(b"GGUF")
     assert refused(prepare, configure("data.pretrained_weights=model.gguf")) == (
-        "--set data.pretrained_weights: expected a directory with config.json and "
-        "model.safetensors, found the file model.gguf"
+        "model.gguf: cut off or damaged at byte 4, within the version"
+    )
+    Path("model.bin").write_bytes(b"PK")
+    assert refused(prepare, configure("data.pretrained_weights=model.bin")) == (
+        "--set data.pretrained_weights: model.bin: expected a directory or a .gguf file, "
+        "found another file"
     )
 
 
@@ -434,11 +438,12 @@ def test_a_run_directory_is_no_model_but_holds_one(configure):
 def test_a_directory_without_a_model(configure):
     Path("empty").mkdir()
     assert refused(prepare, configure("data.pretrained_weights=empty"), kind=MissingFileError) == (
-        "empty: holds no config.json, so it is not a model directory"
+        "--set data.pretrained_weights: empty: holds no config.json, "
+        "so it is not a model directory"
     )
     write_csv("empty/t.csv", rows(4))
     assert refused(prepare, configure("data.tokenizer=empty"), kind=MissingFileError).startswith(
-        "empty: no tokenizer in it"
+        "--set data.tokenizer: empty: no tokenizer in it"
     )
     with pytest.raises(DataError, match="^empty"):
         prepare(configure("data.training_data=empty"))

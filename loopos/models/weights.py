@@ -206,6 +206,10 @@ def to_hf_tensors(
 
 def _read_config(directory: Path) -> tuple[Family, TransformerConfig, dict[str, Any]]:
     if not directory.is_dir():
+        if directory.exists():
+            raise MissingFileError(
+                f"{directory}: expected a directory or a .gguf file, found another file"
+            )
         raise MissingFileError(f"{directory}: no such directory{nearest_path(directory)}")
     path = directory / _CONFIG
     if not path.is_file():
