@@ -23,6 +23,7 @@ from loopos.files import builtin
 from loopos.hub import is_hub_name
 from loopos.methods import METHODS, PLANNED
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
+from loopos.models.rope import RopeScaling
 from loopos.training.options import TrainingOptions
 
 __all__ = ["Computation", "Data", "RunConfig", "load_config", "shipped_configs"]
@@ -161,8 +162,11 @@ class RunConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole configuration, defaults included, as JSON values."""
+        model = {"type": "transformer"} | self.model
+        if isinstance(model.get("rope_scaling"), RopeScaling):
+            model["rope_scaling"] = dataclasses.asdict(model["rope_scaling"])
         return {
-            "model": {"type": "transformer"} | self.model,
+            "model": model,
             "computation": dataclasses.asdict(self.computation),
             "training": self.training.as_dict(),
             "data": dataclasses.asdict(self.data) | {"output_dir": str(self.output_dir)},
@@ -353,6 +357,7 @@ def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None
     hints = typing.get_type_hints(TransformerConfig)
     hints |= {name: Literal[choices] for name, choices in _CHOICES.items()}
     hints |= {"num_classes": int | None, "type": Literal["transformer"]}
+    hints |= {"rope_scaling": dict | None}
     names = {f.name for f in dataclasses.fields(TransformerConfig)} - _NOT_CONFIGURED
     fields = {name: (hints[name], None) for name in (*sorted(names), "num_classes", "type")}
     values = _check("model", fields, raw, faults)
@@ -368,6 +373,12 @@ def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None
     if not 0 <= given.get("dropout", 0) < 1:
         faults.add("model.dropout", f"expected a number in [0, 1), found {given['dropout']}")
         fine = False
+    if "rope_scaling" in given:
+        try:
+            given["rope_scaling"] = RopeScaling.from_dict(given["rope_scaling"])
+        except ConfigError as error:
+            faults.add("model.rope_scaling", str(error))
+            fine = False
     return given if fine else None
 
 

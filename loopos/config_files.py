@@ -230,7 +230,13 @@ class Faults:
             raise ConfigError("\n".join(self._found))
 
 
-_WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+_WORDS = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    dict: "an object",
+}
 
 
 def describe(kind: Any) -> str:

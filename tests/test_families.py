@@ -12,11 +12,30 @@ from loopos.data.batch import Batch
 from loopos.errors import ModelFormatError
 from loopos.models import TransformerConfig, load_config, load_model
 from loopos.models.families import FAMILIES, family_for
+from loopos.models.rope import RopeScaling
 from loopos.models.transformer import Transformer
 from loopos.models.weights import to_hf_tensors
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CASES = ["gpt2", "llama", "llama_biased", "bert"]
+CASES = ["gpt2", "llama", "llama_biased", "bert", "qwen2", "qwen3", "mistral", "llama_scaled"]
+
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_seq_len=64)
+#: What Llama's relatives share: a width that is no multiple of the heads, and heads of 6.
+DECODER = TransformerConfig(
+    d_model=14,
+    num_heads=4,
+    num_layers=2,
+    d_ff=18,
+    vocab_size=31,
+    num_kv_heads=2,
+    head_dim=6,
+    norm="rms_norm",
+    activation="swiglu",
+    positions="rope",
+    attention_bias=False,
+    mlp_bias=False,
+)
+QWEN2 = replace(DECODER, attention_bias=True, attention_output_bias=False)
 
 FRESH = {
     "gpt2": TransformerConfig(
@@ -63,6 +82,16 @@ FRESH = {
         token_types=2,
         embedding_norm=True,
     ),
+    "llama-llama3": replace(DECODER, d_model=12, head_dim=12, rope_scaling=LLAMA3),
+    "llama-linear": replace(DECODER, d_model=16, rope_scaling=RopeScaling("linear", 2.5)),
+    "qwen2": QWEN2,
+    "qwen2-window-untied": replace(QWEN2, window=3, tied=False, rope_theta=500.0, dropout=0.25),
+    "qwen3": replace(DECODER, qk_norm=True, head_dim=10, tied=False, rope_scaling=LLAMA3),
+    "qwen3-biased-window": replace(
+        DECODER, qk_norm=True, attention_bias=True, attention_output_bias=True, window=2
+    ),
+    "mistral": replace(DECODER, window=4, head_dim=10, rope_scaling=RopeScaling("linear", 4)),
+    "mistral-no-window": replace(DECODER, num_kv_heads=1, tied=False),
 }
 
 
@@ -168,11 +197,17 @@ def test_names_are_read_with_and_without_prefix(case, tmp_path, with_prefix):
 BUFFERS = {
     "gpt2": ["transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
     "llama": ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"],
+    "qwen2": ["model.layers.1.self_attn.rotary_emb.inv_freq"],
+    "qwen3": ["model.rotary_emb.inv_freq"],
+    "mistral": ["model.layers.1.self_attn.rotary_emb.inv_freq"],
     "bert": ["embeddings.position_ids", "embeddings.token_type_ids"],
 }
 HEADS = {
     "gpt2": ["score.weight"],
     "llama": ["score.weight"],
+    "qwen2": ["score.weight"],
+    "qwen3": ["qa_outputs.weight", "qa_outputs.bias"],
+    "mistral": ["score.weight"],
     "bert": ["pooler.dense.weight", "pooler.dense.bias", "cls.predictions.bias"],
 }
 
@@ -245,13 +280,22 @@ REFUSED = [
     ("gpt2", "activation_function", "quick_gelu"),
     ("gpt2", "attn_pdrop", 0.2),
     ("gpt2", "quantization_config", {"bits": 4}),
-    ("llama", "rope_scaling", {"type": "linear", "factor": 2.0}),
-    ("llama", "rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}),
-    ("llama", "rope_parameters", {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-    ("llama", "rope_theta", 77.0),  # disagrees with rope_parameters
+    ("llama", "partial_rotary_factor", 0.5),
     ("llama", "hidden_act", "gelu"),
     ("llama", "attention_dropout", 0.1),
     ("llama", "sliding_window", 128),
+    ("llama", "layer_types", ["full_attention", "sliding_attention"]),
+    ("llama", "layer_types", ["sliding_attention"] * 2),
+    ("mistral", "layer_types", ["full_attention", "sliding_attention"]),
+    ("mistral", "layer_types", ["chunked_attention"] * 2),
+    ("mistral", "layer_types", ["sliding_attention"]),
+    ("mistral", "layer_types", "sliding_attention"),
+    ("mistral", "hidden_act", "gelu"),
+    ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+    ("qwen2", "layer_types", ["sliding_attention"] * 2),
+    ("qwen2", "attention_dropout", 0.1),
+    ("qwen3", "layer_types", ["sliding_attention"] * 2),
+    ("qwen3", "use_sliding_window", "false"),
     ("bert", "position_embedding_type", "relative_key"),
     ("bert", "is_decoder", True),
     ("bert", "type_vocab_size", 0),
@@ -271,21 +315,110 @@ def test_what_loopos_does_not_compute_is_refused(name, key, value, tmp_path):
     assert "\n" not in str(error.value)
 
 
+QWEN_WINDOWS = [
+    ({"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 0}, None),
+    ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}, 5),
+    ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, None),
+    ({"use_sliding_window": True, "sliding_window": 5}, None),  # from layer 28 on, of 2
+    ({"use_sliding_window": True, "max_window_layers": 0}, 4096),
+    ({"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, None),
+    (
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 1,
+            "layer_types": ["sliding_attention"] * 2,
+        },
+        5,
+    ),
+    (
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 0,
+            "layer_types": ["full_attention"] * 2,
+        },
+        None,
+    ),
+    ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, "refused"),
+    ({"use_sliding_window": True, "sliding_window": 5, "max_window_layers": None}, "refused"),
+]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("change", "window"), QWEN_WINDOWS)
+def test_the_window_of_qwen_is_honoured_or_refused(name, change, window, tmp_path):
+    with np.load(FIXTURES / f"family_{name}.npz") as file:
+        config = json.loads(str(file["config"]))
+    for key in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
+        config.pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    if window == "refused":
+        with pytest.raises(ModelFormatError, match=r"config\.json: key 'max_window_layers' is"):
+            load_config(tmp_path)
+    else:
+        assert load_config(tmp_path).window == window
+
+
 @pytest.mark.parametrize(
-    ("change", "theta"),
+    ("change", "window"),
     [
-        ({"rope_parameters": None}, 10000.0),
-        ({"rope_parameters": None, "rope_theta": 500.0}, 500.0),
-        ({"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": None}, 500.0),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 9.0}}, 9.0),
-        ({"rope_parameters": {"rope_theta": 9.0}, "rope_theta": 9.0}, 9.0),
+        ({}, 4),
+        ({"sliding_window": None}, None),
+        ({"sliding_window": 7, "layer_types": ["sliding_attention"] * 2}, 7),
+        ({"layer_types": ["full_attention"] * 2}, None),
     ],
 )
-def test_old_and_new_rope_keys_are_read(change, theta, tmp_path):
-    with np.load(FIXTURES / "family_llama.npz") as file:
+def test_the_window_of_mistral_is_honoured(change, window, tmp_path):
+    with np.load(FIXTURES / "family_mistral.npz") as file:
         config = json.loads(str(file["config"])) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_config(tmp_path).rope_theta == theta
+    assert load_config(tmp_path).window == window
+
+
+def test_the_window_of_mistral_has_a_default(tmp_path):
+    with np.load(FIXTURES / "family_mistral.npz") as file:
+        config = json.loads(str(file["config"]))
+    del config["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path).window == 4096  # as transformers has it
+
+
+def test_a_window_matters_to_the_fixture_of_mistral(tmp_path):
+    with np.load(FIXTURES / "family_mistral.npz") as file:
+        reference = dict(file)
+    config = json.loads(str(reference["config"]))
+    weights = arrays(reference, "weights/")
+    for window in (3, 5, None):
+        directory = write_directory(tmp_path, config | {"sliding_window": window}, weights)
+        found = load_model(directory).forward(batch_of(reference)).data
+        assert not close(found, reference["logits"], 1e-2)
+
+
+PREFERRED = [
+    (DECODER, "mistral"),  # Llama needs a width that is a multiple of the heads
+    (replace(DECODER, d_model=16), "llama"),
+    (replace(DECODER, d_model=16, mlp_bias=True), "llama"),
+    (replace(DECODER, d_model=16, window=9), "mistral"),
+    (replace(DECODER, d_model=16, family="mistral"), "mistral"),
+    (replace(QWEN2, d_model=16), "qwen2"),
+    (replace(QWEN2, window=9), "qwen2"),
+    (replace(DECODER, d_model=16, qk_norm=True), "qwen3"),
+    (replace(DECODER, qk_norm=True, window=9, family="llama"), "qwen3"),
+    (replace(QWEN2, qk_norm=True), "loopos"),
+    (replace(DECODER, qk_norm=True, mlp_bias=True), "loopos"),
+    (replace(DECODER, window=9, mlp_bias=True), "loopos"),
+    (replace(DECODER, window=9, attention_bias=True, attention_output_bias=True), "loopos"),
+    (replace(QWEN2, mlp_bias=True), "loopos"),
+    (replace(DECODER, causal=False), "loopos"),
+    (replace(FRESH["gpt2"], qk_norm=True), "loopos"),
+    (replace(FRESH["bert"], qk_norm=True), "loopos"),
+]
+
+
+@pytest.mark.parametrize(("config", "name"), PREFERRED)
+def test_a_configuration_is_saved_as_a_family_that_expresses_it(config, name):
+    assert family_for(config).name == name
 
 
 @pytest.mark.parametrize("name", FRESH)
@@ -306,9 +439,19 @@ def test_rope_keys_are_written_for_transformers_4_and_5(tmp_path):
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["rope_theta"] == 500.0
     assert values["rope_parameters"] == {"rope_type": "default", "rope_theta": 500.0}
+    assert "rope_scaling" not in values
 
 
-@pytest.mark.parametrize("change", [{"window": 4}, {"norm": "rms_norm"}, {"positions": "none"}])
+NO_FAMILY = [
+    {"window": 4},
+    {"norm": "rms_norm"},
+    {"positions": "none"},
+    {"qk_norm": True},
+    {"positions": "rope", "rope_scaling": LLAMA3},
+]
+
+
+@pytest.mark.parametrize("change", NO_FAMILY)
 def test_what_no_family_expresses_is_saved_in_the_own_format(change, tmp_path):
     config = TransformerConfig(
         d_model=12, num_heads=3, num_layers=1, d_ff=20, vocab_size=31, **change
@@ -335,6 +478,20 @@ def test_a_changed_configuration_is_written_over_the_loaded_one(tmp_path):
     assert after["my_note"] == "kept"
     assert "rope_scaling" not in after
     assert load_config(tmp_path / "again") == model.config
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "mistral"])
+def test_another_window_is_written_over_the_loaded_one(name, tmp_path):
+    with np.load(FIXTURES / f"family_{name}.npz") as file:
+        reference = dict(file)
+    directory = tmp_path / "m"
+    write_directory(directory, str(reference["config"]), arrays(reference, "weights/"))
+    for window in (3, None):
+        model = load_model(directory)
+        model.config = replace(model.config, window=window)
+        model.save(directory)
+        assert load_config(directory) == model.config
+        assert json.loads((directory / "config.json").read_text())["sliding_window"] == window
 
 
 # -- live, where torch and transformers are installed --------------------------------------------
@@ -379,10 +536,19 @@ def hf_model(name):
     llama |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 2}
     bert = {"vocab_size": 31, "hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 1}
     bert |= {"num_attention_heads": 3, "max_position_embeddings": 16}
-    config = {"GPT2": gpt2, "Llam": llama, "Bert": bert}[name[:4]]
-    kind = {"GPT2": "GPT2Config", "Llam": "LlamaConfig", "Bert": "BertConfig"}[name[:4]]
+    slides = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 0}
+    configs = {
+        "GPT2": gpt2,
+        "Llama": llama,
+        "Qwen2": llama | slides,
+        "Qwen3": llama | {"attention_bias": True, "tie_word_embeddings": True},
+        "Mistral": llama | {"sliding_window": 3},
+        "Bert": bert,
+    }
+    kind = next(kind for kind in configs if name.startswith(kind))
+    config = getattr(transformers, f"{kind}Config")(**configs[kind], **ids)
     torch.manual_seed(0)
-    made = getattr(transformers, name)(getattr(transformers, kind)(**config, **ids))
+    made = getattr(transformers, name)(config)
     with torch.no_grad():
         for parameter in made.parameters():
             parameter += 0.2 * torch.randn(parameter.shape)
@@ -398,6 +564,15 @@ def hf_model(name):
         "LlamaModel",
         "LlamaForCausalLM",
         "LlamaForSequenceClassification",
+        "Qwen2Model",
+        "Qwen2ForCausalLM",
+        "Qwen2ForSequenceClassification",
+        "Qwen3Model",
+        "Qwen3ForCausalLM",
+        "Qwen3ForSequenceClassification",
+        "MistralModel",
+        "MistralForCausalLM",
+        "MistralForSequenceClassification",
         "BertModel",
         "BertForMaskedLM",
         "BertForSequenceClassification",
@@ -419,6 +594,27 @@ def test_loopos_loads_what_transformers_saves_and_gives_it_back(name, tmp_path):
     assert not report["unexpected_keys"]
     for key, value in made.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
+
+
+HALVES = ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [*HALVES, "MistralForCausalLM", "BertModel"])
+def test_half_precision_and_shards_of_transformers_are_read(name, dtype, sharded, tmp_path):
+    torch = pytest.importorskip("torch")
+    made = hf_model(name).to(getattr(torch, dtype))
+    made.save_pretrained(tmp_path, max_shard_size="1KB" if sharded else "5GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 if sharded else True
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == dtype
+    model = load_model(tmp_path)
+    expected = {key: value.float().numpy() for key, value in made.state_dict().items()}
+    arrays = {key: parameter.data for key, parameter in model.parameters().items()}
+    found = to_hf_tensors(FAMILIES[model.config.family], model.config, arrays, model.origin.prefix)
+    assert all(np.array_equal(found[key], expected[key]) for key in found)
+    hidden = model.get_hidden_states(Batch.from_sequences(SEQUENCES)).data
+    assert close(hidden, torch_logits(made.float().base_model, SEQUENCES), 1e-5)
 
 
 def test_minilm_hidden_states(package_file):

@@ -438,8 +438,7 @@ def test_a_run_directory_is_no_model_but_holds_one(configure):
 def test_a_directory_without_a_model(configure):
     Path("empty").mkdir()
     assert refused(prepare, configure("data.pretrained_weights=empty"), kind=MissingFileError) == (
-        "--set data.pretrained_weights: empty: holds no config.json, "
-        "so it is not a model directory"
+        "--set data.pretrained_weights: empty: holds no config.json, so it is not a model directory"
     )
     write_csv("empty/t.csv", rows(4))
     assert refused(prepare, configure("data.tokenizer=empty"), kind=MissingFileError).startswith(

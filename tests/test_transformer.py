@@ -10,6 +10,7 @@ from loopos.autograd import backward, no_grad
 from loopos.data.batch import Batch
 from loopos.errors import ConfigError, DataError
 from loopos.models import Transformer, TransformerConfig
+from loopos.models.rope import RopeScaling
 from loopos.ops import DropoutKeys
 
 SIZES = {"d_model": 12, "num_heads": 4, "num_layers": 2, "d_ff": 18, "vocab_size": 23}
@@ -37,6 +38,11 @@ BERT = TransformerConfig(
     token_types=2,
     embedding_norm=True,
 )
+QWEN2 = replace(LLAMA, attention_bias=True, attention_output_bias=False, tied=True)
+QWEN3 = replace(LLAMA, d_model=14, qk_norm=True)
+MISTRAL = replace(LLAMA, d_model=14, head_dim=10, window=3)
+LINEAR = RopeScaling("linear", 2.5)
+LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, original_max_seq_len=64)
 SEQUENCES = [[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8, 9]]
 TYPES = np.array([0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1], np.int32)
 
@@ -61,6 +67,14 @@ OPTIONS = {
     "gpt2": GPT2,
     "llama": LLAMA,
     "bert": BERT,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "qwen3-window": replace(QWEN3, window=3, attention_bias=True, attention_output_bias=True),
+    "mistral": MISTRAL,
+    "llama-linear": replace(LLAMA, rope_scaling=LINEAR),
+    "llama-llama3": replace(LLAMA, head_dim=12, rope_scaling=LLAMA3),
+    "qk-norm": replace(GPT2, qk_norm=True),
+    "qk-norm-bert": replace(BERT, qk_norm=True, num_kv_heads=1),
     "rms": replace(GPT2, norm="rms_norm"),
     "post": replace(GPT2, norm_placement="post"),
     "post-rms": replace(LLAMA, norm_placement="post"),
@@ -161,6 +175,13 @@ CHANGES = [
     (LLAMA, {"positions": "none"}),
     (GPT2, {"positions": "rope", "head_dim": 4}),
     (LLAMA, {"rope_theta": 100.0}),
+    (LLAMA, {"rope_scaling": LINEAR}),
+    (LLAMA, {"head_dim": 12, "rope_scaling": LLAMA3}),
+    (replace(LLAMA, rope_scaling=LINEAR), {"rope_scaling": replace(LINEAR, factor=4.0)}),
+    (GPT2, {"qk_norm": True}),
+    (LLAMA, {"qk_norm": True}),
+    (QWEN3, {"norm_eps": 1e-2}),
+    (MISTRAL, {"window": 4}),
     (GPT2, {"causal": False, "lm_head": True}),
     (GPT2, {"window": 3}),
     (BERT, {"window": 3}),
@@ -191,6 +212,44 @@ def test_every_option_changes_the_result(config, change):
         return (model.forward(batch) if config.lm_head else model.get_hidden_states(batch)).data
 
     assert np.abs(outputs(first) - outputs(second)).max() > 1e-4
+
+
+def test_heads_are_normalised_one_by_one_before_they_are_rotated():
+    """The first layer against the formula of Qwen3, written out head by head."""
+    config = replace(QWEN3, num_layers=1)
+    model = scrambled(config)
+    values = {name: parameter.data for name, parameter in model.parameters().items()}
+
+    def rms(x, gain):
+        return x / np.sqrt(np.mean(x * x) + config.norm_eps) * gain
+
+    def rotated(x, position):
+        half, angles = config.head_dim // 2, position * 10000.0 ** -(np.arange(3) / 3)
+        a, b = x[:half], x[half:]
+        cos, sin = np.cos(angles), np.sin(angles)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin])
+
+    layer, tokens = "layers.0.attention", [3, 1, 4]
+    x = np.array([rms(values["embeddings.tokens"][t], 1.0) for t in tokens])
+    x *= values["layers.0.attention_norm.weight"]
+    flat = {n: (x @ values[f"{layer}.{n}.weight"].T).reshape(3, -1, 6) for n in "qkv"}
+    mixed = np.zeros((3, config.num_heads, 6))
+    for t in range(3):
+        for head in range(config.num_heads):
+            group = head // 2
+            query = rotated(rms(flat["q"][t, head], values[f"{layer}.q_norm.weight"]), t)
+            keys = [
+                rotated(rms(flat["k"][s, group], values[f"{layer}.k_norm.weight"]), s)
+                for s in range(t + 1)
+            ]
+            weights = np.exp(np.array(keys) @ query / math.sqrt(6))
+            mixed[t, head] = weights / weights.sum() @ flat["v"][: t + 1, group]
+    expected = mixed.reshape(3, -1) @ values[f"{layer}.o.weight"].T
+    batch = Batch.from_sequences([tokens])
+    found = model._attention(
+        "layers.0", model._norm("layers.0.attention_norm", model._embed(batch, None)), batch, None
+    )
+    np.testing.assert_allclose(found.data, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_a_window_as_long_as_the_sequence_changes_nothing():
@@ -367,6 +426,9 @@ WRONG = [
     ({"norm_eps": "small"}, "norm_eps is 'small'"),
     ({"causal": "yes"}, "causal is 'yes', expected true or false"),
     ({"window": 0}, "window is 0"),
+    ({"qk_norm": 1}, "qk_norm is 1, expected true or false"),
+    ({"rope_scaling": LINEAR}, "rope_scaling needs positions 'rope', found 'learned'"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected an object"),
 ]
 
 

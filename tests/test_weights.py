@@ -137,7 +137,8 @@ def test_an_unknown_model_type_names_the_nearest(saved):
     directory, _ = saved
     (directory / "config.json").write_text(json.dumps({"model_type": "gpt3"}))
     text = message(directory)
-    assert "'gpt3', expected one of gpt2, llama, bert, loopos; did you mean 'gpt2'?" in text
+    known = "gpt2, llama, qwen2, qwen3, mistral, bert, loopos"
+    assert f"'gpt3', expected one of {known}; did you mean 'gpt2'?" in text
 
 
 def test_wrong_configurations_name_file_and_key(saved):

@@ -6,6 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, cast
 
 from loopos.errors import ConfigError, nearest
+from loopos.models.rope import RopeScaling
 
 NORMS = ("layer_norm", "rms_norm")
 NORM_PLACEMENTS = ("pre", "post")
@@ -24,6 +25,7 @@ _FLAGS = (
     "causal",
     "attention_bias",
     "attention_output_bias",
+    "qk_norm",
     "mlp_bias",
     "tied",
     "lm_head",
@@ -68,6 +70,9 @@ class TransformerConfig:
         How positions enter: a table, rotations of queries and keys, or not at all.
     rope_theta : float
         Base of the rotary frequencies.
+    rope_scaling : RopeScaling, optional
+        Scaling of the rotary frequencies, for `positions` "rope" only; also accepted as a dict of
+        its fields.
     causal : bool
         Whether a token sees only itself and those before it.
     window : int, optional
@@ -78,6 +83,8 @@ class TransformerConfig:
     attention_bias, attention_output_bias, mlp_bias : bool
         Whether q, k, v; the attention's output (as `attention_bias` if None); and the
         feed-forward network have biases.
+    qk_norm : bool
+        Whether every head of the queries and keys is normalised (RMS) before rotary positions.
     tied : bool
         Whether the language-model head is the token table.
     lm_head : bool, optional
@@ -109,11 +116,13 @@ class TransformerConfig:
     activation: str = "gelu_tanh"
     positions: str = "learned"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     causal: bool = True
     window: int | None = None
     dropout: float = 0.0
     attention_bias: bool = True
     attention_output_bias: bool | None = None
+    qk_norm: bool = False
     mlp_bias: bool = True
     tied: bool = True
     lm_head: bool | None = None
@@ -159,6 +168,8 @@ class TransformerConfig:
             self._set("attention_output_bias", self.attention_bias)
         if self.lm_head is None:
             self._set("lm_head", self.causal)
+        if self.rope_scaling is not None and not isinstance(self.rope_scaling, RopeScaling):
+            self._set("rope_scaling", RopeScaling.from_dict(self.rope_scaling))
 
     def _set(self, key: str, value: Any) -> None:
         object.__setattr__(self, key, value)
@@ -181,6 +192,8 @@ class TransformerConfig:
             )
         if self.positions == "rope" and self.head_size % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; positions 'rope' rotates pairs")
+        if self.rope_scaling is not None and self.positions != "rope":
+            raise ConfigError(f"rope_scaling needs positions 'rope', found {self.positions!r}")
 
     @property
     def kv_heads(self) -> int:

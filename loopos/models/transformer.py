@@ -21,6 +21,7 @@ from loopos.data.batch import Batch
 from loopos.errors import ConfigError, DataError
 from loopos.models.adapter import Adapter, LoraConfig
 from loopos.models.config import TransformerConfig
+from loopos.models.rope import inverse_frequencies
 from loopos.ops import DropoutKeys
 
 __all__ = ["Origin", "SavesTokenizer", "Transformer", "TransformerConfig", "parameter_shapes"]
@@ -74,6 +75,8 @@ def _layer_shapes(config: TransformerConfig, layer: str) -> Iterator[tuple[str, 
     yield from _norm_shapes(config, f"{layer}.attention_norm")
     for name, out in (("q", queries), ("k", keys), ("v", keys)):
         yield from _linear_shapes(f"{layer}.attention.{name}", out, width, config.attention_bias)
+    for name in ("q_norm", "k_norm") if config.qk_norm else ():
+        yield f"{layer}.attention.{name}.weight", (config.head_size,)
     output_bias = bool(config.attention_output_bias)
     yield from _linear_shapes(f"{layer}.attention.o", width, queries, output_bias)
     yield from _norm_shapes(config, f"{layer}.mlp_norm")
@@ -198,8 +201,9 @@ class Transformer:
         self.lora: LoraConfig | None = None
         self.unmerged: dict[str, Array] = {}
         self.gradient_checkpointing = False
-        half = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
-        self._inv_freq = config.rope_theta**-half  # Su et al. 2021, eq. 15
+        self._inv_freq = inverse_frequencies(
+            config.head_size, config.rope_theta, config.rope_scaling
+        )
 
     def parameters(self) -> dict[str, Parameter]:
         """Return every parameter by name, such as "layers.0.attention.q.weight", in order.
@@ -376,6 +380,9 @@ class Transformer:
         config, size = self.config, self.config.head_size
         names = tuple(f"{layer}.attention.{name}" for name in "qkv")
         q, k, v = self._linears(names, x, batch, dropout)
+        if config.qk_norm:
+            q = self._head_norm(f"{layer}.attention.q_norm", q)
+            k = self._head_norm(f"{layer}.attention.k_norm", k)
         q = ops.reshape(q, (-1, config.num_heads, size))
         k = ops.reshape(k, (-1, config.kv_heads, size))
         v = ops.reshape(v, (-1, config.kv_heads, size))
@@ -434,6 +441,11 @@ class Transformer:
         if self.config.norm == "rms_norm":
             return ops.rms_norm(x, gain, eps)
         return ops.layer_norm(x, gain, self._parameters[f"{name}.bias"], eps)
+
+    def _head_norm(self, name: str, x: Tensor) -> Tensor:
+        """Normalise every head of ``x[N, heads * head_dim]`` by itself, to ``[N * heads, D]``."""
+        heads = ops.reshape(x, (-1, self.config.head_size))
+        return ops.rms_norm(heads, self._parameters[f"{name}.weight"], self.config.norm_eps)
 
     def _add_norm(self, name: str, branch: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``norm(stream + branch)`` and the sum itself, in one pass over memory."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from loopos.errors import ModelFormatError, nearest
 from loopos.models.config import TransformerConfig
-from loopos.models.families import bert, gpt2, llama, native
+from loopos.models.families import bert, gpt2, llama, mistral, native, qwen2, qwen3
 from loopos.models.families.base import Family, Rule
 
 __all__ = ["FAMILIES", "Family", "Rule", "family_for", "family_of"]
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (gpt2, llama, bert, native)
+    module.FAMILY.name: module.FAMILY
+    for module in (gpt2, llama, qwen2, qwen3, mistral, bert, native)
 }
 
 

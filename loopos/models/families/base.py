@@ -23,6 +23,15 @@ HF_ACTIVATIONS = {
     "swish": "silu",
 }
 
+#: Sizes that every family but GPT-2 has, by the names that Hugging Face has for them.
+HF_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+
 #: Endings of the architectures that have a next-token head.
 _LM_ENDINGS = ("LMHeadModel", "ForCausalLM", "DoubleHeadsModel")
 
@@ -118,6 +127,22 @@ def require(values: dict[str, Any], key: str) -> Any:
     if values.get(key) is None:
         raise ModelFormatError(f"key '{key}' is missing")
     return values[key]
+
+
+def sizes(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the sizes of `HF_SIZES`, none of which has a default, by loopos' names.
+
+    Raises
+    ------
+    ModelFormatError
+        If one is absent.
+    """
+    return {own: require(values, key) for key, own in HF_SIZES.items()}
+
+
+def hf_sizes(config: TransformerConfig) -> dict[str, Any]:
+    """Return the sizes of `HF_SIZES` by Hugging Face's names."""
+    return {key: getattr(config, own) for key, own in HF_SIZES.items()}
 
 
 def refuse(values: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:

@@ -11,9 +11,10 @@ from loopos.models.families.base import (
     Rule,
     activation,
     hf_activation,
+    hf_sizes,
     one_dropout,
     refuse,
-    require,
+    sizes,
     weight_and_bias,
 )
 
@@ -26,11 +27,7 @@ def config_from_hf(values: dict[str, Any]) -> TransformerConfig:
     if values.get("type_vocab_size") == 0:
         raise ModelFormatError("key 'type_vocab_size' is 0; BERT has a token-type table")
     return TransformerConfig(
-        d_model=require(values, "hidden_size"),
-        num_heads=require(values, "num_attention_heads"),
-        num_layers=require(values, "num_hidden_layers"),
-        d_ff=require(values, "intermediate_size"),
-        vocab_size=require(values, "vocab_size"),
+        **sizes(values),
         max_seq_len=values.get("max_position_embeddings", 512),
         norm_placement="post",
         norm_eps=values.get("layer_norm_eps", 1e-12),
@@ -48,11 +45,7 @@ def config_from_hf(values: dict[str, Any]) -> TransformerConfig:
 def config_to_hf(config: TransformerConfig) -> dict[str, Any]:
     """Return the keys of ``config.json`` that decide the computation."""
     return {
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "intermediate_size": config.d_ff,
+        **hf_sizes(config),
         "hidden_act": hf_activation(config.activation),
         "max_position_embeddings": config.max_seq_len,
         "type_vocab_size": config.token_types,
@@ -77,6 +70,7 @@ def expresses(config: TransformerConfig) -> bool:
         and bool(config.attention_bias and config.attention_output_bias and config.mlp_bias)
         and config.token_types > 0
         and config.embedding_norm
+        and not config.qk_norm
     )
 
 

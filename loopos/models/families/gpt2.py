@@ -70,6 +70,7 @@ def expresses(config: TransformerConfig) -> bool:
         and bool(config.attention_bias and config.attention_output_bias and config.mlp_bias)
         and not config.token_types
         and not config.embedding_norm
+        and not config.qk_norm
     )
 
 
