@@ -218,7 +218,7 @@ def _lock(path: str | Path, target: Path, stack: ExitStack) -> None:
     from filelock import FileLock, Timeout
 
     lock = FileLock(target / ".lock", fallback_to_soft=False)
-    for attempt in range(5):
+    for attempt in range(100):
         for directory in reversed((target, *target.parents)):
             if not os.path.lexists(directory):
                 stack.callback(_forget, directory.rmdir)
@@ -226,10 +226,10 @@ def _lock(path: str | Path, target: Path, stack: ExitStack) -> None:
             target.mkdir(parents=True, exist_ok=True)
             lock.acquire(blocking=False)
             break
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
-        except FileNotFoundError:  # whoever made the directory has just removed it again
-            if attempt == 4:
+        except (FileExistsError, FileNotFoundError) as error:
+            if os.path.lexists(target) and not target.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+            if attempt == 99:  # else whoever made the directory has just removed it again
                 raise
         except Timeout as error:
             raise InputError(
