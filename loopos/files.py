@@ -130,10 +130,11 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise _output_error(Path(path), error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        with suppress(OSError):  # what cannot be moved back stays under its other name
-            # Under that name it is whole or not at all, so that `tidy` may put it back.
-            os.replace(old, temporary if target.exists() else target)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists():
+            with suppress(OSError):  # what cannot be moved back stays under its other name
+                # Under that name it is whole or not at all, so that `tidy` may put it back.
+                os.replace(old, temporary if target.exists() else target)
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def tidy(directory: Path, names: Iterable[str]) -> None:

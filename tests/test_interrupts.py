@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from loopos.autograd import Parameter, Tensor
 from loopos.data.batch import Batch
 from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError, OutputError
 from loopos.training.checkpoint import (
+    damage,
     find_checkpoint,
     frozen_sha256,
     load_checkpoint,
@@ -426,6 +428,51 @@ def test_a_full_disk_does_not_hide_what_was_wrong(tmp_path, monkeypatch):
         NumericalError, match=r"loss is .*; the state before it is lost: .*No space"
     ):
         work.fit(output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("function", "least"), [("os.fsync", 12), ("os.replace", 3), ("pathlib.Path.write_text", 4)]
+)
+def test_a_disk_that_is_full_at_any_moment_loses_no_checkpoint(
+    whole, tmp_path, monkeypatch, function, least
+):
+    """Each call in turn fails, as the first of a full disk; with space again, the run goes on."""
+    module, _, name = function.rpartition(".")
+    owner = Path if module == "pathlib.Path" else os
+    plain = getattr(owner, name)
+    for failing in range(1, 1000):
+        directory, calls, before = tmp_path / str(failing), [], []
+
+        def full(
+            *arguments, _calls=calls, _failing=failing, _before=before, _in=directory, **named
+        ):
+            _calls.append(1)
+            if len(_calls) >= _failing:
+                _before[:] = [p for p in (_in / "checkpoints").glob("step-*") if not damage(p)]
+                raise OSError(28, "No space left on device")
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, full)
+        told = None
+        try:
+            Languages().fit(output_dir=directory)
+        except OutputError as error:
+            told = str(error)
+        monkeypatch.setattr(owner, name, plain)
+        if told is None:
+            break
+        assert re.fullmatch(r"/.*: cannot be written \(No space left on device\)", told)
+        assert [path for path in before if damage(path)] == []
+        found = find_checkpoint(directory / "checkpoints")
+        assert (found is None) == (before == [])
+        if found is None:
+            Languages().fit(output_dir=directory)
+            assert arrays(directory, 6) == arrays(whole, 6)
+        else:
+            resumed_is(whole, directory)
+        assert not list(directory.rglob("*.tmp"))
+    assert failing > least  # there were so many calls to fail
+    assert arrays(directory, 6) == arrays(whole, 6)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
