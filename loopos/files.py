@@ -5,14 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from loopos.errors import InputError, LooposError, MissingFileError, OutputError, nearest
+
+#: What `_temporary` and `_aside` make of a name.
+_LEFT = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}(?P<aside>\.old)?\.tmp")
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
@@ -35,6 +40,11 @@ def _sync_directory(path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+def _aside(temporary: Path) -> Path:
+    """Return where what `temporary` replaces is kept until it is replaced, always whole."""
+    return temporary.with_name(temporary.name.removesuffix("tmp") + "old.tmp")
 
 
 def _target(path: str | Path) -> Path:
@@ -98,7 +108,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         If the directory cannot be written.
     """
     target = _target(path)
-    temporary, old = _temporary(target), _temporary(target)
+    temporary = _temporary(target)
+    old = _aside(temporary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not target.is_dir():
@@ -119,11 +130,121 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         raise _output_error(Path(path), error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not target.exists():
-            with suppress(OSError):  # it stays under its other name
-                os.replace(old, target)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            with suppress(OSError):  # what cannot be moved back stays under its other name
+                # Under that name it is whole or not at all, so that `tidy` may put it back.
+                os.replace(old, temporary if target.exists() else target)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tidy(directory: Path, names: Iterable[str]) -> None:
+    """Clear what killed writers of `names` left in `directory` and in directories of these names.
+
+    What was moved aside to be replaced, and was not replaced, is put back first. Nobody may be
+    writing there: see :func:`locked_directory`.
+
+    Raises
+    ------
+    OutputError
+        If something cannot be moved or deleted.
+    """
+    wanted = set(names)
+    for place in (directory, *(directory / name for name in sorted(wanted))):
+        found = [(_LEFT.fullmatch(path.name), path) for path in place.glob(".*.tmp")]
+        left = [(match, path) for match, path in found if match]
+        for match, path in sorted(left, key=lambda one: one[0]["aside"] is None):
+            if place == directory and match["name"] not in wanted:
+                continue
+            try:
+                if match["aside"] and not (place / match["name"]).exists():
+                    path.rename(place / match["name"])
+                elif path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            except OSError as error:
+                raise OutputError(
+                    f"{path}: cannot be deleted ({error.strerror or error})"
+                ) from error
+
+
+class _Held(threading.local):
+    """The directories that this thread has locked, each with the process that did it."""
+
+    def __init__(self) -> None:
+        self.by: dict[Path, int] = {}
+
+
+_held = _Held()
+
+
+@contextmanager
+def locked_directory(path: str | Path) -> Iterator[None]:
+    """Keep every other run out of the directory `path` while the block runs.
+
+    The lock is the operating system's, on the file ``.lock`` in it: however the process ends, it
+    is free then. A block within a block of the same thread passes. The directory is made if there
+    is none; what was made is removed again if the block leaves it empty.
+
+    Raises
+    ------
+    InputError
+        If another thread or process holds it.
+    OutputError
+        If the directory cannot be written.
+    """
+    target = _target(path)
+    process = os.getpid()
+    if _held.by.get(target) == process:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            _lock(path, target, stack)
+        except LooposError:  # some of them are OSErrors, and say already what is wrong
+            raise
+        except OSError as error:
+            raise _output_error(Path(path), error) from error
+        _held.by[target] = process
+        try:
+            yield
+        finally:
+            del _held.by[target]
+            if os.getpid() != process:  # a fork is leaving the block: the lock is not its own
+                stack.pop_all()
+
+
+def _lock(path: str | Path, target: Path, stack: ExitStack) -> None:
+    """Lock the directory `target`; `stack` undoes it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(target / ".lock", fallback_to_soft=False)
+    for attempt in range(100):
+        for directory in reversed((target, *target.parents)):
+            if not os.path.lexists(directory):
+                stack.callback(_forget, directory.rmdir)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
+            break
+        except (FileExistsError, FileNotFoundError) as error:
+            if os.path.lexists(target) and not target.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+            if attempt == 99:  # else whoever made the directory has just removed it again
+                raise
+        except Timeout as error:
+            raise InputError(
+                f"{path}: another run is going in this directory; wait for its end, or choose "
+                "another directory"
+            ) from error
+    stack.callback(lock.release)
+    # While it is locked: whoever has opened it already finds that it has no name any more.
+    stack.callback(_forget, (target / ".lock").unlink)
+
+
+def _forget(remove: Callable[[], None]) -> None:
+    with suppress(OSError):  # a directory that is not empty; a file that is gone
+        remove()
 
 
 ASSETS = Path(__file__).with_name("assets")

@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,14 +29,14 @@ from loopos.errors import (
     DataError,
     InputError,
     MissingFileError,
-    OutputError,
 )
-from loopos.files import read_json, write_json
+from loopos.files import atomic_directory, locked_directory, read_json, tidy, write_json
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_config, load_model
-from loopos.training.checkpoint import find_checkpoint, read_state
+from loopos.training.checkpoint import find_checkpoint, read_state, recover
 from loopos.training.loop import Interrupted, TrainResult
+from loopos.training.resume import MAY_CHANGE
 from loopos.training.trackers import Callback, RunInfo
 
 __all__ = ["Plan", "Prepared", "Summary", "computing", "plan", "prepare", "run"]
@@ -47,13 +46,10 @@ _MAY_CHANGE = {
     "computation.description",
     "computation.backend",
     "computation.num_threads",
-    "training.num_epochs",
-    "training.max_steps",
-    "training.prefetch_batches",
-    "training.num_workers",
     "data.training_data",
     "data.validation_data",
     "data.output_dir",
+    *(f"training.{name}" for name in MAY_CHANGE),
 }
 #: What a run leaves in its directory.
 _OUTPUTS = (
@@ -330,15 +326,16 @@ def run(
     Raises
     ------
     InputError
-        If anything in the configuration or the data does not fit, or the directory holds a run.
+        If anything in the configuration or the data does not fit, or the directory holds a run, or
+        another run is going in it.
     OutputError
         If the output directory cannot be written.
     Interrupted
         If `stop` ended the run; the state is saved.
     """
     directory = config.output_dir
-    checkpoint = _check_directory(directory, resume)
-    with computing(config):
+    with locked_directory(directory), computing(config):
+        checkpoint = _check_directory(directory, resume)
         prepared = prepare(config, None if checkpoint is None else directory)
         record = config.as_dict() | _identity(prepared)
         if checkpoint is not None:
@@ -365,7 +362,8 @@ def run(
         if prepared.validation is not None:
             evaluation = prepared.trainer.evaluate(prepared.validation, config.training)
             write_json(directory / "evaluation.json", evaluation)
-        prepared.trainer.save(directory / "model")
+        with atomic_directory(directory / "model") as temporary:
+            prepared.trainer.save(temporary)
     return Summary(result, evaluation, directory)
 
 
@@ -402,15 +400,19 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
     was = read_state(checkpoint).get("run_config")
     if not isinstance(was, dict):
         raise CheckpointError(f"{checkpoint}: was not saved by 'loopos run'")
-    names = {"transformer": "model"}
-    for section in ("transformer", "computation", "training", "data"):
-        before, after = was.get(section, {}), now[section]
-        for name in after:
-            key = f"{names.get(section, section)}.{name}"
-            if key not in _MAY_CHANGE and before.get(name) != after[name]:
+    kinds = {"model": TransformerConfig} | {
+        name: type(getattr(config, name)) for name in ("computation", "training", "data")
+    }
+    for section, kind in kinds.items():
+        kept = "transformer" if section == "model" else section
+        for name, after in now[kept].items():
+            key = f"{section}.{name}"
+            # What it does not know did not change anything then, as its default does not now.
+            before = was.get(kept, {}).get(name, getattr(kind, name, None))
+            if key not in _MAY_CHANGE and before != after:
                 raise CheckpointError(
-                    f"{config.where(key)}: {after[name]!r}, but the run to be continued "
-                    f"({checkpoint.parent.parent}) has {before.get(name)!r}"
+                    f"{config.where(key)}: {after!r}, but the run to be continued "
+                    f"({checkpoint.parent.parent}) has {before!r}"
                 )
     if was.get("data_sha256") != now["data_sha256"]:
         raise CheckpointError(
@@ -422,18 +424,18 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
 def _check_directory(directory: Path, resume: bool) -> Path | None:
     """Refuse to write over a run and to resume what is not there, before anything is read.
 
+    What a killed run left half-written is cleared; the directory is locked.
+
     Returns
     -------
     Path or None
         The checkpoint to continue from; None for a run from the beginning.
     """
-    try:
-        held = [name for name in _OUTPUTS if (directory / name).exists()]
-        _check_writable(directory)
-    except OSError as error:
-        raise OutputError(f"{directory}: cannot be written ({error.strerror})") from error
+    recover(directory / "checkpoints")
+    held = [name for name in _OUTPUTS if (directory / name).exists()]
     checkpoint = find_checkpoint(directory / "checkpoints") if resume else None
     if checkpoint is not None:
+        tidy(directory, _OUTPUTS)
         return checkpoint
     other = "choose another directory (--output-dir)"
     began = _began(directory)
@@ -452,6 +454,7 @@ def _check_directory(directory: Path, resume: bool) -> Path | None:
                 f"{directory}: already holds a run; continue it with --resume, or {other}"
             )
         raise InputError(f"{directory}: already holds {held[0]}, which is not of a run; {other}")
+    tidy(directory, _OUTPUTS)
     return None
 
 
@@ -463,11 +466,3 @@ def _began(directory: Path) -> bool:
         return False
     config = directory / "config.json"
     return not config.is_file() or {"computation", "training"} <= set(read_json(config))
-
-
-def _check_writable(directory: Path) -> None:
-    """Try to write where `directory` is, or will be; nothing is left there."""
-    place = next(p for p in (directory, *directory.absolute().parents) if p.exists())
-    probe = place / f".loopos-{uuid.uuid4().hex[:8]}"
-    probe.touch()
-    probe.unlink()

@@ -14,6 +14,7 @@ from loopos.files import (
     atomic_write_text,
     read_json,
     read_text,
+    tidy,
     write_json,
 )
 
@@ -211,6 +212,65 @@ def test_a_linked_directory_is_replaced_where_it_is(tmp_path):
     assert link.is_symlink()
     assert names(target) == ["new.txt"]
     assert names(tmp_path) == ["disk", "model"]
+
+
+# -- what killed writers left ----------------------------------------------------------------------
+
+
+def test_only_what_killed_writers_of_these_names_left_is_cleared(tmp_path):
+    kept = [".a.json.1234abcd.bak", ".a.json.tmp", ".b.json.1234abcd.tmp", "a.json", "a.tmp",
+            ".a.json.1234ABCD.tmp", "x.a.json.1234abcd.tmp"]  # fmt: skip
+    for name in [*kept, ".a.json.1234abcd.tmp", ".model.00000000.old.tmp"]:
+        (tmp_path / name).write_text(name)
+    for place in (tmp_path / "model", tmp_path / ".model.11111111.tmp", tmp_path / "other"):
+        place.mkdir()
+        (place / ".weights.9999ffff.tmp").write_text("half")
+        (place / "weights").write_text("whole")
+    tidy(tmp_path, ["a.json", "model"])
+    assert names(tmp_path) == sorted([*kept, "model", "other"])
+    assert names(tmp_path / "model") == ["weights"]
+    assert names(tmp_path / "other") == [".weights.9999ffff.tmp", "weights"]
+    tidy(tmp_path / "absent", ["a.json"])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("call", "found"), [(1, "old"), (2, "old"), (3, "new"), (4, "new")])
+def test_a_directory_killed_while_it_is_replaced_is_the_old_or_the_new(old_directory, call, found):
+    """The renames: the old one aside, the new one in its place, the old one to be deleted."""
+    child = os.fork()
+    if child == 0:
+        left = [call]
+
+        def dying(function):
+            def wrapped(*arguments, **keywords):
+                left[0] -= 1
+                if left[0] == 0:
+                    os._exit(9)
+                return function(*arguments, **keywords)
+
+            return wrapped
+
+        os.replace = dying(os.replace)
+        with atomic_directory(old_directory) as temporary:
+            (temporary / "new.txt").write_text("new")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (9 if call < 4 else 0)
+    tidy(old_directory.parent, [old_directory.name])
+    assert names(old_directory.parent) == [old_directory.name]
+    assert names(old_directory) == [f"{found}.txt"]
+
+
+def test_what_cannot_be_cleared_is_named(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    (tmp_path / ".a.1234abcd.tmp").write_text("half")
+    monkeypatch.setattr(files.Path, "unlink", refuse)
+    with pytest.raises(OutputError) as caught:
+        tidy(tmp_path, ["a"])
+    expected = f"{tmp_path / '.a.1234abcd.tmp'}: cannot be deleted (Read-only file system)"
+    assert str(caught.value) == expected
 
 
 # -- reading ---------------------------------------------------------------------------------------

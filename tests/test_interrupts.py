@@ -4,19 +4,28 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import loopos
 from loopos import ops
 from loopos.autograd import Parameter, Tensor
 from loopos.data.batch import Batch
 from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError, OutputError
-from loopos.training.checkpoint import find_checkpoint, save_checkpoint
+from loopos.training.checkpoint import (
+    damage,
+    find_checkpoint,
+    frozen_sha256,
+    load_checkpoint,
+    recover,
+    save_checkpoint,
+)
 from loopos.training.loop import Interrupted, TrainingOptions, train
 from loopos.training.trackers import Callback, MetricsFile, RunInfo
 
@@ -26,6 +35,11 @@ OPTIONS = TrainingOptions(
     learning_rate=0.05, batch_size=4, gradient_accumulation_steps=2, num_epochs=2,
     scheduler="cosine", warmup_steps=2, max_grad_norm=0.5, eval_steps=2, save_steps=3,
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(TrainingOptions):
+    class_weights: object = None
 
 
 class Languages:
@@ -156,14 +170,15 @@ def test_an_interrupt_while_the_evaluation_is_noted_saves_before_or_after_it(
 
 
 def test_what_never_had_a_gradient_has_no_state_and_what_is_frozen_stays(whole):
-    from safetensors.numpy import load_file
-
     last = whole / "checkpoints" / "step-00000006"
     slots = load_file(last / "optimizer.safetensors")
     assert sorted({key.split("/")[1] for key in slots}) == ["table", "w"]
     weights, start = load_file(last / "model.safetensors"), Languages().parameters
-    for name in ("frozen", "unused"):
-        assert np.array_equal(weights[name], start[name].data)
+    assert sorted(weights) == ["table", "unused", "w"]
+    assert np.array_equal(weights["unused"], start["unused"].data)
+    after = Languages()
+    load_checkpoint(last, after.parameters)
+    assert np.array_equal(after.parameters["frozen"].data, start["frozen"].data)
 
 
 # -- killed --------------------------------------------------------------------------------------
@@ -192,10 +207,23 @@ def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_to_resume(tmp_path, mo
         save_checkpoint(tmp_path, parameters, optimizer, {"step": 5, "written": 2})
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert (find_checkpoint(tmp_path) is None) == (move == 2)
+    recover(tmp_path)
     path = find_checkpoint(tmp_path)
     assert path == tmp_path / "step-00000005"
+    assert os.listdir(tmp_path) == ["step-00000005"]
     # Before the first move the old one is in place; after it, the new one is the newer of two.
     assert json.loads((path / "state.json").read_text())["written"] == move
+
+
+def test_what_was_killed_before_its_rename_takes_the_place_of_a_damaged_one(tmp_path):
+    parameters = Languages().parameters
+    save_checkpoint(tmp_path, parameters, loopos.AdamW(parameters), {"step": 5})
+    shutil.copytree(tmp_path / "step-00000005", tmp_path / ".step-00000005.0123abcd.old.tmp")
+    (tmp_path / "step-00000005" / "model.safetensors").write_bytes(b"")
+    recover(tmp_path)
+    assert find_checkpoint(tmp_path) == tmp_path / "step-00000005"
+    assert os.listdir(tmp_path) == ["step-00000005"]
 
 
 def test_what_a_kill_left_half_written_is_not_taken_for_a_checkpoint(tmp_path):
@@ -205,7 +233,121 @@ def test_what_a_kill_left_half_written_is_not_taken_for_a_checkpoint(tmp_path):
     shutil.copytree(tmp_path / "step-00000005", half)
     (half / "manifest.json").unlink()
     assert find_checkpoint(tmp_path).name == "step-00000005"
-    assert half.exists()
+    assert half.exists()  # somebody may be writing it
+    recover(tmp_path)
+    assert os.listdir(tmp_path) == ["step-00000005"]
+
+
+@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.safetensors", "state.json",
+                                     "manifest.json"])  # fmt: skip
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path, caplog, damaged):
+    asked = []
+    Languages().fit(output_dir=tmp_path, stop=lambda: asked.append(1) or len(asked) == 5)
+    file = tmp_path / "checkpoints" / "step-00000005" / damaged
+    file.write_bytes(file.read_bytes()[:-7])
+    with caplog.at_level(logging.WARNING, "loopos"):
+        resumed_is(whole, tmp_path)
+    [warned] = [r.getMessage() for r in caplog.records]
+    assert warned.startswith(f"skipped a damaged checkpoint: {file} ")
+
+
+# -- checkpoints of other versions ---------------------------------------------------------------
+
+FORMAT_1 = Path(__file__).with_name("fixtures") / "checkpoint_format_1"
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_format_1(whole, tmp_path):
+    """The fixture is this run, stopped after step 3 by the code that wrote format 1."""
+    shutil.copytree(FORMAT_1, tmp_path, dirs_exist_ok=True)
+    stopped, asked = tmp_path / "now", []
+    Languages().fit(output_dir=stopped, stop=lambda: asked.append(1) or len(asked) == 3)
+    then, now = Languages(), Languages()
+    state = load_checkpoint(find_checkpoint(tmp_path / "checkpoints"), then.parameters)
+    assert (state["format"], state["step"]) == (1, 3)
+    load_checkpoint(find_checkpoint(stopped / "checkpoints"), now.parameters)
+    result = Languages().fit(output_dir=tmp_path, resume=True)
+    assert (result.steps, result.best_checkpoint.name) == (6, "step-00000006")
+    last = json.loads((tmp_path / "checkpoints/step-00000006/state.json").read_text())
+    expected = json.loads((whole / "checkpoints/step-00000006/state.json").read_text())
+    assert (last["format"], last["frozen_sha256"]) == (2, expected["frozen_sha256"])
+    for name, parameter in now.parameters.items():
+        np.testing.assert_allclose(then.parameters[name].data, parameter.data, rtol=1e-9)
+    # Other processors and libraries round otherwise; where they do not, all bytes are the same.
+    if all(np.array_equal(p.data, then.parameters[n].data) for n, p in now.parameters.items()):
+        assert arrays(tmp_path, 6) == arrays(whole, 6)
+        assert records(tmp_path) == records(whole)
+    else:
+        ends = [load_file(d / "checkpoints/step-00000006/model.safetensors")
+                for d in (tmp_path, whole)]  # fmt: skip
+        for name, array in ends[1].items():
+            np.testing.assert_allclose(ends[0][name], array, rtol=1e-9)
+
+
+def test_a_checkpoint_of_format_1_brings_its_frozen_parameters(tmp_path):
+    shutil.copytree(FORMAT_1, tmp_path, dirs_exist_ok=True)
+    work, plain = Languages(), Languages()
+    work.parameters["frozen"].data[:] = 7.0
+    work.fit(output_dir=tmp_path, resume=True)
+    assert np.array_equal(work.parameters["frozen"].data, plain.parameters["frozen"].data)
+    state = json.loads((tmp_path / "checkpoints/step-00000006/state.json").read_text())
+    assert state["frozen_sha256"] == frozen_sha256(plain.parameters)
+
+
+@pytest.mark.parametrize("change", ["value", "name", "shape", "dtype", "one more"])
+def test_other_frozen_parameters_are_refused_and_nothing_is_changed(tmp_path, change):
+    asked = []
+    Languages().fit(output_dir=tmp_path, stop=lambda: asked.append(1) or len(asked) == 3)
+    other = Languages()
+    frozen = other.parameters["frozen"].data
+    if change == "value":
+        frozen[1] = np.nextafter(frozen[1], 1.0)
+    elif change == "one more":
+        other.parameters["more"] = Parameter(frozen, "more", requires_grad=False)
+    elif change == "name":
+        del other.parameters["frozen"]
+        other.parameters["cold"] = Parameter(frozen, "cold", requires_grad=False)
+    else:
+        frozen = frozen[None] if change == "shape" else frozen.astype(np.float32)
+        other.parameters["frozen"] = Parameter(frozen, "frozen", requires_grad=False)
+    before = {n: p.data.copy() for n, p in other.parameters.items()}
+    with pytest.raises(CheckpointError) as caught:
+        other.fit(output_dir=tmp_path, resume=True)
+    assert str(caught.value) == (
+        f"{tmp_path}/checkpoints/step-00000003: "
+        "the frozen parameters are not those that the run began with"
+    )
+    assert all(np.array_equal(p.data, before[n]) for n, p in other.parameters.items())
+
+
+def test_the_digest_of_frozen_parameters_is_computed_once_a_run(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "loopos.training.loop.frozen_sha256",
+        lambda parameters: calls.append(1) or frozen_sha256(parameters),
+    )
+    Languages().fit(dataclasses.replace(OPTIONS, save_steps=1), output_dir=tmp_path)
+    assert len(calls) == 1
+    Languages().fit(output_dir=tmp_path / "none written")
+    assert len(calls) == 2
+    Languages().fit()
+    assert len(calls) == 2
+
+
+def test_an_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path):
+    asked = []
+    Languages().fit(output_dir=tmp_path, stop=lambda: asked.append(1) or len(asked) == 3)
+    options = {f.name: getattr(OPTIONS, f.name) for f in dataclasses.fields(OPTIONS)}
+    with pytest.raises(CheckpointError, match=r"training\.class_weights was None, now it is \[2.0"):
+        Languages().fit(Weighted(**options, class_weights=[2.0]), output_dir=tmp_path, resume=True)
+    assert Languages().fit(Weighted(**options), output_dir=tmp_path, resume=True).steps == 6
+
+
+def test_a_checkpoint_that_no_run_wrote_is_no_run_to_continue(tmp_path):
+    work = Languages()
+    optimizer = loopos.AdamW({n: p for n, p in work.parameters.items() if p.requires_grad})
+    save_checkpoint(tmp_path / "checkpoints", work.parameters, optimizer, {"step": 5})
+    with pytest.raises(CheckpointError, match=r"step-00000005: holds no 'epoch', so no run can"):
+        work.fit(output_dir=tmp_path, resume=True)
 
 
 # -- refused, or told ------------------------------------------------------------------------------
@@ -238,11 +380,6 @@ def test_resume_needs_the_same_parameters_trained(tmp_path, name, trained, words
     with pytest.raises(CheckpointError, match=f"parameter '{name}' {words}"):
         other.fit(dataclasses.replace(OPTIONS, num_epochs=3), output_dir=tmp_path, resume=True)
     assert all(np.array_equal(p.data, before[n]) for n, p in other.parameters.items())
-
-
-@dataclasses.dataclass(frozen=True)
-class Weighted(TrainingOptions):
-    class_weights: object = None
 
 
 def test_what_no_checkpoint_can_hold_is_found_before_training(tmp_path):
@@ -291,6 +428,51 @@ def test_a_full_disk_does_not_hide_what_was_wrong(tmp_path, monkeypatch):
         NumericalError, match=r"loss is .*; the state before it is lost: .*No space"
     ):
         work.fit(output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("function", "least"), [("os.fsync", 12), ("os.replace", 3), ("pathlib.Path.write_text", 4)]
+)
+def test_a_disk_that_is_full_at_any_moment_loses_no_checkpoint(
+    whole, tmp_path, monkeypatch, function, least
+):
+    """Each call in turn fails, as the first of a full disk; with space again, the run goes on."""
+    module, _, name = function.rpartition(".")
+    owner = Path if module == "pathlib.Path" else os
+    plain = getattr(owner, name)
+    for failing in range(1, 1000):
+        directory, calls, before = tmp_path / str(failing), [], []
+
+        def full(
+            *arguments, _calls=calls, _failing=failing, _before=before, _in=directory, **named
+        ):
+            _calls.append(1)
+            if len(_calls) >= _failing:
+                _before[:] = [p for p in (_in / "checkpoints").glob("step-*") if not damage(p)]
+                raise OSError(28, "No space left on device")
+            return plain(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, full)
+        told = None
+        try:
+            Languages().fit(output_dir=directory)
+        except OutputError as error:
+            told = str(error)
+        monkeypatch.setattr(owner, name, plain)
+        if told is None:
+            break
+        assert re.fullmatch(r"/.*: cannot be written \(No space left on device\)", told)
+        assert [path for path in before if damage(path)] == []
+        found = find_checkpoint(directory / "checkpoints")
+        assert (found is None) == (before == [])
+        if found is None:
+            Languages().fit(output_dir=directory)
+            assert arrays(directory, 6) == arrays(whole, 6)
+        else:
+            resumed_is(whole, directory)
+        assert not list(directory.rglob("*.tmp"))
+    assert failing > least  # there were so many calls to fail
+    assert arrays(directory, 6) == arrays(whole, 6)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

@@ -1,9 +1,9 @@
 """Checkpoints: directories of safetensors and JSON, checksummed, written beside and renamed.
 
-``<root>/step-00000012/`` holds ``model.safetensors`` (parameters by name),
-``optimizer.safetensors``, ``state.json`` (position, options, seed, versions) and
-``manifest.json`` (size and SHA-256 of the other three). A directory without a manifest that fits
-is damaged: it is skipped, never read.
+``<root>/step-00000012/`` holds ``model.safetensors`` (the parameters that are trained, by name),
+``optimizer.safetensors``, ``state.json`` (position, options, seed, versions, one SHA-256 of all
+parameters that are frozen) and ``manifest.json`` (size and SHA-256 of the other three). A directory
+without a manifest that fits is damaged: it is skipped, never read.
 """
 
 from __future__ import annotations
@@ -20,24 +20,20 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Parameter
-from loopos.errors import CheckpointError, ConfigError, InputError, OutputError
+from loopos.errors import CheckpointError, OutputError
 from loopos.files import atomic_directory, read_json
 from loopos.training.optim import Optimizer
 from loopos.version import __version__
 
-__all__ = ["damage", "find_checkpoint", "list_checkpoints", "load_checkpoint", "prune",
-           "read_state", "require_json", "require_same_run", "require_unused",
-           "save_checkpoint"]  # fmt: skip
+__all__ = ["damage", "find_checkpoint", "frozen_sha256", "list_checkpoints", "load_checkpoint",
+           "prune", "read_state", "recover", "save_checkpoint"]  # fmt: skip
 
-FORMAT = 1
+#: Format 1 held the frozen parameters too; it is still read.
+FORMAT = 2
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
-#: What of a state makes a run the same run, beside its options and its model.
-_IDENTITY = ("seed", "num_samples", "lengths_sha256", "monitor")
-#: Options that may differ in a continuation; `num_epochs` and `max_steps` may grow.
-_MAY_CHANGE = {"num_epochs", "max_steps", "prefetch_batches", "num_workers"}
 _NAME = re.compile(r"step-(\d{8,})")
 #: What a checkpoint is called before the rename, see `files.atomic_directory`.
-_TEMPORARY = re.compile(r"\.(step-\d{8,})\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\.(step-\d{8,})\.[0-9a-f]{8}(?:\.old)?\.tmp")
 _log = logging.getLogger("loopos")
 
 
@@ -54,6 +50,7 @@ def save_checkpoint(
     root : path
         Directory of a run's checkpoints.
     parameters : mapping of str to Parameter
+        Frozen ones are not written.
     optimizer : Optimizer
     state : mapping
         JSON values, with the number of completed steps as ``step``.
@@ -74,7 +71,8 @@ def save_checkpoint(
         "optimizer_steps": slots.pop("steps"),
     }
     with atomic_directory(path) as directory:
-        arrays = {name: np.ascontiguousarray(p.data) for name, p in parameters.items()}
+        trained = {name: p.data for name, p in parameters.items() if p.requires_grad}
+        arrays = {name: np.ascontiguousarray(array) for name, array in trained.items()}
         try:
             save_file(arrays, directory / "model.safetensors")
             save_file(slots, directory / "optimizer.safetensors")
@@ -93,20 +91,18 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="ascii")
 
 
-def require_json(state: Mapping[str, Any]) -> None:
-    """Check, before a run has done anything worth saving, that its state can be saved.
+def frozen_sha256(parameters: Mapping[str, Parameter]) -> str | None:
+    """Return one digest of the frozen parameters (names, dtypes, shapes, bytes); None without any.
 
-    Raises
-    ------
-    ConfigError
-        Naming the first key whose value JSON cannot hold.
+    It reads all of them, so ask once a run.
     """
-    options = {f"training.{key}": value for key, value in state["options"].items()}
-    for key, value in (options | dict(state)).items():
-        try:
-            json.dumps(value, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{key}: a checkpoint cannot hold it ({error})") from error
+    frozen = {name: p.data for name, p in sorted(parameters.items()) if not p.requires_grad}
+    digest = hashlib.sha256()
+    for name, array in frozen.items():
+        little = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+        digest.update(json.dumps([name, little.dtype.str, array.shape]).encode("ascii"))
+        digest.update(little.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest() if frozen else None
 
 
 def _digest(path: Path) -> dict[str, Any]:
@@ -122,7 +118,7 @@ def damage(path: Path) -> str | None:
         return f"{manifest} is missing"
     try:
         expected = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{manifest} cannot be read ({error})"
     for name in _FILES:
         file = path / name
@@ -147,16 +143,13 @@ def list_checkpoints(root: str | Path) -> list[Path]:
 def find_checkpoint(root: str | Path) -> Path | None:
     """Return the newest whole checkpoint under `root`, None where there is none at all.
 
-    Damaged ones are skipped with a warning in the log. One that is whole, but whose run was killed
-    just before the rename, is renamed first: of a checkpoint that was being replaced there may be
-    no other.
+    Damaged ones are skipped with a warning in the log.
 
     Raises
     ------
     CheckpointError
         If there are checkpoints and all are damaged.
     """
-    _recover(Path(root))
     reasons = []
     for path in list_checkpoints(root):
         reason = damage(path)
@@ -169,94 +162,46 @@ def find_checkpoint(root: str | Path) -> Path | None:
     return None
 
 
-def require_unused(directory: Path) -> None:
-    """Refuse to delete the checkpoints of an earlier run, as keeping best and last would.
+def recover(root: str | Path) -> None:
+    """Tidy up after a killed run, before a new one; nobody else may be writing under `root`.
+
+    A checkpoint that is whole, but whose run was killed just before the rename, is renamed: of one
+    that was being replaced there may be no other. What is half-written is deleted.
 
     Raises
     ------
-    InputError
-        If there are any under `directory`.
+    OutputError
+        If something cannot be renamed or deleted.
     """
-    if list_checkpoints(directory / "checkpoints"):
-        raise InputError(
-            f"{directory}: already holds the checkpoints of a run; resume it, or choose "
-            "another directory"
-        )
-
-
-def _recover(root: Path) -> None:
+    root = Path(root)
     left = [(_TEMPORARY.fullmatch(path.name), path) for path in root.glob(".step-*.tmp")]
     whole = [(match[1], path) for match, path in left if match and damage(path) is None]
     # The newer of two with one name: the other one was about to be replaced by it.
     for name, path in sorted(whole, key=lambda one: one[1].stat().st_mtime_ns, reverse=True):
-        if (root / name).exists():
+        if damage(root / name) is None:
             continue
         try:
+            if (root / name).exists():
+                shutil.rmtree(root / name)
             path.rename(root / name)
         except OSError as error:
-            _log.warning("%s is whole, but cannot be renamed (%s)", path, error.strerror or error)
+            raise OutputError(f"{path}: cannot be renamed ({error.strerror or error})") from error
+    _delete(path for match, path in left if match and path.exists())
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """Return the state of a checkpoint, refusing one of a format that this version cannot read."""
     file = Path(path) / "state.json"
     state = read_json(file, CheckpointError)
-    if state.get("format") != FORMAT:
+    found = state.get("format")
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise CheckpointError(f"{file}: has no format number, so it is of no checkpoint of loopos")
+    if not 1 <= found <= FORMAT:
         raise CheckpointError(
-            f"{file}: format {state.get('format')} was written by loopos "
-            f"{state.get('loopos_version')}; loopos {__version__} reads format {FORMAT}"
+            f"{file}: format {found} was written by loopos {state.get('loopos_version')}; "
+            f"loopos {__version__} reads formats 1 to {FORMAT}"
         )
     return state
-
-
-def require_same_run(path: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Check that a run may continue from a checkpoint.
-
-    Parameters
-    ----------
-    path : Path
-        The checkpoint.
-    then, now : mapping
-        Its state, and that of the run which is to continue it.
-
-    Raises
-    ------
-    CheckpointError
-        Naming the first thing that changed. A run may be made longer, and make its batches
-        otherwise.
-    """
-    now = json.loads(json.dumps(dict(now)))  # tuples are lists in the file
-    _require_same(path, "", *({key: state.get(key) for key in _IDENTITY} for state in (then, now)))
-    options = [
-        {k: v for k, v in state["options"].items() if k not in _MAY_CHANGE} for state in (then, now)
-    ]
-    _require_same(path, "training.", *options)
-    was, found = (state.get("trained") or {} for state in (then, now))
-    for name in found:
-        if was.get(name, found[name]) != found[name]:
-            words = ("trained", "frozen") if was[name] else ("frozen", "trained")
-            raise CheckpointError(
-                f"{path}: parameter '{name}' was {words[0]}, now it is {words[1]}"
-            )
-    was, found = ((state.get("run_config") or {}).get("model") or {} for state in (then, now))
-    # A size may be spelled out now that followed from the weights before, and the reverse.
-    stated = ({k: m[k] for k in found if k in was} for m in (was, found))
-    _require_same(path, "model.", *stated)
-    if now["total_steps"] < then["total_steps"]:
-        for key in ("num_epochs", "max_steps"):
-            was, found = then["options"][key], now["options"][key]
-            if was != found:
-                raise CheckpointError(
-                    f"{path}: training.{key} was {was}, now it is {found}: "
-                    "a run can be made longer, not shorter"
-                )
-
-
-def _require_same(path: Path, prefix: str, then: Any, now: Any) -> None:
-    for key in [*now, *(key for key in then if key not in now)]:
-        was, found = then.get(key), now.get(key)
-        if was != found:
-            raise CheckpointError(f"{path}: {prefix}{key} was {was}, now it is {found}")
 
 
 def load_checkpoint(
@@ -264,21 +209,22 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Put the weights (and the optimizer's state) of a checkpoint in place; return its state.
 
+    Frozen parameters are left as they are, but for a checkpoint of format 1, which holds them.
+
     Raises
     ------
     CheckpointError
         If it is damaged, or its arrays are not those of `parameters`: nothing is changed then.
     """
-    from safetensors.numpy import load_file
-
     path = Path(path)
     reason = damage(path)
     if reason is not None:
         raise CheckpointError(reason)
     state = read_state(path)
     file = path / "model.safetensors"
-    arrays = load_file(file)
-    for name in sorted({*arrays, *parameters}):
+    arrays = _arrays(file)
+    held = {n for n, p in parameters.items() if p.requires_grad or state["format"] == 1}
+    for name in sorted({*arrays, *held}):
         if name not in arrays or name not in parameters:
             where = "the model" if name not in parameters else str(file)
             raise CheckpointError(f"{file}: parameter '{name}' is not in {where}")
@@ -289,18 +235,28 @@ def load_checkpoint(
                 f"expected {expected.dtype}{list(expected.shape)}"
             )
     if optimizer is not None:
-        slots: dict[str, Any] = dict(load_file(path / "optimizer.safetensors"))
+        slots: dict[str, Any] = dict(_arrays(path / "optimizer.safetensors"))
         try:
             optimizer.load_state_dict(slots | {"steps": state["optimizer_steps"]})
         except CheckpointError as error:
             raise CheckpointError(f"{path / 'optimizer.safetensors'}: {error}") from error
-    for name, parameter in parameters.items():
-        parameter.data[...] = arrays[name]
+    for name, array in arrays.items():
+        parameters[name].data[...] = array
     return state
 
 
+def _arrays(file: Path) -> dict[str, np.ndarray[Any, Any]]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:  # its checksum fits, but loopos has not written it
+        raise CheckpointError(f"{file}: cannot be read ({error})") from error
+
+
 def prune(root: str | Path, keep: Iterable[Path]) -> None:
-    """Delete the checkpoints under `root` that are not in `keep`, and what killed runs left.
+    """Delete the checkpoints under `root` that are not in `keep`.
 
     Raises
     ------
@@ -308,8 +264,11 @@ def prune(root: str | Path, keep: Iterable[Path]) -> None:
         If one cannot be deleted.
     """
     kept = {path.name for path in keep}
-    old = [path for path in list_checkpoints(root) if path.name not in kept]
-    for path in [*old, *Path(root).glob(".step-*.tmp")]:
+    _delete(path for path in list_checkpoints(root) if path.name not in kept)
+
+
+def _delete(paths: Iterable[Path]) -> None:
+    for path in paths:
         try:
             shutil.rmtree(path)
         except OSError as error:

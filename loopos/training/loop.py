@@ -13,9 +13,9 @@ import logging
 import operator
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -25,21 +25,12 @@ from loopos.autograd import Array, Parameter, Tensor, backward
 from loopos.backends import get_backend
 from loopos.data.batch import Batch
 from loopos.data.sampler import BatchSampler, prefetch
-from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError, OutputError
+from loopos.errors import ConfigError, LooposError, NumericalError, OutputError
 from loopos.ops import DropoutKeys
-from loopos.training.checkpoint import (
-    damage,
-    find_checkpoint,
-    load_checkpoint,
-    prune,
-    read_state,
-    require_json,
-    require_same_run,
-    require_unused,
-    save_checkpoint,
-)
+from loopos.training.checkpoint import damage, frozen_sha256, prune, save_checkpoint
 from loopos.training.optim import gradient_norm
 from loopos.training.options import TrainingOptions, make_optimizer
+from loopos.training.resume import own_directory, require_json, require_unused, take_over
 from loopos.training.schedules import make_schedule
 from loopos.training.trackers import Callback, MetricsFile, RunInfo, TensorBoard
 
@@ -136,7 +127,7 @@ def train(
     Parameters
     ----------
     parameters : mapping of str to Parameter
-        Frozen ones are saved and not touched.
+        Frozen ones are not touched, and not saved.
     objective : Objective
         What is minimised.
     make_batch : callable
@@ -161,7 +152,7 @@ def train(
     stop : callable, optional
         Asked after every step; True saves and ends the run.
     run_config : dict, optional
-        Kept in checkpoints; on resume no key of its section "model" may have another value.
+        Kept in checkpoints.
     rate_factors : mapping of str to float, optional
         Factor of the learning rate for some parameters.
 
@@ -171,7 +162,8 @@ def train(
         If an option asks for what is not there: an output directory, an evaluation, a figure; or
         JSON cannot hold what checkpoints are to keep.
     InputError
-        If `output_dir` holds the checkpoints of a run, and this is not its continuation.
+        If `output_dir` holds the checkpoints of a run, and this is not its continuation; or another
+        run is going in it.
     CheckpointError
         If there is nothing whole to resume, or it belongs to another run; nothing is changed then.
     NumericalError
@@ -195,11 +187,12 @@ def train(
             raise ConfigError("training.tensorboard: needs an output directory")
         run.callbacks = [*callbacks, TensorBoard(root / "tensorboard")]
     run.optimizer.rate_factors = dict(rate_factors or {})
-    if resume:
-        run.restore()
-    elif root is not None:
-        require_unused(root)
-    return run.go()
+    with nullcontext() if root is None else own_directory(root):
+        if resume:
+            run.restore()
+        elif root is not None:
+            require_unused(root)
+        return run.go()
 
 
 @dataclass
@@ -436,6 +429,11 @@ class _Run:
             return None
         return self.root / "checkpoints" / f"step-{step:08d}"
 
+    @cached_property
+    def frozen(self) -> str | None:
+        """One digest of all frozen parameters."""
+        return frozen_sha256(self.parameters)
+
     def _state(self) -> dict[str, Any]:
         """Return all that a checkpoint holds beside arrays, as JSON values."""
         lengths = np.ascontiguousarray(self.lengths, dtype="<i8")
@@ -448,6 +446,7 @@ class _Run:
             "total_steps": self.total_steps,
             "options": self.options.as_dict(),
             "trained": {name: p.requires_grad for name, p in self.parameters.items()},
+            "frozen_sha256": self.frozen,
             "run_config": self.run_config,
             "backend": get_backend().describe(),
         }
@@ -477,12 +476,12 @@ class _Run:
         """Take over the newest whole checkpoint, if it is one of this run."""
         if self.root is None:
             raise ConfigError("resume: needs the output_dir of the run to continue")
-        path = find_checkpoint(self.root / "checkpoints")
-        if path is None:
-            raise CheckpointError(f"there is no checkpoint to resume in {self.root}")
-        state = read_state(path)
-        require_same_run(path, state, self._state())
-        load_checkpoint(path, self.parameters, self.optimizer)
+        defaults = {name: getattr(type(self.options), name, None) for name in vars(self.options)}
+        path, state = take_over(
+            self.root / "checkpoints", self.parameters, self.optimizer, self._state(), defaults
+        )
+        if state["format"] == 1:
+            vars(self).pop("frozen", None)  # it has brought its own
         self.at = _Progress(**{name: state[name] for name in vars(self.at)})
         self.saved = path
         best = self._checkpoint_of(self.at.best_step)
