@@ -59,9 +59,7 @@ class Texts:
 
     def take(self, indices: Sequence[int] | Array) -> Texts:
         """Return the texts at `indices`; of stored texts a view."""
-        return Texts(
-            taken(self.texts, indices), taken(self.where, indices), dropped=self.dropped
-        )
+        return Texts(taken(self.texts, indices), taken(self.where, indices), dropped=self.dropped)
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,7 @@ class LabelledTexts(Texts):
         places = [self.where[row] for row in first.tolist()]
         found = known_numbers(values, places, "label", names)
         if several:
-            labels = np.zeros((len(self.labels), len(names)), dtype=np.int8)
+            labels: Array = np.zeros((len(self.labels), len(names)), dtype=np.int8)
             labels[:, found] = self.labels[:, present]
         else:
             table = np.zeros(len(self.label_names), dtype=np.int64)

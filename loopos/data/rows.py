@@ -12,7 +12,7 @@ import json
 import os
 import reprlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -84,7 +84,7 @@ def name_of(source: Source) -> str:
 
 def iter_rows(
     source: Source, fields: Sequence[str] | None = None, plain_field: str | None = None
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     """Yield the rows of a source one by one.
 
     Parameters
@@ -205,8 +205,8 @@ def _short(path: str | Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of each line, its newline kept; only ``\\n`` ends one."""
-    # Not splitlines(): U+2028 and its like are valid inside JSON strings.
+    """Yield number and text of each line, its newline kept."""
+    # Only a newline ends a line: U+2028 and its like are valid inside JSON strings.
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, start=1):

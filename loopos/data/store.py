@@ -49,21 +49,23 @@ class _Bytes:
         self._file: IO[bytes] | None = None
         self.size = 0
 
-    def append(self, data: bytes | Array) -> None:
+    def append(self, data: bytes) -> None:
         """Write at the end (raises OutputError when the temporary file cannot be written)."""
-        added = data.nbytes if isinstance(data, np.ndarray) else len(data)
         try:
-            if self._file is None and self.size + added > self._limit:
-                self._file = tempfile.TemporaryFile(buffering=_WRITE_BUFFER, prefix="loopos-")
+            if self._file is None and self.size + len(data) > self._limit:
+                # Open until sealed() has mapped it.
+                self._file = tempfile.TemporaryFile(  # noqa: SIM115
+                    buffering=_WRITE_BUFFER, prefix="loopos-"
+                )
                 self._file.write(self._memory)
                 self._memory = bytearray()
             if self._file is None:
-                self._memory += memoryview(data).cast("B") if added else b""
+                self._memory += data
             else:
                 self._file.write(data)
         except OSError as error:
             raise _no_room(error) from error
-        self.size += added
+        self.size += len(data)
 
     def sealed(self) -> bytearray | mmap.mmap:
         """Return all bytes, for reading."""
@@ -133,7 +135,7 @@ class _View(Sequence[T]):
     def _stored_indices(self, indices: Sequence[int] | Array) -> Array:
         asked = np.asarray(indices, dtype=np.int64)
         found = np.where(asked < 0, asked + len(self), asked)
-        if found.size and not (0 <= found.min() and found.max() < len(self)):
+        if found.size and not (found.min() >= 0 and found.max() < len(self)):
             raise IndexError(f"an index is outside the {len(self)} entries")
         return found if self._index is None else self._index[found]
 
@@ -144,7 +146,7 @@ class _View(Sequence[T]):
         raise NotImplementedError
 
 
-def taken(sequence: Sequence[T], indices: Sequence[int] | Array) -> Sequence[T]:
+def taken(sequence: Sequence[str], indices: Sequence[int] | Array) -> Sequence[str]:
     """Return the entries at `indices`: a view of a store, a list of anything else."""
     if isinstance(sequence, (TextStore, Places)):
         return sequence.take(indices)
@@ -337,7 +339,7 @@ class TokenStore(_View[Array]):
             return NotImplemented
         return len(self) == len(other) and all(map(np.array_equal, self, other))
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
     def _entry(self, place: int) -> Array:
         return self._flat[self._offsets[place] : self._offsets[place + 1]]
@@ -352,10 +354,10 @@ class TokenStoreBuilder:
     def append(self, ids: Array | Sequence[int]) -> None:
         """Add the ids of a text (raises DataError for one that does not fit 32 bits)."""
         given = np.asarray(ids)
-        found = np.ascontiguousarray(given, dtype=np.int32)
+        found = given.astype(np.int32)
         if given.dtype != np.int32 and not np.array_equal(given, found):
             raise DataError(f"text {len(self)}: a token id does not fit 32 bits")
-        self._bytes.append(found)
+        self._bytes.append(found.tobytes())
         self._offsets.append(self._bytes.size // found.itemsize)
 
     def __len__(self) -> int:
