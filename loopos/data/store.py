@@ -13,7 +13,7 @@ import mmap
 import operator
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, TypeVar, overload
+from typing import IO, Any, Self, TypeVar, overload
 
 import numpy as np
 
@@ -37,6 +37,8 @@ T = TypeVar("T")
 MEMORY_LIMIT = 64 << 20
 #: Of a walk over a file, what stays in this process's memory at the most.
 _WALK = 8 << 20
+#: What the system may read around a place that a walk jumps to.
+_JUMP = 64 << 10
 _WRITE_BUFFER = 1 << 20
 
 
@@ -86,12 +88,6 @@ def _no_room(error: OSError) -> OutputError:
     )
 
 
-def _walked(data: bytearray | mmap.mmap) -> None:
-    """Let go of the pages of a file that were read: they stay in the system's cache."""
-    if isinstance(data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        data.madvise(mmap.MADV_DONTNEED)
-
-
 class _View(Sequence[T]):
     """A read-only sequence over a store, of all its entries or of those at some indices."""
 
@@ -104,10 +100,10 @@ class _View(Sequence[T]):
     @overload
     def __getitem__(self, key: int) -> T: ...
     @overload
-    def __getitem__(self, key: slice) -> _View[T]: ...
+    def __getitem__(self, key: slice) -> Self: ...
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, slice):
-            return self._with(self._stored_indices(range(*key.indices(len(self)))))
+            return self.take(range(*key.indices(len(self))))
         place = operator.index(key)
         place += len(self) if place < 0 else 0
         if not 0 <= place < len(self):
@@ -115,13 +111,16 @@ class _View(Sequence[T]):
         return self._entry(place if self._index is None else int(self._index[place]))
 
     def __iter__(self) -> Iterator[T]:
-        for place in range(self._stored) if self._index is None else self._index.tolist():
+        for place in self._places():
             yield self._entry(place)
+
+    def _places(self) -> Iterable[int]:
+        return range(self._stored) if self._index is None else map(int, self._index)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, (list, _View)):
             return NotImplemented
-        return len(self) == len(other) and all(map(operator.eq, self, other))
+        return len(self) == len(other) and all(map(self._same, self, other))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -132,23 +131,56 @@ class _View(Sequence[T]):
         shown = ", ".join(map(repr, self[:3])) + (", ..." if len(self) > 3 else "")
         return f"<{type(self).__name__} of {len(self)}: [{shown}]>"
 
-    def _stored_indices(self, indices: Sequence[int] | Array) -> Array:
+    def take(self, indices: Sequence[int] | Array) -> Self:
+        """Return the entries at `indices`, a view (raises IndexError)."""
         asked = np.asarray(indices, dtype=np.int64)
         found = np.where(asked < 0, asked + len(self), asked)
         if found.size and not (found.min() >= 0 and found.max() < len(self)):
             raise IndexError(f"an index is outside the {len(self)} entries")
-        return found if self._index is None else self._index[found]
+        return self._with(found if self._index is None else self._index[found])
+
+    @staticmethod
+    def _same(one: Any, other: Any) -> bool:
+        return bool(one == other)
 
     def _entry(self, place: int) -> T:
         raise NotImplementedError
 
-    def _with(self, index: Array) -> Any:
+    def _with(self, index: Array) -> Self:
         raise NotImplementedError
+
+
+class _Stored(_View[T]):
+    """A view of entries that stand one after the other in bytes; offsets count `_width` of them."""
+
+    _width = 1
+
+    def __init__(self, data: bytearray | mmap.mmap, offsets: Array, index: Array | None):
+        super().__init__(offsets.size - 1, index)
+        self._data, self._offsets = data, offsets
+
+    def __iter__(self) -> Iterator[T]:
+        if not (isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED")):
+            yield from super().__iter__()
+            return
+        touched, after = 0, 0
+        for place in self._places():
+            yield self._entry(place)
+            touched += self._size(place) + _JUMP * (place != after)
+            after = place + 1
+            if touched > _WALK:
+                # The pages stay in the system's cache; views of them are read from there again.
+                self._data.madvise(mmap.MADV_DONTNEED)
+                touched = 0
+
+    def _size(self, place: int) -> int:
+        """Return the bytes of an entry."""
+        return int(self._offsets[place + 1] - self._offsets[place]) * self._width
 
 
 def taken(sequence: Sequence[str], indices: Sequence[int] | Array) -> Sequence[str]:
     """Return the entries at `indices`: a view of a store, a list of anything else."""
-    if isinstance(sequence, (TextStore, Places)):
+    if isinstance(sequence, _View):
         return sequence.take(indices)
     return [sequence[i] for i in indices]
 
@@ -156,7 +188,7 @@ def taken(sequence: Sequence[str], indices: Sequence[int] | Array) -> Sequence[s
 # -- texts ---------------------------------------------------------------------------------------
 
 
-class TextStore(_View[str]):
+class TextStore(_Stored[str]):
     """A sequence of texts; equal to a list of the same texts.
 
     Attributes
@@ -166,8 +198,7 @@ class TextStore(_View[str]):
     """
 
     def __init__(self, data: bytearray | mmap.mmap, offsets: Array, index: Array | None = None):
-        super().__init__(offsets.size - 1, index)
-        self._data, self._offsets = data, offsets
+        super().__init__(data, offsets, index)
         self.memo: dict[Any, Any] = {}
 
     @classmethod
@@ -178,25 +209,12 @@ class TextStore(_View[str]):
             builder.append(text)
         return builder.finish()
 
-    def take(self, indices: Sequence[int] | Array) -> TextStore:
-        """Return the texts at `indices`, a view."""
-        return self._with(self._stored_indices(indices))
-
-    def __iter__(self) -> Iterator[str]:
-        walked = 0
-        for text in super().__iter__():
-            yield text
-            walked += len(text)
-            if walked > _WALK:
-                _walked(self._data)
-                walked = 0
-
     def _entry(self, place: int) -> str:
         begin, end = self._offsets[place : place + 2].tolist()
         return self._data[begin:end].decode("utf-8", "surrogatepass")
 
-    def _with(self, index: Array) -> TextStore:
-        return TextStore(self._data, self._offsets, index)
+    def _with(self, index: Array) -> Self:
+        return type(self)(self._data, self._offsets, index)
 
 
 class TextStoreBuilder:
@@ -268,15 +286,11 @@ class Places(_View[str]):
         super().__init__(numbers.size, index)
         self._files, self._file_of, self._numbers = files, file_of, numbers
 
-    def take(self, indices: Sequence[int] | Array) -> Places:
-        """Return the places at `indices`, a view."""
-        return self._with(self._stored_indices(indices))
-
     def _entry(self, place: int) -> str:
         return place_text(self._files[self._file_of[place]], int(self._numbers[place]))
 
-    def _with(self, index: Array) -> Places:
-        return Places(self._files, self._file_of, self._numbers, index)
+    def _with(self, index: Array) -> Self:
+        return type(self)(self._files, self._file_of, self._numbers, index)
 
 
 def place_text(file: str | None, number: int) -> str:
@@ -305,7 +319,7 @@ class PlacesBuilder:
 # -- token ids -----------------------------------------------------------------------------------
 
 
-class TokenStore(_View[Array]):
+class TokenStore(_Stored[Array]):
     """A sequence of token id arrays, int32 each, which are views that cannot be written to.
 
     Attributes
@@ -314,35 +328,22 @@ class TokenStore(_View[Array]):
         Ids of each.
     """
 
-    def __init__(self, data: bytearray | mmap.mmap, offsets: Array):
-        super().__init__(offsets.size - 1, None)
-        self._data, self._offsets = data, offsets
+    _width = 4
+
+    def __init__(self, data: bytearray | mmap.mmap, offsets: Array, index: Array | None = None):
+        super().__init__(data, offsets, index)
         self._flat = _frozen(data, np.int32)
-        self.lengths: Array = np.diff(offsets)
+        self.lengths: Array = np.diff(offsets) if index is None else np.diff(offsets)[index]
 
-    def __iter__(self) -> Iterator[Array]:
-        walked = 0
-        for ids in super().__iter__():
-            yield ids
-            walked += ids.nbytes
-            if walked > _WALK:
-                _walked(self._data)
-                walked = 0
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, slice):
-            return [self._entry(place) for place in range(*key.indices(len(self)))]
-        return super().__getitem__(key)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, (list, TokenStore)):
-            return NotImplemented
-        return len(self) == len(other) and all(map(np.array_equal, self, other))
-
-    __hash__ = None
+    @staticmethod
+    def _same(one: Any, other: Any) -> bool:
+        return np.array_equal(one, other)
 
     def _entry(self, place: int) -> Array:
         return self._flat[self._offsets[place] : self._offsets[place + 1]]
+
+    def _with(self, index: Array) -> Self:
+        return type(self)(self._data, self._offsets, index)
 
 
 class TokenStoreBuilder:
