@@ -86,7 +86,9 @@ def encode_all(tokenizer: Encoder, texts: Sequence[str], max_length: int | None 
                 tokens[index] = ids
         for ids in tokens:
             builder.append(ids)
-    encoded = Encoded(builder.finish(), np.array(lengths, dtype=np.int64))
+    counted = np.array(lengths, dtype=np.int64)
+    counted.flags.writeable = False  # whoever asks again gets this very array
+    encoded = Encoded(builder.finish(), counted)
     memo["encoded"] = tokenizer, max_length, encoded
     return encoded
 
