@@ -206,6 +206,15 @@ def test_a_damaged_file_is_named(arrow, name, damage):
         assert message.startswith(f"{name}: not {kind} file (")
 
 
+@pytest.mark.parametrize("name", ARROW_FILES)
+def test_a_text_in_another_encoding_is_named(arrow, name):
+    texts = arrow.array([b"a", b"b", b"\xe9"]).view(arrow.string())
+    put_table(arrow, name, {"text": texts})
+    message = message_of(read_texts, name)
+    assert message.startswith(f"{name}: a text of the rows ")
+    assert message.endswith(" to 3 is not UTF-8")
+
+
 def test_two_columns_of_one_name_are_refused(arrow):
     table = arrow.table([arrow.array(["a"]), arrow.array(["b"])], names=["text", "text"])
     assert message_of(read_rows, table) == "the data: two columns are named 'text'"

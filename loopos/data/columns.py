@@ -44,8 +44,8 @@ def parquet_file(path: Path, fields: Sequence[str] | None) -> Iterator[Mapping[s
             names = list(file.schema_arrow.names)
             columns = _columns(names, fields, str(path))
             # Its own threads would be more than the caller allowed.
-            for batch in file.iter_batches(_BATCH, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
+            batches = file.iter_batches(_BATCH, columns=columns, use_threads=False)
+            yield from _batches(batches, None, str(path))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a Parquet file ({_sentence(error)})") from error
 
@@ -64,16 +64,27 @@ def arrow_file(path: Path, fields: Sequence[str] | None) -> Iterator[Mapping[str
                 columns = _columns(list(reader.schema.names), fields, str(path))
                 count = reader.num_record_batches if seekable else None
                 batches = reader if count is None else map(reader.get_batch, range(count))
-                yield from _batches(batches, columns)
+                yield from _batches(batches, columns, str(path))
     except (arrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not an Arrow file ({_sentence(error)})") from error
 
 
-def _batches(batches: Iterable[Any], columns: list[Any] | None) -> Iterator[Mapping[str, Any]]:
+def _batches(
+    batches: Iterable[Any], columns: list[Any] | None, where: str
+) -> Iterator[Mapping[str, Any]]:
+    row = 0
     for batch in batches:
         picked = batch if columns is None else batch.select(columns)
         for start in range(0, picked.num_rows, _BATCH):
-            yield from picked.slice(start, _BATCH).to_pylist()
+            part = picked.slice(start, _BATCH)
+            try:
+                values = part.to_pylist()
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{where}: a text of the rows {row + 1} to {row + part.num_rows} is not UTF-8"
+                ) from error
+            yield from values
+            row += part.num_rows
 
 
 def _sentence(error: Exception) -> str:
@@ -129,7 +140,7 @@ def columns_of(
         return frame.iter_rows(named=True)
     if has("to_batches", "schema", "column_names"):
         columns = _columns(list(source.column_names), fields, "the data")
-        return _batches(source.to_batches(), columns)
+        return _batches(source.to_batches(), columns, "the data")
     if has("with_format", "features", "column_names"):
         columns = _columns(list(source.column_names or ()), fields, "the data")
         data = source.with_format(None)  # plain values, whatever it makes for its owner

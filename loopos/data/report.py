@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ _PLACES = 5
 #: Classes that are listed, before it is said how many more there are.
 _NAMES = 8
 _WIDTH, _INDENT = 78, 15
+#: A space where no line is broken.
+_STUCK = "\N{NO-BREAK SPACE}"
 _QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "max": 100}
 #: The most frequent class over the rarest: beyond this it is said.
 _IMBALANCE = 10.0
@@ -180,7 +182,10 @@ class DataReport:
             lengths={name: int(v) for name, v in _quantiles(lengths).items()},
             max_length=max_length,
             truncated=Finding.at(long),
-            dropped=Finding.of([place for data in sets for place in data.dropped]),
+            dropped=Finding(
+                sum(len(data.dropped) for data in sets),
+                [place for data in sets for place in data.dropped[:_PLACES]][:_PLACES],
+            ),
             duplicates=Finding.at(
                 [(data, _repeated(g)) for data, g in zip(sets, groups, strict=True)]
             ),
@@ -238,7 +243,7 @@ class DataReport:
                 table.append((name, value))
         for name, targets in (("targets", self.targets), ("  validation", self.validation_targets)):
             if targets:
-                table.append((name, ", ".join(f"{key} {v:.5g}" for key, v in targets.items())))
+                table.append((name, _figures(targets)))
         return table
 
     def to_dict(self) -> dict[str, Any]:
@@ -248,7 +253,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return the report as lines of plain text, of 78 columns where words allow it."""
         rows = f"{self.rows} training, {self.validation_rows} validation"
-        lengths = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
+        lengths = _figures(self.lengths)
         table = [("rows", rows)]
         table += self._label_lines()
         table += [("tokens", f"{self.tokens} ({lengths})")]
@@ -300,9 +305,16 @@ def _listed(names: list[str], last: str) -> str:
     return last.join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def _figures(values: Mapping[str, float]) -> str:
+    """Join names and numbers, each pair in one line."""
+    shown = {name: v if isinstance(v, int) else f"{v:.6g}" for name, v in values.items()}
+    return ", ".join(f"{name}{_STUCK}{value}" for name, value in shown.items())
+
+
 def _wrapped(name: str, value: str) -> list[str]:
     """Return a row of the report, its value in a column of its own."""
     lines = textwrap.wrap(value, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace(_STUCK, " ") for line in lines]
     return [f"{name if not i else '':<{_INDENT}}{line}" for i, line in enumerate(lines)]
 
 
