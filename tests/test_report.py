@@ -236,8 +236,8 @@ def test_several_labels_are_counted_one_by_one():
     assert report.conflicts == Finding(2, ["t.csv:34", "v.csv:2"])
     assert report.lines()[:4] == [
         "rows           34 training, 2 validation",
-        "labels         film 32 (94%), food 1 (3%), sport 0 (0%); none 2 (6%)",
-        "  validation   food 2 (100%), film 1 (50%), sport 1 (50%); none 0 (0%)",
+        "labels         film 32 (94%), food 1 (3%), sport 0 (0%); no label 2 (6%)",
+        "  validation   food 2 (100%), film 1 (50%), sport 1 (50%); no label 0 (0%)",
         "tokens         34 (min 1, 5% 1, 25% 1, median 1, 75% 1, 95% 1, max 1)",
     ]
     # A rare label is no fault, one that nothing has is.

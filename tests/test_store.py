@@ -273,6 +273,20 @@ def test_a_full_disk_is_said(monkeypatch):
     )
 
 
+def test_no_place_for_temporary_files_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match=r"none: data that memory is too small for cannot be"):
+        TextStore.of(["a" * 100], 10)
+
+    def none(**options):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", none)
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(OutputError, match=r"^temporary files: .* \(No usable temporary directory"):
+        TextStore.of(["a" * 100], 10)
+
+
 def run(script, tmp_path, *arguments):
     temporary = tmp_path / "temporary"
     temporary.mkdir(exist_ok=True)
@@ -344,7 +358,12 @@ LARGE = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's own counts")
+needs_counts = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs Linux's own counts"
+)
+
+
+@needs_counts
 def test_a_file_larger_than_memory_should_hold(tmp_path):
     path = tmp_path / "large.jsonl"
     words = "word " * 400
@@ -368,6 +387,46 @@ def test_a_file_larger_than_memory_should_hold(tmp_path):
     # digests and what sorts them (11 MB).
     assert whole > 1.9 * size
     assert taken < 48e6 < size / 3
+
+
+@needs_counts
+@pytest.mark.parametrize("name", ["large.csv", "large.parquet"])
+def test_tables_larger_than_memory_should_hold(tmp_path, name):
+    path, words = tmp_path / name, "word " * 400
+    if name.endswith("csv"):
+        lines = (f"{i} {words},{i % 4}\n" for i in range(60_000))
+        with path.open("w") as file:
+            file.writelines(["text,label\n", *lines])
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        columns = {"text": [f"{i} {words}" for i in range(60_000)], "label": [0, 1] * 30_000}
+        # As one row group, without compression: the worst case.
+        parquet.write_table(arrow.table(columns), path, compression="none", use_dictionary=False)
+    size = path.stat().st_size
+    assert size > 120e6
+    script = """
+        import importlib, sys
+        from loopos.data import store
+        from loopos.data.readers import read_labelled
+        if sys.argv[1].endswith("parquet"):
+            importlib.import_module("pyarrow.parquet")
+        def most():
+            with open("/proc/self/status") as file:
+                return next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+        store.MEMORY_LIMIT = 1 << 20
+        before = most()
+        data = read_labelled(sys.argv[1])
+        print(len(data.texts), (most() - before) * 1024)
+    """
+    process, _ = run(script, tmp_path, path)
+    output, _ = process.communicate(timeout=300)
+    count, taken = map(int, output.split())
+    # The store's limit and the readers' buffers (2 MiB), a batch of 512 rows as text and as Python's
+    # (2 MB), and what pyarrow sets up for itself (about 20 MB, whatever the size).
+    assert count == 60_000
+    assert taken < 48e6 < size / 2
 
 
 def test_a_large_text_is_one_text(tmp_path, monkeypatch):

@@ -18,6 +18,8 @@ __all__ = ["arrow_file", "columns_of", "parquet_file"]
 
 #: Rows made into Python values at once.
 _BATCH = 512
+#: Bytes of a column read at once.
+_BUFFER = 1 << 20
 
 
 def _pyarrow(path: Path, module: str) -> Any:
@@ -40,7 +42,8 @@ def parquet_file(path: Path, fields: Sequence[str] | None) -> Iterator[Mapping[s
     parquet = _pyarrow(path, "pyarrow.parquet")
     arrow = importlib.import_module("pyarrow")
     try:
-        with parquet.ParquetFile(path) as file:
+        # Page by page: either setting alone would hold a row group's whole column.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as file:
             names = list(file.schema_arrow.names)
             columns = _columns(names, fields, str(path))
             # Its own threads would be more than the caller allowed.

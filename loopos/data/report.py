@@ -239,7 +239,7 @@ class DataReport:
             if classes:
                 value = _listed(_balance(classes, rows), ", ")
                 if several:
-                    value += f"; none {unlabelled} ({unlabelled / max(rows, 1):.0%})"
+                    value += f"; no label {unlabelled} ({unlabelled / max(rows, 1):.0%})"
                 table.append((name, value))
         for name, targets in (("targets", self.targets), ("  validation", self.validation_targets)):
             if targets:

@@ -82,8 +82,12 @@ class _Bytes:
 
 
 def _no_room(error: OSError) -> OutputError:
+    try:
+        place = tempfile.gettempdir()
+    except FileNotFoundError:  # what the error itself says
+        place = "temporary files"
     return OutputError(
-        f"{tempfile.gettempdir()}: data that memory is too small for cannot be written there "
+        f"{place}: data that memory is too small for cannot be written there "
         f"({error.strerror or error}); the environment variable TMPDIR names another directory"
     )
 
