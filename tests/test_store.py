@@ -423,8 +423,8 @@ def test_tables_larger_than_memory_should_hold(tmp_path, name):
     process, _ = run(script, tmp_path, path)
     output, _ = process.communicate(timeout=300)
     count, taken = map(int, output.split())
-    # The store's limit and the readers' buffers (2 MiB), a batch of 512 rows as text and as Python's
-    # (2 MB), and what pyarrow sets up for itself (about 20 MB, whatever the size).
+    # The store's limit and the readers' buffers (2 MiB), a batch of 512 rows, in pyarrow and as
+    # Python's values (2 MB), and what pyarrow sets up for itself (about 20 MB, whatever the size).
     assert count == 60_000
     assert taken < 48e6 < size / 2
 

@@ -223,17 +223,11 @@ def read_labelled(
                 if labels is None:
                     labels = collector(problem, num_classes, label_field, row)
                 labels.add(row)
+    if kept.first is None:
+        raise DataError(f"{name_of(source)}: there is no row in it")
     if labels is None:
-        if kept.first is None:
-            raise DataError(f"{name_of(source)}: there is no row in it")
         raise DataError(f"{kept.first}: no row has any text in '{text_field}'")
     where = kept.where.finish()
     values, names = labels.finish(where, label_names, num_classes)
-    return LabelledTexts(
-        kept.texts.finish(),
-        where,
-        values,
-        names,
-        dropped=kept.dropped.finish(),
-        problem=labels.problem,
-    )
+    texts, dropped = kept.texts.finish(), kept.dropped.finish()
+    return LabelledTexts(texts, where, values, names, dropped=dropped, problem=labels.problem)

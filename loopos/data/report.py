@@ -148,15 +148,8 @@ class DataReport:
         """
         if not training.texts:
             raise DataError("there is no text to train on")
-        given = {
-            "lengths": (training, lengths),
-            "validation_lengths": (validation, validation_lengths),
-        }
-        for name, (data, found) in given.items():
-            if data is not None and found is not None and len(found) != len(data.texts):
-                raise DataError(
-                    f"{name}: expected {len(data.texts)}, one a text, found {len(found)}"
-                )
+        _check_counts("lengths", training, lengths)
+        _check_counts("validation_lengths", validation, validation_lengths)
         sets = [training] if validation is None else [training, validation]
         counted = [lengths, np.array([]) if validation_lengths is None else validation_lengths]
         long = [
@@ -263,6 +256,11 @@ class DataReport:
             table.append((name, str(getattr(self, name))))
         table += [("warning:", text) for text in self.warnings]
         return [line for name, value in table for line in _wrapped(name, value)]
+
+
+def _check_counts(name: str, data: Texts | None, lengths: Array | None) -> None:
+    if data is not None and lengths is not None and len(lengths) != len(data.texts):
+        raise DataError(f"{name}: expected {len(data.texts)}, one a text, found {len(lengths)}")
 
 
 def _quantiles(values: Array) -> dict[str, Any]:
