@@ -338,7 +338,7 @@ def train(
 
     if (output / "tokenizer.json").exists():
         raise InputError(f"{output}: already holds a tokenizer")
-    texts = read_texts(data if len(data) > 1 else data[0], text_field)  # type: ignore[arg-type]
+    texts = read_texts(data if len(data) > 1 else data[0], text_field)
     trained = train_bpe(texts.texts, vocab_size)
     trained.save(output)
     length = sum(len(text.encode()) for text in texts.texts)

@@ -17,9 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loopos.config_files import COMMAND, Faults, Lines, describe, place, read_config_file
+from loopos.config_files import (
+    COMMAND,
+    Faults,
+    Lines,
+    describe,
+    exists,
+    find_file,
+    find_files,
+    place,
+    read_config_file,
+)
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
-from loopos.files import builtin
 from loopos.hub import is_hub_name
 from loopos.methods import METHODS, PLANNED
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
@@ -83,10 +92,10 @@ class Data:
 
     Attributes
     ----------
-    training_data : str
-        File of rows.
-    validation_data : str or None
-        Another; None splits the training data.
+    training_data : str or list of str
+        File of rows, or a pattern such as ``data/*.jsonl``, or several of them.
+    validation_data : str, list of str or None
+        Others; None splits the training data.
     validation_fraction : float
         Share of that split, in [0, 1); 0 means no validation.
     pretrained_weights : str or None
@@ -101,8 +110,8 @@ class Data:
         None means ``outputs/<method>``.
     """
 
-    training_data: str
-    validation_data: str | None = None
+    training_data: str | list[str]
+    validation_data: str | list[str] | None = None
     validation_fraction: float = 0.1
     pretrained_weights: str | None = None
     tokenizer: str | None = None
@@ -113,9 +122,12 @@ class Data:
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
-            if isinstance(value, str) and (not value.strip() or "\0" in value):
-                kind = "the name of a field" if name.endswith("_field") else "a path"
-                raise ConfigError(f"data.{name}: expected {kind}, found {value!r}")
+            if value == []:
+                raise ConfigError(f"data.{name}: expected text or a list of texts, found []")
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and (not text.strip() or "\0" in text):
+                    kind = "the name of a field" if name.endswith("_field") else "a path"
+                    raise ConfigError(f"data.{name}: expected {kind}, found {text!r}")
         if not 0 <= self.validation_fraction < 1:
             raise ConfigError(
                 "data.validation_fraction: expected a number in [0, 1), "
@@ -173,32 +185,38 @@ class RunConfig:
         }
 
     def path(self, key: str) -> Path:
-        """Return the file that ``data.<key>`` names.
-
-        ``builtin:NAME`` is shipped; a relative path is looked for from the current directory, then
-        from that of the configuration.
+        """Return the one file or directory that ``data.<key>`` names; see :meth:`paths`.
 
         Raises
         ------
         MissingFileError
             If it does not exist.
+        ConfigError
+            If several are named.
         """
-        value = str(getattr(self.data, key))
+        value = getattr(self.data, key)
         where = self.where(f"data.{key}")
-        if value.startswith("builtin:"):
-            try:
-                return builtin(value.removeprefix("builtin:"))
-            except MissingFileError as error:
-                raise MissingFileError(f"{where}: {error}") from error
-        path = Path(value).expanduser()
-        candidates = (path, Path(self.source).parent / path)
-        for candidate in candidates:
-            if _exists(candidate):
-                return candidate
-        parents = {candidate.parent for candidate in candidates if candidate.parent.is_dir()}
-        names = {entry.name for parent in parents for entry in parent.iterdir()}
-        hint = nearest(path.name, sorted(names))
-        raise MissingFileError(f"{where}: {path}: no such file or directory{hint}")
+        if isinstance(value, list):
+            if len(value) > 1:
+                raise ConfigError(f"{where}: expected one path, found {len(value)}")
+            value = value[0]
+        return find_file(str(value), Path(self.source).parent, where)
+
+    def paths(self, key: str) -> list[Path]:
+        """Return the files that ``data.<key>`` names.
+
+        ``builtin:NAME`` is shipped; a relative path or pattern is looked for from the current
+        directory, then from that of the configuration. The files of a pattern are sorted.
+
+        Raises
+        ------
+        MissingFileError
+            If one does not exist, or nothing matches a pattern.
+        """
+        value = getattr(self.data, key)
+        beside, where = Path(self.source).parent, self.where(f"data.{key}")
+        texts = value if isinstance(value, list) else [str(value)]
+        return [path for text in texts for path in find_files(text, beside, where)]
 
     def model_source(self, key: str) -> str:
         """Return the path that ``data.<key>`` names, or else a name on the Hugging Face Hub.
@@ -242,7 +260,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path, shipped = Path(source), shipped_configs()
     if str(source) in shipped and not path.is_file():
         path = shipped[str(source)]
-    if not _exists(path):
+    if not exists(path):
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = nearest(path.name, [*shipped, *(p.name for p in beside if p.is_file())])
         raise MissingFileError(
@@ -262,13 +280,6 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(sections, override, faults)
     return _build(sections, faults)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that is too long, a directory that may not be looked into
-        return False
 
 
 def _override(sections: dict[str, dict[str, Any]], override: str, faults: Faults) -> None:
@@ -291,7 +302,9 @@ def _override(sections: dict[str, dict[str, Any]], override: str, faults: Faults
         parsed = value
     texts = {"computation": Computation, "data": Data}.get(section)
     kind = typing.get_type_hints(texts).get(name) if texts else None
-    if kind in (str, str | None) and not isinstance(parsed, (str, type(None))):
+    kinds = (kind, *typing.get_args(kind))
+    fits = (str, type(None), list) if list[str] in kinds else (str, type(None))
+    if str in kinds and not isinstance(parsed, fits):
         parsed = value  # a directory may well be called 2024
     *outer, last = name.split(".")
     target = sections[section]

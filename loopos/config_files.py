@@ -14,10 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from loopos.errors import ConfigError
-from loopos.files import read_text
+from loopos.data.rows import is_pattern, matching
+from loopos.errors import ConfigError, MissingFileError, nearest
+from loopos.files import builtin, read_text
 
-__all__ = ["COMMAND", "Faults", "Lines", "describe", "place", "read_config_file"]
+__all__ = [
+    "COMMAND",
+    "Faults",
+    "Lines",
+    "describe",
+    "exists",
+    "find_file",
+    "find_files",
+    "place",
+    "read_config_file",
+]
 
 #: Line of each section ("model") and key ("model.d_model").
 Lines = dict[str, int]
@@ -200,6 +211,58 @@ def _yaml_keys(path: Path, node: Any, lines: Lines, prefix: str = "") -> None:
         lines[name] = line
         if not prefix and isinstance(value, yaml.MappingNode):
             _yaml_keys(path, value, lines, f"{name}.")
+
+
+# -- files that are named -------------------------------------------------------------------------
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory; a name that is too long names none."""
+    try:
+        return path.exists()
+    except OSError:  # or a directory that may not be looked into
+        return False
+
+
+def _candidates(value: str, beside: Path) -> tuple[Path, Path]:
+    path = Path(value).expanduser()
+    return path, beside / path
+
+
+def find_file(value: str, beside: Path, where: str) -> Path:
+    """Return what `value` names: something shipped, or a path from here or from `beside`.
+
+    Raises
+    ------
+    MissingFileError
+        If it does not exist, beginning with `where` it is named.
+    """
+    if value.startswith("builtin:"):
+        try:
+            return builtin(value.removeprefix("builtin:"))
+        except MissingFileError as error:
+            raise MissingFileError(f"{where}: {error}") from error
+    candidates = _candidates(value, beside)
+    for candidate in candidates:
+        if exists(candidate):
+            return candidate
+    parents = {candidate.parent for candidate in candidates if candidate.parent.is_dir()}
+    names = {entry.name for parent in parents for entry in parent.iterdir()}
+    hint = nearest(candidates[0].name, sorted(names))
+    raise MissingFileError(f"{where}: {candidates[0]}: no such file or directory{hint}")
+
+
+def find_files(value: str, beside: Path, where: str) -> list[Path]:
+    """Return the file that `value` names as :func:`find_file`, or those that it matches."""
+    candidates = _candidates(value, beside)
+    if value.startswith("builtin:") or not is_pattern(value) or any(map(exists, candidates)):
+        return [find_file(value, beside, where)]
+    for candidate in candidates:
+        try:
+            return matching(candidate)
+        except MissingFileError:
+            continue  # what is said below is said of both places
+    raise MissingFileError(f"{where}: {value}: no file matches")
 
 
 # -- faults --------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ _MAY_CHANGE = {
     "data.output_dir",
     *(f"training.{name}" for name in MAY_CHANGE),
 }
+#: Labels that are written out at once.
+_LABELS = 10_000
 #: What a run leaves in its directory.
 _OUTPUTS = (
     "config.json",
@@ -180,17 +182,19 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
 
 
 def _read(config: RunConfig, key: str, like: Texts | None = None) -> Any:
-    """Read a data file as the method wants it."""
-    path, data = config.path(key), config.data
+    """Read data files as the method wants them."""
+    paths, data = config.paths(key), config.data
     num_classes = config.model.get("num_classes")
+    source = paths[0] if len(paths) == 1 else paths
     try:
         return config.method.read(
-            path, data.text_field, data.label_field, like=like, num_classes=num_classes
+            source, data.text_field, data.label_field, like=like, num_classes=num_classes
         )
     except DataError as error:
-        if str(path) in str(error):
+        if any(str(path) in str(error) for path in paths):
             raise
-        raise DataError(f"{path}: {error}") from error
+        place = paths[0] if len(paths) == 1 else config.where(f"data.{key}")
+        raise DataError(f"{place}: {error}") from error
 
 
 def _model(config: RunConfig) -> Transformer:
@@ -387,12 +391,21 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
         for text in () if data is None else data.texts:
             digest.update(text.encode("utf-8") + b"\0")
         if isinstance(data, LabelledTexts):
-            digest.update(repr((data.label_names, data.labels.tolist())).encode("utf-8"))
+            for part in _label_texts(data):
+                digest.update(part.encode("utf-8"))
         digest.update(b"\1")
     return {
         "data_sha256": digest.hexdigest(),
         "transformer": dataclasses.asdict(prepared.model.config),
     }
+
+
+def _label_texts(data: LabelledTexts) -> Iterator[str]:
+    """Yield ``repr((label_names, labels))`` in parts, so that it never is whole."""
+    yield f"({data.label_names!r}, ["
+    for start in range(0, len(data.labels), _LABELS):
+        yield ", " * bool(start) + repr(data.labels[start : start + _LABELS].tolist())[1:-1]
+    yield "])"
 
 
 def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) -> None:

@@ -205,7 +205,7 @@ EXPECTED = {
     "training.optimizer": "one of 'adamw', 'adam', 'sgd'",
     "training.betas": "a list of 2 numbers",
     "training.train": "one of 'all', 'head' or an integer",
-    "data.training_data": "text",
+    "data.training_data": "text or a list of texts",
     "data.validation_fraction": "a number",
     "data.text_field": "text",
 }

@@ -9,7 +9,7 @@ from loopos.autograd import Tensor
 from loopos.data.tokenizer import train_bpe
 from loopos.errors import ConfigError, DataError
 from loopos.methods.fine_tuning import FineTuner, Options
-from loopos.methods.problems import Classification, MultiLabel, Regression
+from loopos.methods.outputs import Classification, MultiLabel, Regression
 from loopos.models import Transformer, TransformerConfig
 from loopos.training.metrics import multi_label_metrics, regression_metrics
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from loopos.data.readers import (
     LabelledTexts,
     Texts,
+    iter_rows,
     read_labelled,
     read_rows,
     read_texts,
     split,
 )
-from loopos.errors import DataError, MissingFileError
+from loopos.errors import ConfigError, DataError, MissingFileError
 
 
 @pytest.fixture
@@ -104,8 +105,48 @@ def test_a_damaged_line_of_jsonl_is_named(put, line, message):
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv", "t.tsv", "t.txt"])
 def test_a_wrong_encoding_is_named_with_its_line(put, name):
-    path = put(name, b"one\ntwo\nr\xe9sum\xe9\n")
+    lines = b'{"text": "a"}\n\n' if name == "t.jsonl" else b"text\ntwo\n"
+    path = put(name, lines + b"r\xe9sum\xe9\n")
     assert message_of(read_texts, path) == f"{name}:3: not UTF-8 text (byte 0xe9)"
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
+def test_a_wrong_encoding_far_down_is_named_with_its_line(put, name):
+    row = '{"text": "é"}' if name == "t.jsonl" else "é"
+    lines = (f"text\n{row}\n" if name == "t.csv" else f"{row}\n{row}\n") + f"{row}\n" * 9_997
+    path = put(name, lines.encode() + b'{"text": "\xff"}\n')
+    assert message_of(read_texts, path) == f"{name}:10000: not UTF-8 text (byte 0xff)"
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [('{"text": "a", "text": "b"}', "text"), ('{"a": {"b": 1, "c": 2, "b": 1}}', "b")],
+)
+def test_a_key_that_stands_twice_is_refused(put, text, key):
+    expected = f"the key '{key}' stands twice in this object"
+    path = put("t.jsonl", '{"text": "a"}\n' + text)
+    assert message_of(read_rows, path) == f"t.jsonl:2: {expected}"
+    assert message_of(read_rows, put("t.json", f'[{{"text": 1}},\n{text}]')) == (
+        f"t.json:2: {expected}"
+    )
+
+
+def test_a_table_may_end_its_lines_with_carriage_returns(put):
+    path = put("t.csv", b'text,label\ra,0\r"b\rc",1\r')
+    assert [row.fields for row in read_rows(path)] == [
+        {"text": "a", "label": "0"}, {"text": "b\rc", "label": "1"},
+    ]  # fmt: skip
+
+
+def test_rows_come_one_by_one_and_tables_may_be_read_side_by_side(put):
+    first = put("a.csv", "text\n" + "".join(f"a{i}\n" for i in range(3)) + '"open\n')
+    second = put("b.csv", "text\n" + "".join(f"b{i}\n" for i in range(3)))
+    pairs = zip(iter_rows(first), iter_rows(second), strict=True)
+    # What is wrong further down is said there, and no lock is held in between.
+    for i in range(3):
+        assert [row.fields["text"] for row in next(pairs)] == [f"a{i}", f"b{i}"]
+    with pytest.raises(DataError, match=r"^a\.csv:5: not a valid table"):
+        next(pairs)
 
 
 # -- JSON arrays -----------------------------------------------------------------------------------
@@ -258,7 +299,9 @@ def test_a_missing_file_is_named_with_its_neighbour(put, tmp_path):
 def test_what_is_no_file_of_rows_is_said(put, tmp_path):
     (tmp_path / "data.csv").mkdir()
     assert message_of(read_rows, "data.csv") == "data.csv: is a directory, expected a file"
-    expected = "expected a file of rows ending in .jsonl, .json, .csv or .tsv, found "
+    expected = (
+        "expected a file of rows ending in .jsonl, .json, .csv, .tsv, .parquet or .arrow, found "
+    )
     assert message_of(read_rows, put("t.xls", "")) == f"t.xls: {expected}'.xls'"
     assert message_of(read_rows, put("rows", "")) == f"rows: {expected}'no ending'"
     # A text where a path belongs.
@@ -399,7 +442,7 @@ def test_integers_of_a_table_are_classes(put):
         assert labelled("0", name).label_names == sorted(["0", name])
 
 
-@pytest.mark.parametrize("value", [True, 1.0, float("nan"), None, [1], np.float32(1), np.bool_(1)])
+@pytest.mark.parametrize("value", [True, 1.0, float("nan"), None, np.float32(1), np.bool_(1)])
 def test_a_label_is_an_integer_or_a_name(value):
     expected = f"row 2: expected 'label' to be an integer or text, found {value!r}"
     assert message_of(labelled, 0, value) == expected
@@ -484,6 +527,146 @@ def test_no_text_at_all_is_said():
     assert message_of(read_labelled, [{"text": " ", "label": 0}]) == (
         "row 1: no row has any text in 'text'"
     )
+
+
+# -- numbers to predict ----------------------------------------------------------------------------
+
+
+def test_numbers_to_predict(put):
+    data = labelled(1, 2.5, "-3e-1", np.float32(0.5), np.int8(4), " 7. ", ".5", num_classes=1)
+    assert data.problem == "regression"
+    assert (data.labels.dtype, data.label_names) == (np.float64, [])
+    assert data.labels.tolist() == [1, 2.5, -0.3, 0.5, 4, 7, 0.5]
+    assert labelled(3, 3, problem="regression").labels.tolist() == [3, 3]
+    data = read_labelled(put("t.csv", "text,label\na,0.25\n,x\nb,-2\n"), problem="regression")
+    assert (data.labels.tolist(), data.where) == ([0.25, -2], ["t.csv:2", "t.csv:4"])
+    assert data.take([1]).labels.tolist() == [-2]
+    assert data.take([1]).problem == "regression"
+    assert data.with_label_names([]) is data
+    assert message_of(data.with_label_names, ["a"]) == (
+        "numbers to predict have no label names, found ['a']"
+    )
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, np.bool_(1), None, float("nan"), float("inf"), 10**400, "nan", "1,5", "1_0", "٣", "",
+     "high", "1e999", [1.0], np.array([1.0])],
+)  # fmt: skip
+def test_what_is_no_finite_number_is_named(value):
+    found = message_of(labelled, 0.5, value, problem="regression")
+    assert found.startswith("row 2: expected 'label' to be a finite number, found ")
+
+
+def test_a_regression_has_no_classes():
+    expected = "'label' is a number to predict, but label names are given (a, b)"
+    assert message_of(labelled, 1, label_names=["a", "b"], num_classes=1) == expected
+    assert labelled(1, 2, label_names=[], num_classes=1).problem == "regression"
+    expected = "a regression has one target, found num_classes 3"
+    assert message_of(labelled, 1, problem="regression", num_classes=3) == expected
+    with pytest.raises(ConfigError) as caught:
+        labelled(1, 2, problem="regresion")
+    assert str(caught.value) == (
+        "problem: expected one of classification, regression, multi_label, found 'regresion'; "
+        "did you mean 'regression'?"
+    )
+
+
+# -- several labels --------------------------------------------------------------------------------
+
+
+def test_lists_are_several_labels():
+    data = labelled(["b", " a "], [], ("c",), np.array(["a", "c"]))
+    assert (data.problem, data.label_names) == ("multi_label", ["a", "b", "c"])
+    assert data.labels.dtype == np.int8
+    assert data.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1]]
+    assert data.take([3, 1]).labels.tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert data.take([3, 1]).problem == "multi_label"
+    data = labelled([2, 0], [np.int64(1)])
+    assert (data.label_names, data.labels.tolist()[0]) == (["0", "1", "2"], [1, 0, 1])
+    assert labelled([0], [1], num_classes=4).label_names == ["0", "1", "2", "3"]
+    assert labelled(["1"], ["0"]).label_names == ["0", "1"]
+    assert labelled(["x"], [], num_classes=1, problem="multi_label").labels.tolist() == [[1], [0]]
+
+
+def test_cells_are_divided_only_where_several_labels_are_asked_for(put):
+    path = put("t.csv", "text,label\na,x|y\nb,\nc, z \n")
+    data = read_labelled(path, problem="multi_label")
+    assert (data.label_names, data.labels.tolist()) == (
+        ["x", "y", "z"], [[1, 1, 0], [0, 0, 0], [0, 0, 1]],
+    )  # fmt: skip
+    assert message_of(read_labelled, path) == "t.csv:3: 'label' is empty"
+    data = labelled("x|y", "z", ["x"], problem="multi_label")
+    assert data.labels.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 0]]
+    assert labelled("x|y", "z").label_names == ["x|y", "z"]
+    data = read_labelled(put("t.csv", "text,label\na,0|2\nb,1\n"), problem="multi_label")
+    assert data.label_names == ["0", "1", "2"]
+
+
+MIXED = "expected a list in every row or in none"
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        ([["a"], "b"], {}, f"row 2: 'label' is 'b' here and ['a'] in row 1: {MIXED}"),
+        (["b", ["a"]], {}, f"row 2: 'label' is ['a'] here and 'b' in row 1: {MIXED}"),
+        ([["a"], None], {}, f"row 2: 'label' is None here and ['a'] in row 1: {MIXED}"),
+        (
+            [["a"], ["b", 1]],
+            {},
+            "row 2: 'label' is 1 here and 'a' in row 1: expected all integers or all names",
+        ),
+        ([["a", "a"]], {}, "row 1: 'label' has 'a' twice"),
+        ([["0"], ["1", "01"]], {}, "row 2: 'label' has '1' twice"),
+        ([[], ["a", 0]], {"label_names": ["a", "b"]},
+         "row 2: 'label' is 0 here and 'a' in row 2: expected all integers or all names"),
+        ([["a"], [""]], {}, "row 2: 'label' is empty"),
+        ([["a"], ["b", None]], {},
+         "row 2: expected 'label' to be a list of integers or texts, found None"),
+        ([[0], [True]], {},
+         "row 2: expected 'label' to be a list of integers or texts, found True"),
+        ([[0], [-1]], {}, "row 2: expected 'label' from 0 or more, found -1"),
+        ([[0], [1, 2]], {"num_classes": 2}, "row 2: expected 'label' from 0 to 1, found 2"),
+        ([["a"], ["b", "c"]], {"num_classes": 2},
+         "'label' has 3 different names (a, b, c), more than num_classes 2"),
+        ([["neg"], ["pso"]], {"label_names": ["neg", "pos"]},
+         "row 2: unknown 'label' 'pso'; did you mean 'pos'? (known: neg, pos)"),
+        ([[], []], {}, "row 1: no row has any label in 'label'"),
+        ([["a"], 3], {"problem": "multi_label"},
+         "row 2: expected 'label' to be a list of labels, found 3"),
+        (["a||b"], {"problem": "multi_label"}, "row 1: 'label' is empty"),
+        (["a", ["b"]], {"problem": "classification"},
+         "row 2: expected 'label' to be an integer or text, found ['b']"),
+    ],
+)  # fmt: skip
+def test_labels_that_are_no_set_of_labels_are_named(labels, options, message):
+    assert message_of(labelled, *labels, **options) == message
+
+
+def test_several_labels_are_renumbered_by_name():
+    data = labelled(["b"], ["c", "b"], [])
+    again = data.with_label_names(["c", "a", "b"])
+    assert again.labels.tolist() == [[0, 0, 1], [1, 0, 1], [0, 0, 0]]
+    assert (again.labels.dtype, again.problem) == (np.int8, "multi_label")
+    assert data.with_label_names(["b", "c"]) is data
+    expected = "row 2: unknown 'label' 'c' (known: a, b)"
+    assert message_of(data.with_label_names, ["a", "b"]) == expected
+    known = labelled(["pos"], [], label_names=["pos", "neg"])
+    assert known.labels.tolist() == [[1, 0], [0, 0]]
+    assert labelled([1], [], label_names=["pos", "neg"]).labels.tolist() == [[0, 1], [0, 0]]
+    assert labelled([], [], label_names=["pos", "neg"]).labels.shape == (2, 2)
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdef"), unique=True, max_size=4), min_size=1))
+def test_several_labels_are_what_was_given(sets):
+    if not any(sets):
+        return
+    data = labelled(*sets)
+    found = [{n for n, one in zip(data.label_names, row, strict=True) if one}
+             for row in data.labels.tolist()]  # fmt: skip
+    assert found == [set(labels) for labels in sets]
+    assert data.label_names == sorted(set().union(*sets))
 
 
 # -- splitting -------------------------------------------------------------------------------------
@@ -576,3 +759,16 @@ def test_a_fraction_is_between_0_and_1(fraction):
 def test_one_row_of_each_class_cannot_be_split():
     expected = "2 rows are too few to split off a validation fraction of 0.5"
     assert message_of(split, data_of(["a", "b"], [0, 1]), 0.5, 0) == expected
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.5] * 30, [["a"], []] * 30])
+def test_only_classes_are_split_by_label(labels):
+    problem = "regression" if isinstance(labels[0], float) else None
+    data = labelled(*labels, problem=problem)
+    training, validation = split(data, 0.25, seed=3)
+    assert (len(training.texts), len(validation.texts)) == (45, 15)
+    plain = split(Texts(data.texts, data.where), 0.25, seed=3)
+    assert validation.texts == plain[1].texts
+    assert training.problem == validation.problem == data.problem
+    at = [int(place.removeprefix("row ")) - 1 for place in validation.where]
+    assert validation.labels.tolist() == data.labels[at].tolist()

@@ -174,9 +174,92 @@ def test_the_report_is_json(report):
     assert values["classes"] == {"neg": 4, "neutral": 0, "pos": 3}
     assert values["warnings"] == report.warnings
     assert list(values) == [
-        "rows", "validation_rows", "classes", "validation_classes", "tokens", "lengths",
+        "rows", "validation_rows", "problem", "classes", "validation_classes", "unlabelled",
+        "validation_unlabelled", "targets", "validation_targets", "tokens", "lengths",
         "max_length", "truncated", "dropped", "duplicates", "conflicts", "leaks", "warnings",
     ]  # fmt: skip
+
+
+def of(name, problem, labels, texts=None, names=()):
+    texts = [f"{name}{i}" for i in range(len(labels))] if texts is None else texts
+    where = [f"{name}.csv:{i + 2}" for i in range(len(labels))]
+    return LabelledTexts(texts, where, np.array(labels), list(names), problem=problem)
+
+
+def test_numbers_to_predict_have_quantiles_and_no_classes():
+    targets = np.random.default_rng(0).permutation(101) / 100 - 0.25
+    training = of("t", "regression", targets, ["same", *(f"x{i}" for i in range(99)), "same"])
+    validation = of("v", "regression", [1.25, -3.0, 1e6], ["same", "x0", "b"])
+    report = DataReport.build(training, validation, np.full(101, 2), 8, np.array([1, 1, 1]))
+    assert report.problem == "regression"
+    assert report.targets == {
+        "min": -0.25, "5%": -0.2, "25%": 0.0, "median": 0.25, "75%": 0.5, "95%": 0.7, "max": 0.75,
+    }  # fmt: skip
+    assert report.validation_targets["median"] == 1.25
+    assert (report.classes, report.validation_classes) == ({}, {})
+    assert report.conflicts == Finding(3, ["t.csv:102", "v.csv:2", "v.csv:3"])
+    assert report.lines() == [
+        "rows           101 training, 3 validation",
+        "targets        min -0.25, 5% -0.2, 25% 0, median 0.25, 75% 0.5, 95% 0.7,",
+        "               max 0.75",
+        "  validation   min -3, 5% -3, 25% -3, median 1.25, 75% 1e+06, 95% 1e+06,",
+        "               max 1e+06",
+        "tokens         202 (min 2, 5% 2, 25% 2, median 2, 75% 2, 95% 2, max 2)",
+        "cut to 8       none",
+        "dropped        none",
+        "duplicates     1 (t.csv:102)",
+        "conflicts      3 (t.csv:102, v.csv:2, :3)",
+        "leaks          2 (v.csv:2, :3)",
+        "warning:       3 rows repeat a text with another target",
+        "warning:       2 of 3 validation texts stand in the training set too: the",
+        "               evaluation flatters the model",
+    ]
+    same = DataReport.build(of("t", "regression", [3.0, 3.0]), None, np.ones(2), 8)
+    assert same.warnings == []
+    assert set(same.targets.values()) == {3.0}
+
+
+def test_several_labels_are_counted_one_by_one():
+    names = ["film", "food", "sport"]
+    rows = [[1, 0, 0]] * 30 + [[1, 1, 0], [0, 0, 0], [0, 0, 0], [1, 0, 0]]
+    texts = [f"t{i}" for i in range(30)] + ["a", "b", "a", "t0"]
+    training = of("t", "multi_label", np.array(rows, np.int8), texts, names)
+    validation = of(
+        "v", "multi_label", np.array([[0, 1, 1], [1, 1, 0]], np.int8), ["b", "a"], names
+    )
+    report = DataReport.build(training, validation, np.ones(34), 8, np.ones(2))
+    assert report.problem == "multi_label"
+    assert report.classes == {"film": 32, "food": 1, "sport": 0}
+    assert report.validation_classes == {"film": 1, "food": 2, "sport": 1}
+    assert (report.unlabelled, report.validation_unlabelled) == (2, 0)
+    assert (report.targets, report.validation_targets) == ({}, {})
+    assert report.conflicts == Finding(2, ["t.csv:34", "v.csv:2"])
+    assert report.lines()[:4] == [
+        "rows           34 training, 2 validation",
+        "labels         film 32 (94%), food 1 (3%), sport 0 (0%); no label 2 (6%)",
+        "  validation   food 2 (100%), film 1 (50%), sport 1 (50%); no label 0 (0%)",
+        "tokens         34 (min 1, 5% 1, 25% 1, median 1, 75% 1, 95% 1, max 1)",
+    ]
+    # A rare label is no fault, one that nothing has is.
+    assert report.warnings == [
+        "no row has the label sport",
+        "2 rows repeat a text with another set of labels",
+        "2 of 2 validation texts stand in the training set too: the evaluation flatters the model",
+    ]
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_labels_are_compared_by_name():
+    one = of("t", "classification", [0, 1], ["a", "b"], ["x", "y"])
+    other = of("v", "classification", [1, 1], ["a", "b"], ["y", "x"])
+    report = DataReport.build(one, other, np.ones(2), None)
+    assert report.conflicts == Finding(1, ["v.csv:3"])
+    several = of("v", "multi_label", np.array([[1]], np.int8), ["a"], ["x"])
+    with pytest.raises(DataError) as caught:
+        DataReport.build(one, several, np.ones(2), None)
+    assert str(caught.value) == (
+        "the training data is for classification, the validation data for multi_label"
+    )
 
 
 def test_places_are_those_of_the_file(tmp_path):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+from loopos.data.labels import Problem
 from loopos.data.readers import LabelledTexts, Texts
+from loopos.data.store import first_of_each
 from loopos.errors import DataError
 
 __all__ = ["DataReport", "Finding"]
@@ -20,6 +22,8 @@ _PLACES = 5
 #: Classes that are listed, before it is said how many more there are.
 _NAMES = 8
 _WIDTH, _INDENT = 78, 15
+#: A space where no line is broken.
+_STUCK = "\N{NO-BREAK SPACE}"
 _QUANTILES = {"min": 0, "5%": 5, "25%": 25, "median": 50, "75%": 75, "95%": 95, "max": 100}
 #: The most frequent class over the rarest: beyond this it is said.
 _IMBALANCE = 10.0
@@ -35,9 +39,17 @@ class Finding:
     places: list[str]
 
     @classmethod
-    def of(cls, places: list[str]) -> Finding:
+    def of(cls, places: Sequence[str]) -> Finding:
         """Count `places`, keep the first few."""
-        return cls(len(places), places[:_PLACES])
+        return cls(len(places), list(places[:_PLACES]))
+
+    @classmethod
+    def at(cls, found: Sequence[tuple[Texts, Array]]) -> Finding:
+        """Count the rows at some indices of one set and the next, keep the first few places."""
+        places: list[str] = []
+        for data, indices in found:
+            places += [data.where[i] for i in indices[: _PLACES - len(places)].tolist()]
+        return cls(sum(int(indices.size) for _, indices in found), places)
 
     def __str__(self) -> str:
         if not self.count:
@@ -59,9 +71,15 @@ class DataReport:
     Attributes
     ----------
     rows, validation_rows : int
+    problem : {"classification", "regression", "multi_label"} or None
+        None without labels.
     classes : dict of str to int
-        Rows of each class of the training set, 0 for absent ones; empty without labels.
+        Rows of each class or label of the training set, 0 for absent ones; empty without them.
     validation_classes : dict of str to int
+    unlabelled, validation_unlabelled : int
+        Rows without any label, where a row may have several; else 0.
+    targets, validation_targets : dict of str to float
+        Quantiles of the numbers to predict, of a regression; else empty.
     tokens : int
         Of the training set, before truncation.
     lengths : dict of str to int
@@ -75,7 +93,7 @@ class DataReport:
     duplicates : Finding
         Rows whose text stands further up in the same set; of both sets.
     conflicts : Finding
-        Rows whose text stands further up, in either set, with another label.
+        Rows whose text stands further up, in either set, with another label or target.
     leaks : Finding
         Validation rows whose text is in the training set.
     warnings : list of str
@@ -84,8 +102,13 @@ class DataReport:
 
     rows: int
     validation_rows: int
+    problem: Problem | None
     classes: dict[str, int]
     validation_classes: dict[str, int]
+    unlabelled: int
+    validation_unlabelled: int
+    targets: dict[str, float]
+    validation_targets: dict[str, float]
     tokens: int
     lengths: dict[str, int]
     max_length: int | None
@@ -125,40 +148,42 @@ class DataReport:
         """
         if not training.texts:
             raise DataError("there is no text to train on")
-        given = {
-            "lengths": (training, lengths),
-            "validation_lengths": (validation, validation_lengths),
-        }
-        for name, (data, found) in given.items():
-            if data is not None and found is not None and len(found) != len(data.texts):
-                raise DataError(
-                    f"{name}: expected {len(data.texts)}, one a text, found {len(found)}"
-                )
-        both = [(training, lengths)]
-        if validation is not None:
-            both.append((validation, np.array([]) if validation_lengths is None
-                         else validation_lengths))  # fmt: skip
+        _check_counts("lengths", training, lengths)
+        _check_counts("validation_lengths", validation, validation_lengths)
+        sets = [training] if validation is None else [training, validation]
+        counted = [lengths, np.array([]) if validation_lengths is None else validation_lengths]
         long = [
-            data.where[i]
-            for data, found in both
-            for i in np.flatnonzero(np.asarray(found) > (max_length or np.inf)).tolist()
+            (data, np.flatnonzero(np.asarray(found) > (max_length or np.inf)))
+            for data, found in zip(sets, counted, strict=False)
         ]
-        seen = set(training.texts)
-        leaks = [] if validation is None else _places(validation, lambda text: text in seen)
-        levels = np.percentile(lengths, list(_QUANTILES.values()), method="nearest")
+        # Where each text of both sets stands first, the training set's before the others.
+        first = first_of_each(*(data.texts for data in sets))
+        rows = len(training.texts)
+        groups = np.split(first, [rows])[: len(sets)]
+        outside = first[rows:]
         report = cls(
-            rows=len(training.texts),
-            validation_rows=0 if validation is None else len(validation.texts),
+            rows=rows,
+            validation_rows=outside.size,
+            problem=training.problem if isinstance(training, LabelledTexts) else None,
             classes=_classes(training),
-            validation_classes={} if validation is None else _classes(validation),
+            validation_classes=_classes(validation),
+            unlabelled=_unlabelled(training),
+            validation_unlabelled=_unlabelled(validation),
+            targets=_targets(training),
+            validation_targets=_targets(validation),
             tokens=int(np.sum(lengths)),
-            lengths={name: int(v) for name, v in zip(_QUANTILES, levels, strict=True)},
+            lengths={name: int(v) for name, v in _quantiles(lengths).items()},
             max_length=max_length,
-            truncated=Finding.of(long),
-            dropped=Finding.of([place for data, _ in both for place in data.dropped]),
-            duplicates=Finding.of([place for data, _ in both for place in _duplicates(data)]),
-            conflicts=Finding.of(_conflicts([data for data, _ in both])),
-            leaks=Finding.of(leaks),
+            truncated=Finding.at(long),
+            dropped=Finding(
+                sum(len(data.dropped) for data in sets),
+                [place for data in sets for place in data.dropped[:_PLACES]][:_PLACES],
+            ),
+            duplicates=Finding.at(
+                [(data, _repeated(g)) for data, g in zip(sets, groups, strict=True)]
+            ),
+            conflicts=Finding.at(_conflicts(sets, groups)),
+            leaks=Finding.at([(data, np.flatnonzero(outside < rows)) for data in sets[1:]]),
             warnings=[],
         )
         report.warnings.extend(report._warnings())
@@ -166,12 +191,14 @@ class DataReport:
 
     def _warnings(self) -> list[str]:
         found = []
+        kind = "label" if self.problem == "multi_label" else "class"
         for what, classes in (("row", self.classes), ("validation row", self.validation_classes)):
             absent = [name for name, count in classes.items() if not count]
             if absent:
-                found.append(f"no {what} has the class {_listed(absent, ' or ')}")
+                found.append(f"no {what} has the {kind} {_listed(absent, ' or ')}")
         present = [count for count in self.classes.values() if count]
-        if present and max(present) > _IMBALANCE * min(present):
+        # Of several labels each is a question of its own: some may well be rare.
+        if kind == "class" and present and max(present) > _IMBALANCE * min(present):
             found.append(
                 f"the classes are out of balance, {max(present)} rows to {min(present)}: "
                 "consider class_weights 'balanced'"
@@ -182,13 +209,35 @@ class DataReport:
             found.append(f"{share:.0%} of the texts are cut to {self.max_length} tokens")
         if self.conflicts.count:
             repeat = "row repeats" if self.conflicts.count == 1 else "rows repeat"
-            found.append(f"{self.conflicts.count} {repeat} a text with another label")
+            others = {"regression": "target", "multi_label": "set of labels"}
+            another = others.get(self.problem or "", "label")
+            found.append(f"{self.conflicts.count} {repeat} a text with another {another}")
         if self.leaks.count:
             found.append(
                 f"{self.leaks.count} of {self.validation_rows} validation texts stand in "
                 "the training set too: the evaluation flatters the model"
             )
         return found
+
+    def _label_lines(self) -> list[tuple[str, str]]:
+        """Return the rows of the report that say what labels there are."""
+        several = self.problem == "multi_label"
+        sides = (
+            ("labels" if several else "classes", self.rows, self.classes, self.unlabelled),
+            ("  validation", self.validation_rows, self.validation_classes,
+             self.validation_unlabelled),
+        )  # fmt: skip
+        table = []
+        for name, rows, classes, unlabelled in sides:
+            if classes:
+                value = _listed(_balance(classes, rows), ", ")
+                if several:
+                    value += f"; no label {unlabelled} ({unlabelled / max(rows, 1):.0%})"
+                table.append((name, value))
+        for name, targets in (("targets", self.targets), ("  validation", self.validation_targets)):
+            if targets:
+                table.append((name, _figures(targets)))
+        return table
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -197,12 +246,9 @@ class DataReport:
     def lines(self) -> list[str]:
         """Return the report as lines of plain text, of 78 columns where words allow it."""
         rows = f"{self.rows} training, {self.validation_rows} validation"
-        lengths = ", ".join(f"{name} {value}" for name, value in self.lengths.items())
+        lengths = _figures(self.lengths)
         table = [("rows", rows)]
-        if self.classes:
-            table.append(("classes", _balance(self.classes)))
-        if self.validation_classes:
-            table.append(("  validation", _balance(self.validation_classes)))
+        table += self._label_lines()
         table += [("tokens", f"{self.tokens} ({lengths})")]
         if self.max_length is not None:
             table.append((f"cut to {self.max_length}", str(self.truncated)))
@@ -212,17 +258,42 @@ class DataReport:
         return [line for name, value in table for line in _wrapped(name, value)]
 
 
-def _classes(data: Texts) -> dict[str, int]:
-    if not isinstance(data, LabelledTexts):
+def _check_counts(name: str, data: Texts | None, lengths: Array | None) -> None:
+    if data is not None and lengths is not None and len(lengths) != len(data.texts):
+        raise DataError(f"{name}: expected {len(data.texts)}, one a text, found {len(lengths)}")
+
+
+def _quantiles(values: Array) -> dict[str, Any]:
+    """Return some quantiles, each a value that occurs."""
+    levels = np.percentile(values, list(_QUANTILES.values()), method="nearest")
+    return dict(zip(_QUANTILES, levels.tolist(), strict=True))
+
+
+def _targets(data: Texts | None) -> dict[str, float]:
+    if not isinstance(data, LabelledTexts) or data.problem != "regression" or not data.labels.size:
         return {}
-    counts = np.bincount(data.labels, minlength=len(data.label_names))
+    return {name: float(value) for name, value in _quantiles(data.labels).items()}
+
+
+def _classes(data: Texts | None) -> dict[str, int]:
+    if not isinstance(data, LabelledTexts) or data.problem == "regression":
+        return {}
+    if data.problem == "multi_label":
+        counts = data.labels.sum(axis=0, dtype=np.int64)
+    else:
+        counts = np.bincount(data.labels, minlength=len(data.label_names))
     return {name: int(count) for name, count in zip(data.label_names, counts, strict=True)}
 
 
-def _balance(classes: dict[str, int]) -> str:
-    total = max(sum(classes.values()), 1)
+def _unlabelled(data: Texts | None) -> int:
+    if not isinstance(data, LabelledTexts) or data.problem != "multi_label":
+        return 0
+    return int((~data.labels.any(axis=1)).sum())
+
+
+def _balance(classes: dict[str, int], rows: int) -> list[str]:
     shown = sorted(classes.items(), key=lambda item: -item[1])
-    return _listed([f"{name} {count} ({count / total:.0%})" for name, count in shown], ", ")
+    return [f"{name} {count} ({count / max(rows, 1):.0%})" for name, count in shown]
 
 
 def _listed(names: list[str], last: str) -> str:
@@ -232,36 +303,44 @@ def _listed(names: list[str], last: str) -> str:
     return last.join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+def _figures(values: Mapping[str, float]) -> str:
+    """Join names and numbers, each pair in one line."""
+    shown = {name: v if isinstance(v, int) else f"{v:.6g}" for name, v in values.items()}
+    return ", ".join(f"{name}{_STUCK}{value}" for name, value in shown.items())
+
+
 def _wrapped(name: str, value: str) -> list[str]:
     """Return a row of the report, its value in a column of its own."""
     lines = textwrap.wrap(value, _WIDTH - _INDENT, break_long_words=False, break_on_hyphens=False)
+    lines = [line.replace(_STUCK, " ") for line in lines]
     return [f"{name if not i else '':<{_INDENT}}{line}" for i, line in enumerate(lines)]
 
 
-def _places(data: Texts, wanted: Callable[[str], bool]) -> list[str]:
-    return [place for text, place in zip(data.texts, data.where, strict=True) if wanted(text)]
+def _leaders(groups: Array) -> Array:
+    """Return for each row the first one of its group."""
+    _, first, group_of = np.unique(groups, return_index=True, return_inverse=True)
+    return first[group_of]
 
 
-def _duplicates(data: Texts) -> list[str]:
-    """Return where texts stand again."""
-    seen: set[str] = set()
-
-    def again(text: str) -> bool:
-        known = text in seen
-        seen.add(text)
-        return known
-
-    return _places(data, again)
+def _repeated(groups: Array) -> Array:
+    """Return which rows have one of their group further up."""
+    return np.flatnonzero(_leaders(groups) < np.arange(groups.size))
 
 
-def _conflicts(sets: list[Texts]) -> list[str]:
-    """Return where texts stand again with another label than the first time."""
-    first: dict[str, str] = {}
-    found = []
-    for data in sets:
-        if isinstance(data, LabelledTexts):
-            for text, label, place in zip(data.texts, data.labels, data.where, strict=True):
-                name = data.label_names[label]
-                if first.setdefault(text, name) != name:
-                    found.append(place)
-    return found
+def _conflicts(sets: list[Texts], groups: list[Array]) -> list[tuple[Texts, Array]]:
+    """Return which rows have one of their group further up, in either set, labelled otherwise."""
+    pairs = [(d, g) for d, g in zip(sets, groups, strict=True) if isinstance(d, LabelledTexts)]
+    labelled = [data for data, _ in pairs]
+    if not labelled:
+        return []
+    if len({data.problem for data in labelled}) > 1:
+        raise DataError(
+            f"the training data is for {labelled[0].problem}, "
+            f"the validation data for {labelled[1].problem}"
+        )
+    names = list(dict.fromkeys(name for data in labelled for name in data.label_names))
+    labels = np.concatenate([data.with_label_names(names).labels for data in labelled])
+    other = labels[_leaders(np.concatenate([group for _, group in pairs]))] != labels
+    wrong = other.any(axis=1) if other.ndim > 1 else other
+    parts = np.split(wrong, [len(labelled[0].texts)])
+    return [(data, np.flatnonzero(part)) for data, part in zip(labelled, parts, strict=False)]

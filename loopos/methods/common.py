@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import array
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, TypeVar
+from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import numpy as np
 
 from loopos.autograd import Parameter
 from loopos.data.batch import Batch
+from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.errors import ConfigError, DataError, NumericalError, nearest
 from loopos.models.adapter import ALL_LINEAR
 from loopos.models.lora import add_lora, without_adapters
@@ -22,6 +24,9 @@ from loopos.training.trackers import Callback
 
 Array = np.ndarray[Any, Any]
 OptionsType = TypeVar("OptionsType", bound=TrainingOptions)
+
+#: What is encoded at once.
+_CHUNK_CHARACTERS, _CHUNK_TEXTS = 1 << 18, 4096
 
 
 class Encoder(Protocol):
@@ -37,13 +42,13 @@ class Encoded:
 
     Attributes
     ----------
-    tokens : list of ndarray int32
-        At most `max_length` each.
+    tokens : sequence of ndarray int32
+        At most `max_length` each; a ``TokenStore``, whose ``lengths`` are those of `tokens`.
     lengths : ndarray int64
         Tokens of each text before truncation.
     """
 
-    tokens: list[Array]
+    tokens: TokenStore
     lengths: Array
 
 
@@ -52,22 +57,62 @@ def encode(
 ) -> Encoded:
     """Encode `texts`; those over `max_length` tokens are cut, their full lengths are kept.
 
+    Texts in a ``TextStore`` remember what they were encoded to last: asked again with the same
+    tokenizer and length, that is returned.
+
     Raises
     ------
     DataError
         If a text has no token, naming its place in `where`, its index without.
+    OutputError
+        If there is more than memory should hold, and no room for a temporary file.
     """
-    tokens = tokenizer.encode_batch(texts)
-    lengths = np.array([len(ids) for ids in tokens], dtype=np.int64)
-    for index in np.flatnonzero(lengths == 0)[:1]:
+    encoded = encode_all(tokenizer, texts, max_length)
+    for index in np.flatnonzero(encoded.lengths == 0)[:1].tolist():
         place = f"text {index}" if where is None else where[index]
         raise DataError(f"{place}: the tokenizer finds no token in this text")
-    over = np.flatnonzero(lengths > max_length)
-    if over.size:
-        cut = tokenizer.encode_batch([texts[i] for i in over.tolist()], max_length)
-        for index, ids in zip(over, cut, strict=True):
-            tokens[index] = ids
-    return Encoded(tokens, lengths)
+    return encoded
+
+
+def encode_all(tokenizer: Encoder, texts: Sequence[str], max_length: int | None = None) -> Encoded:
+    """Encode `texts` as :func:`encode`, cut only if asked to, also those without any token."""
+    memo = texts.memo if isinstance(texts, TextStore) else {}
+    known = memo.get("encoded")
+    # By identity: what made the ids is kept, so that no other tokenizer takes its place.
+    if known is not None and known[0] is tokenizer and known[1] == max_length:
+        return cast(Encoded, known[2])
+    builder = TokenStoreBuilder()
+    lengths = array.array("q")
+    for chunk in _chunks(texts):
+        tokens = tokenizer.encode_batch(chunk)
+        lengths.extend(map(len, tokens))
+        if max_length is not None:
+            over = [i for i, ids in enumerate(tokens) if len(ids) > max_length]
+            cut = tokenizer.encode_batch([chunk[i] for i in over], max_length) if over else []
+            for index, ids in zip(over, cut, strict=True):
+                tokens[index] = ids
+        for ids in tokens:
+            builder.append(ids)
+    counted = np.array(lengths, dtype=np.int64)
+    counted.flags.writeable = False  # whoever asks again gets this very array
+    encoded = Encoded(builder.finish(), counted)
+    memo["encoded"] = tokenizer, max_length, encoded
+    return encoded
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yield texts in lists of a size that a tokenizer's own records do not fill memory with."""
+    chunk: list[str] = []
+    held = 0
+    for text in texts:
+        chunk.append(text)
+        # Whatever is no text has no length here: the tokenizer says so.
+        held += len(text) if isinstance(text, str) else 0
+        if held >= _CHUNK_CHARACTERS or len(chunk) >= _CHUNK_TEXTS:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
 
 
 def in_order(lengths: Array, batch_tokens: int = 4096) -> Iterator[Array]:
@@ -163,7 +208,7 @@ def fit(
     model: Transformer,
     parameters: Mapping[str, Parameter],
     objective: Objective,
-    tokens: Sequence[Array],
+    tokens: TokenStore,
     options: TrainingOptions,
     *,
     labels: Array | None = None,
@@ -180,8 +225,8 @@ def fit(
     parameters : mapping of str to Parameter
         Of the body and its heads.
     objective : Objective
-    tokens : sequence of ndarray int32
-        One sample each.
+    tokens : TokenStore
+        A sequence for each sample.
     options : TrainingOptions
     labels : ndarray [n, ...], optional
         Of the samples.
@@ -201,7 +246,7 @@ def fit(
         parameters,
         objective,
         make_batch,
-        np.array([len(ids) for ids in tokens]),
+        tokens.lengths,
         options,
         seed=seed,
         evaluate=evaluate,

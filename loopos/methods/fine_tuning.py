@@ -10,7 +10,7 @@ weights, only the head, or the head and the last k layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ import numpy as np
 
 from loopos.autograd import Array, Tensor, no_grad
 from loopos.data.batch import Batch
-from loopos.data.readers import LabelledTexts, read_labelled
+from loopos.data.labels import Problem
+from loopos.data.readers import LabelledTexts, Source, read_labelled
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
 from loopos.errors import ConfigError, DataError, nearest
@@ -34,7 +35,7 @@ from loopos.methods.common import (
     with_adapters,
     with_overrides,
 )
-from loopos.methods.problems import PROBLEMS, Classification, Predictions, Problem
+from loopos.methods.outputs import OUTPUTS, Classification, Outputs, Predictions
 from loopos.models.heads import POOLINGS, Pooling, SequenceClassifier, load_classifier
 from loopos.models.transformer import Transformer
 from loopos.models.weights import load_model
@@ -44,7 +45,7 @@ from loopos.training.trackers import Callback
 
 __all__ = ["FineTuner", "Options", "Predictions", "make", "read"]
 
-Labelled = LabelledTexts | str | Path | Iterable[Mapping[str, Any]]
+Labelled = LabelledTexts | Source
 
 
 @dataclass(frozen=True)
@@ -99,19 +100,19 @@ class Options(TrainingOptions):
 
 
 class _Objective:
-    """The loss of a problem over the outputs of a head."""
+    """The loss over the outputs of a head."""
 
-    def __init__(self, model: SequenceClassifier, problem: Problem):
-        self._model, self._problem = model, problem
+    def __init__(self, model: SequenceClassifier, outputs: Outputs):
+        self._model, self._outputs = model, outputs
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Return what the loss of the batch is divided by."""
-        return {"loss": self._problem.count(batch)}
+        return {"loss": self._outputs.count(batch)}
 
     def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
         """Return the summed loss of the batch."""
         assert batch.labels is not None
-        return {"loss": self._problem.loss(self._model.logits(batch, dropout), batch.labels)}
+        return {"loss": self._outputs.loss(self._model.logits(batch, dropout), batch.labels)}
 
 
 class FineTuner:
@@ -239,7 +240,7 @@ class FineTuner:
         return fit(
             self.body,
             model.parameters(),
-            _Objective(model, self._problem(options, training)),
+            _Objective(model, self._outputs(options, training)),
             encoded.tokens,
             options,
             labels=training.labels,
@@ -306,8 +307,9 @@ class FineTuner:
                 raise DataError(f"text {index}: there is nothing in it")
         encoded = encode(self.tokenizer, texts, self._max_length(Options()))
         names = self.label_names or [str(i) for i in range(self.classifier.num_classes)]
-        problem = PROBLEMS[self.classifier.problem]()
-        return problem.predictions(self._logits(encoded, batch_tokens), names)
+        return OUTPUTS[self.classifier.problem]().predictions(
+            self._logits(encoded, batch_tokens), names
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write body, head, labels and tokenizer; transformers' AutoModel loads the body."""
@@ -355,7 +357,7 @@ class FineTuner:
         self.classifier.labels = self.label_names
         return self.classifier
 
-    def _make_head(self, num_classes: int, problem: str | None = None) -> None:
+    def _make_head(self, num_classes: int, problem: Problem | None = None) -> None:
         names = self.label_names
         if names is not None and len(names) != num_classes:
             raise ConfigError(f"num_classes is {num_classes} but {len(names)} labels are named")
@@ -394,8 +396,8 @@ class FineTuner:
                     f"{data.where[row]}: label {data.labels[row]} is outside the {classes} classes"
                 )
 
-    def _problem(self, options: Options, training: LabelledTexts) -> Problem:
-        """Return the problem of the head, with what the options say of its loss."""
+    def _outputs(self, options: Options, training: LabelledTexts) -> Outputs:
+        """Return what the head's outputs mean, with what the options say of their loss."""
         kind = self.classifier.problem
         if kind == "classification":
             weights = _class_weights(
@@ -405,7 +407,7 @@ class FineTuner:
         for name in ("class_weights", "label_smoothing"):
             if getattr(options, name):
                 raise ConfigError(f"training.{name}: only for classification, the data is {kind}")
-        return PROBLEMS[kind]()
+        return OUTPUTS[kind]()
 
     def _max_length(self, options: Options) -> int:
         limit = self.body.config.max_seq_len
@@ -436,7 +438,7 @@ class FineTuner:
         return head | {n for n in model.parameters() if n.startswith((*wanted, "final_norm."))}
 
     def _logits(self, encoded: Encoded, batch_tokens: int = 4096) -> Array:
-        lengths = np.array([len(ids) for ids in encoded.tokens], dtype=np.int64)
+        lengths = encoded.tokens.lengths
         logits = np.zeros((lengths.size, self.classifier.num_classes), self.body.dtype)
         with no_grad():
             for indices in in_order(lengths, batch_tokens):
@@ -448,18 +450,18 @@ class FineTuner:
         """Return a function that evaluates the model as it is when called."""
 
         def evaluate() -> dict[str, Any]:
-            problem = PROBLEMS[self.classifier.problem]()
-            outputs = self._logits(encoded)
+            meaning = OUTPUTS[self.classifier.problem]()
+            logits = self._logits(encoded)
             with no_grad():
-                total = problem.loss(Tensor(outputs), labels).item()
+                total = meaning.loss(Tensor(logits), labels).item()
             loss = require_finite(total / len(labels), "the loss on the evaluation data")
-            return {"loss": loss} | problem.metrics(outputs, labels)
+            return {"loss": loss} | meaning.metrics(logits, labels)
 
         return evaluate
 
 
 def read(
-    source: str | Path,
+    source: Source,
     text_field: str,
     label_field: str,
     *,
@@ -468,7 +470,8 @@ def read(
 ) -> LabelledTexts:
     """Read labelled texts for a run, with the classes of `like` where it is given."""
     names = None if like is None else like.label_names
-    return read_labelled(source, text_field, label_field, names, num_classes)
+    problem = None if like is None else like.problem
+    return read_labelled(source, text_field, label_field, names, num_classes, problem)
 
 
 def make(

@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from loopos.autograd import Array, Tensor, no_grad
+from loopos.autograd import Tensor, no_grad
 from loopos.data.batch import Batch
 from loopos.data.readers import Texts, read_texts
 from loopos.data.report import DataReport
+from loopos.data.store import TokenStore, TokenStoreBuilder
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError, DataError
 from loopos.methods.common import (
+    encode_all,
     fit,
     in_order,
     require_finite,
@@ -151,7 +153,7 @@ class Pretrainer:
         self, training: Texts, validation: Texts | None = None, options: Options | None = None
     ) -> DataReport:
         """Return what the data holds; documents are cut into pieces, so none is truncated."""
-        lengths = np.array([len(ids) for ids in self.tokenizer.encode_batch(training.texts)])
+        lengths = encode_all(self.tokenizer, training.texts).lengths
         return DataReport.build(training, validation, lengths, None)
 
     def evaluate(
@@ -164,7 +166,7 @@ class Pretrainer:
         """Write model and tokenizer; transformers loads them back."""
         self.model.save(directory, self.tokenizer)
 
-    def _pieces(self, texts: Texts, options: Options) -> list[Array]:
+    def _pieces(self, texts: Texts, options: Options) -> TokenStore:
         limit = self.model.config.max_seq_len
         length = options.sequence_length or limit
         if length > limit:
@@ -172,19 +174,20 @@ class Pretrainer:
                 f"training.sequence_length: {length} is more than the model's max_seq_len {limit}"
             )
         end = self.tokenizer.eos_id
-        pieces: list[Array] = []
-        for ids in self.tokenizer.encode_batch(texts.texts):
+        pieces = TokenStoreBuilder()
+        for ids in encode_all(self.tokenizer, texts.texts).tokens:
             if end is not None and ids[-1:] != [end]:  # some tokenizers close texts themselves
                 ids = np.append(ids, np.int32(end))
-            pieces += [ids[start : start + length] for start in range(0, len(ids), length)]
-        # A single token has nothing to predict.
-        pieces = [piece for piece in pieces if len(piece) > 1]
-        if not pieces:
+            for start in range(0, len(ids), length):
+                piece = ids[start : start + length]
+                if len(piece) > 1:  # a single token has nothing to predict
+                    pieces.append(piece)
+        if not len(pieces):
             raise DataError("no text has two tokens, so there is nothing to predict")
-        return pieces
+        return pieces.finish()
 
-    def _evaluator(self, pieces: list[Array]) -> Callable[[], dict[str, float]]:
-        lengths = np.array([len(piece) for piece in pieces])
+    def _evaluator(self, pieces: TokenStore) -> Callable[[], dict[str, float]]:
+        lengths = pieces.lengths
 
         def evaluate() -> dict[str, float]:
             total = count = 0.0

@@ -10,6 +10,7 @@ import numpy as np
 from loopos import ops
 from loopos.autograd import Array, Parameter, Tensor
 from loopos.data.batch import Batch
+from loopos.data.labels import PROBLEMS, Problem
 from loopos.errors import ConfigError, ModelFormatError, nearest
 from loopos.files import read_json, write_json
 from loopos.models.tensor_file import TensorFile, write_tensors
@@ -19,8 +20,6 @@ from loopos.ops import DropoutKeys
 
 Pooling = Literal["mean", "last", "cls"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
-#: What the outputs of a head can mean.
-KINDS = ("classification", "regression", "multi_label")
 
 _INIT_STD = 0.02
 _HEAD_FILE = "classifier.safetensors"
@@ -89,7 +88,7 @@ class SequenceClassifier:
             )
         self.body, self.num_classes, self.pooling = body, num_classes, pooling
         self.labels: list[str] | None = None
-        self.problem = "regression" if num_classes == 1 else "classification"
+        self.problem: Problem = "regression" if num_classes == 1 else "classification"
         draws = np.random.default_rng(seed).standard_normal((num_classes, body.config.d_model))
         weight = (draws * _INIT_STD).astype(body.dtype)
         self.weight = Parameter(weight, "classifier.weight")
@@ -183,10 +182,10 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceCl
     except ConfigError as error:
         raise ModelFormatError(f"{directory / _HEAD_CONFIG}: {error}") from error
     classifier.problem = values["problem"]
-    if classifier.problem not in KINDS:
+    if classifier.problem not in PROBLEMS:
         raise ModelFormatError(
             f"{directory / _HEAD_CONFIG}: key 'problem' is {classifier.problem!r}, expected one of "
-            f"{', '.join(KINDS)}{nearest(str(classifier.problem), KINDS)}"
+            f"{', '.join(PROBLEMS)}{nearest(str(classifier.problem), PROBLEMS)}"
         )
     labels = values["labels"]
     if labels is not None and (

@@ -22,7 +22,7 @@ from loopos.training.metrics import (
     regression_metrics,
 )
 
-__all__ = ["PROBLEMS", "Classification", "MultiLabel", "Predictions", "Problem", "Regression"]
+__all__ = ["OUTPUTS", "Classification", "MultiLabel", "Outputs", "Predictions", "Regression"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Predictions:
             yield row
 
 
-class Problem(ABC):
-    """One of ``PROBLEMS``."""
+class Outputs(ABC):
+    """One of ``OUTPUTS``."""
 
     name: str
 
@@ -80,7 +80,7 @@ class Problem(ABC):
         """Return what ``outputs[n, K]`` say."""
 
 
-class Classification(Problem):
+class Classification(Outputs):
     """Cross-entropy over the classes, with class weights and label smoothing."""
 
     name = "classification"
@@ -112,7 +112,7 @@ class Classification(Problem):
         return Predictions([names[i] for i in ids.tolist()], probabilities, ids, names)
 
 
-class Regression(Problem):
+class Regression(Outputs):
     """Squared error of one number a row."""
 
     name = "regression"
@@ -130,7 +130,7 @@ class Regression(Problem):
         return Predictions([float(value) for value in outputs[:, 0]])
 
 
-class MultiLabel(Problem):
+class MultiLabel(Outputs):
     """Binary cross-entropy of each label, averaged over the labels of a row."""
 
     name = "multi_label"
@@ -153,6 +153,6 @@ class MultiLabel(Problem):
         return Predictions(labels, probabilities, names=names)
 
 
-PROBLEMS: dict[str, type[Problem]] = {
+OUTPUTS: dict[str, type[Outputs]] = {
     problem.name: problem for problem in (Classification, Regression, MultiLabel)
 }
