@@ -49,7 +49,7 @@ def load_config(directory: str | Path) -> TransformerConfig:
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
-    """Read a model in the Hugging Face layout, of the families GPT-2, Llama and BERT.
+    """Read a model in the Hugging Face layout: GPT-2, Llama, Qwen2, Qwen3, Mistral or BERT.
 
     Parameters
     ----------
