@@ -15,6 +15,7 @@ from loopos.errors import InputError, LooposError, MissingFileError, ModelFormat
 from loopos.models import TransformerConfig, load_config, load_model
 from loopos.models.families import FAMILIES, family_of
 from loopos.models.gguf_file import GgufFile
+from loopos.models.rope import RopeScaling
 from loopos.models.transformer import Transformer
 from loopos.models.weights import to_hf_tensors
 
@@ -342,7 +343,6 @@ def refused(path, *words, error=ModelFormatError, read=load_model):
     ("fill", "words"),
     [
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), ["rope_scaling", "yarn"]),
-        (lambda w: w.add_rope_scaling_factor(4.0), ["rope_scaling", "linear", "4.0"]),
         (lambda w: w.add_expert_count(8), ["'llama.expert_count' is 8"]),
         (
             lambda w: w.add_array("llama.expert_count", [0, 0]),
@@ -385,12 +385,13 @@ def test_scaled_frequencies_of_llama_3_are_never_ignored(tmp_path):
         factors.append(1.0 if length < 8192 / 4 else 32.0 if length > 8192 else inside)
     assert factors[0] == 1 < factors[-1] < 32  # so that all of the formula is used below
     path = written(tmp_path / "three.gguf", model, extra={"rope_freqs.weight": np.array(factors)})
-    try:
-        config = load_config(path)
-    except ModelFormatError as error:
-        assert "rope_freqs.weight" in str(error) or "llama3" in str(error)  # noqa: PT017
-    else:
-        assert config != LLAMA
+    scaling = load_config(path).rope_scaling
+    assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
+
+
+def test_a_linear_factor_is_computed(tmp_path):
+    path = written(tmp_path / "m.gguf", drawn(LLAMA), lambda w: w.add_rope_scaling_factor(4.0))
+    assert load_config(path).rope_scaling == RopeScaling("linear", 4.0)
 
 
 def test_architectures_and_libraries_that_are_not_there_are_named(tmp_path, monkeypatch):

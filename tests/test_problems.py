@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopos.autograd import Tensor
+from loopos.data.readers import read_labelled
 from loopos.data.tokenizer import train_bpe
 from loopos.errors import ConfigError, DataError
 from loopos.methods.fine_tuning import FineTuner, Options
@@ -132,8 +133,11 @@ def test_options_of_classes_are_refused_elsewhere(tokenizer):
 def test_data_of_another_problem_is_refused(tokenizer):
     tuner = FineTuner(body(), tokenizer)
     tuner.fit(sets(9, 0), options=FAST, num_epochs=1)
+    unknown = [{"text": "alpha", "label": ["a"]}, {"text": "beta", "label": ["gg"]}]
+    assert message_of(DataError, tuner.fit, unknown).startswith("row 2: unknown 'label' 'gg'")
     classes = [{"text": "alpha", "label": "a"}, {"text": "beta", "label": "g"}]
-    assert "row 1" in message_of(DataError, tuner.fit, classes)
+    as_classes = read_labelled(classes)
+    assert message_of(DataError, tuner.evaluate, as_classes).startswith("row 1: ")
     regression = FineTuner(body(), tokenizer, num_classes=1)
     assert "row 1" in message_of(DataError, regression.fit, classes)
 

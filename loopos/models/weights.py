@@ -64,7 +64,7 @@ def load_config(directory: str | Path) -> TransformerConfig:
 
 
 def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
-    """Read a model in the Hugging Face layout, or from a GGUF file.
+    """Read a model: GPT-2, Llama, Qwen2, Qwen3, Mistral or BERT; Hugging Face's layout or GGUF.
 
     Parameters
     ----------
