@@ -124,7 +124,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(temporary, target)
         _sync_directory(target.parent)
-    except LooposError:  # some of them are OSErrors, and say already what is wrong
+    except OutputError as error:  # it says already what is wrong, but where nobody will find it
+        raise OutputError(str(error).replace(str(temporary), str(path))) from error
+    except LooposError:  # some of them are OSErrors too
         raise
     except OSError as error:
         raise _output_error(Path(path), error) from error

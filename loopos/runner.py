@@ -420,8 +420,10 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
         kept = "transformer" if section == "model" else section
         for name, after in now[kept].items():
             key = f"{section}.{name}"
+            default = getattr(kind, name, None)
+            default = list(default) if isinstance(default, tuple) else default  # as JSON holds it
             # What it does not know did not change anything then, as its default does not now.
-            before = was.get(kept, {}).get(name, getattr(kind, name, None))
+            before = was.get(kept, {}).get(name, default)
             if key not in _MAY_CHANGE and before != after:
                 raise CheckpointError(
                     f"{config.where(key)}: {after!r}, but the run to be continued "

@@ -151,6 +151,14 @@ def test_a_failing_block_leaves_the_old_directory(old_directory, fault):
     assert intact(old_directory)
 
 
+def test_a_file_in_it_that_cannot_be_written_is_named_where_it_would_be(old_directory):
+    with pytest.raises(OutputError) as caught, atomic_directory(old_directory) as temporary:
+        (temporary / "new").mkdir()
+        atomic_write_text(temporary / "new", "x")
+    assert str(caught.value) == f"{old_directory}/new: cannot be written (Is a directory)"
+    assert intact(old_directory)
+
+
 def test_a_full_disk_in_the_block_is_an_output_error(old_directory):
     with pytest.raises(OutputError) as caught, atomic_directory(old_directory):
         raise OSError(28, "No space left on device")

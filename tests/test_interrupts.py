@@ -18,6 +18,7 @@ from loopos import ops
 from loopos.autograd import Parameter, Tensor
 from loopos.data.batch import Batch
 from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError, OutputError
+from loopos.methods.common import restore_best
 from loopos.training.checkpoint import (
     damage,
     find_checkpoint,
@@ -179,6 +180,19 @@ def test_what_never_had_a_gradient_has_no_state_and_what_is_frozen_stays(whole):
     after = Languages()
     load_checkpoint(last, after.parameters)
     assert np.array_equal(after.parameters["frozen"].data, start["frozen"].data)
+
+
+def test_the_best_weights_are_put_back_and_frozen_ones_are_left(tmp_path):
+    figures = iter([0.1, 0.5, 0.6])
+    work, start = Languages(), Languages().parameters
+    result = work.fit(output_dir=tmp_path, evaluate=lambda: {"loss": next(figures)})
+    assert result.best_checkpoint.name == "step-00000002"
+    best = load_file(result.best_checkpoint / "model.safetensors")
+    assert not np.array_equal(work.parameters["w"].data, best["w"])
+    restore_best(result, work.parameters)
+    for name in ("table", "w", "unused"):
+        assert np.array_equal(work.parameters[name].data, best[name])
+    assert np.array_equal(work.parameters["frozen"].data, start["frozen"].data)
 
 
 # -- killed --------------------------------------------------------------------------------------

@@ -4,7 +4,10 @@ This file is also the program that forks the runs: a fork of a process that has 
 needs takes a tenth of a second where ``loopos run`` takes two.
 """
 
+import contextlib
+import hashlib
 import importlib
+import io
 import json
 import os
 import random
@@ -19,13 +22,18 @@ from pathlib import Path
 
 import pytest
 
+from loopos.config import load_config
+from loopos.errors import CheckpointError
 from loopos.files import locked_directory
+from loopos.runner import run
+from loopos.training.checkpoint import find_checkpoint
+from loopos.training.loop import Interrupted
 
 CONFIG = {
     "model": {"d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 16, "vocab_size": 270,
               "max_seq_len": 32, "dropout": 0.1},
     "computation": {"method": "fine_tuning", "num_threads": 1},
-    "training": {"learning_rate": 0.003, "batch_size": 4, "num_epochs": 2, "save_steps": 2,
+    "training": {"learning_rate": 0.003, "batch_size": 4, "num_epochs": 3, "save_steps": 2,
                  "eval_steps": 3, "num_workers": 0},
     "data": {"training_data": "t.csv", "validation_fraction": 0.2, "output_dir": "out"},
 }  # fmt: skip
@@ -47,8 +55,9 @@ def test_killed_runs_end_with_the_bytes_of_the_one_that_never_was(tmp_path, mode
     found = json.loads(done.stdout)
     assert found["different"] == []
     assert found["kills"] == kills
-    # Kills before, in and after training; runs that had nothing to continue were begun anew.
-    assert found["states"].keys() >= {"nothing", "begun", "checkpoint"}
+    # Not only before the first checkpoint, nor only after it.
+    assert found["states"].keys() >= {"begun", "checkpoint"}
+    assert found["states"]["checkpoint"] >= kills // 8
 
 
 def loopos(directory, *arguments, **keywords):
@@ -135,6 +144,34 @@ def test_damaged_checkpoints_are_passed_over_and_without_a_whole_one_nothing_run
         "does not match its checksum"
     )
     assert outputs_raw(harmed / "out") == before
+
+
+def test_an_option_that_a_checkpoint_does_not_know_has_its_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(prepare(tmp_path / "a"))
+    asked = []
+    with pytest.raises(Interrupted):
+        run(load_config("run.json"), stop=lambda: asked.append(1) or len(asked) == 4)
+    path = find_checkpoint("out/checkpoints")
+    state = json.loads((path / "state.json").read_text())
+    for options in (state["options"], state["run_config"]["training"]):
+        del options["betas"], options["label_smoothing"]  # as an older version would write it
+    del state["run_config"]["data"]["text_field"], state["run_config"]["transformer"]["norm"]
+    raw = json.dumps(state).encode()
+    (path / "state.json").write_bytes(raw)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["state.json"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as caught:
+        run(load_config("run.json", ["training.label_smoothing=0.1"]), resume=True)
+    assert str(caught.value) == (
+        "--set training.label_smoothing: 0.1, but the run to be continued (out) has 0.0"
+    )
+    assert run(load_config("run.json"), resume=True).result.steps == 15
+    run(load_config("run.json", ["data.output_dir=whole"]))
+    assert (
+        Path("out/model/model.safetensors").read_bytes()
+        == Path("whole/model/model.safetensors").read_bytes()
+    )
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -251,7 +288,7 @@ class Runs:
         if spared or self.done == self.kills:
             return result(fork_run(directory, *arguments))
         if self.mode == "calls":
-            return result(fork_run(directory, *arguments, call=self.rng.randrange(1, 160)))
+            return result(fork_run(directory, *arguments, call=self.rng.randrange(1, 170)))
         until = time.perf_counter() + self.rng.uniform(0, self.length)
         return result(fork_run(directory, *arguments), until)
 
@@ -298,9 +335,14 @@ NEEDED = ("filelock", "numpy.random", "safetensors.numpy", "scipy.special", "thr
 
 
 def main():
+    root, mode, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     for name in NEEDED:
         importlib.import_module(name)
-    root, mode, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    from loopos import cli
+
+    sys.argv = ["loopos", "run", "no-such-file.json"]  # the command line imports as it parses
+    with contextlib.redirect_stderr(io.StringIO()):
+        assert cli._run_app() == 2
     print(json.dumps(Runs(root, mode, kills).all()))
 
 
