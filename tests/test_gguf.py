@@ -377,13 +377,14 @@ def test_scaled_frequencies_of_llama_3_are_never_ignored(tmp_path):
     equal(load_model(written(tmp_path / "ones.gguf", model, extra=ones)), model)
     any_ = {"rope_freqs.weight": np.array([1, 1, 2, 3])}
     refused(written(tmp_path / "any.gguf", model, extra=any_), "rope_freqs.weight")
+    model = drawn(replace(LLAMA, rope_theta=4e5))
     factors = []  # as llama.cpp's conversion computes them, from Llama 3.2's numbers
     for pair in range(4):
-        length = 2 * np.pi * 5000.0 ** (2 * pair / 8)
+        length = 2 * np.pi * 4e5 ** (2 * pair / 8)
         smooth = (8192 / length - 1.0) / (4.0 - 1.0)
         inside = 1 / ((1 - smooth) / 32.0 + smooth)
         factors.append(1.0 if length < 8192 / 4 else 32.0 if length > 8192 else inside)
-    assert factors[0] == 1 < factors[-1] < 32  # so that all of the formula is used below
+    assert factors[0] == 1 < factors[2] < 32 == factors[3]  # all of the formula is used
     path = written(tmp_path / "three.gguf", model, extra={"rope_freqs.weight": np.array(factors)})
     scaling = load_config(path).rope_scaling
     assert scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192)
