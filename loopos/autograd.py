@@ -1,9 +1,10 @@
 """The tape: tensors remember the op that made them, and `backward` walks the ops in reverse.
 
 There is no global tape. A :class:`Tensor` made by an op points to its :class:`Node`; a node
-holds the op's inputs and a closure that maps gradients of the outputs to gradients of the inputs.
-A graph that nobody refers to is garbage, and a graph is consumed by its `backward`, node by node,
-so that activations are freed on the way.
+knows the nodes (and leaves) that its inputs came from, and a closure that maps gradients of the
+outputs to gradients of the inputs. Of the arrays in between only those live on that a closure
+needs. A graph that nobody refers to is garbage, and a graph is consumed by its `backward`, node by
+node, so that activations are freed on the way.
 
 Gradients of weights do not travel through the tape: a backward adds them into
 :meth:`Tensor.grad_buffer` in place, so a tied table receives all its adds in one buffer.
@@ -16,7 +17,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -54,16 +55,30 @@ def enable_grad() -> AbstractContextManager[None]:
     return _set_grad(True)
 
 
+class Edge(NamedTuple):
+    """An output of a node, where gradients of what it became go."""
+
+    node: Node
+    output: int
+
+
 class Node:
-    """One recorded op: its inputs, its backward, and how many outputs it has."""
+    """One recorded op: where its inputs came from, its backward, how many outputs it has."""
 
     __slots__ = ("__weakref__", "backward", "inputs", "num_outputs", "order")
 
     def __init__(self, inputs: Sequence[Tensor | None], backward: Backward, num_outputs: int):
-        self.inputs: Sequence[Tensor | None] = inputs
+        self.inputs: Sequence[Tensor | Edge | None] = [_source(tensor) for tensor in inputs]
         self.backward: Backward | None = backward
         self.num_outputs = num_outputs
         self.order = next(_creation_order)
+
+
+def _source(tensor: Tensor | None) -> Tensor | Edge | None:
+    """Return where the gradient of `tensor` goes: a leaf, the node that made it, or nowhere."""
+    if tensor is None or not tensor.requires_grad:
+        return None
+    return tensor if tensor._node is None else Edge(tensor._node, tensor._output)
 
 
 class Tensor:
@@ -235,15 +250,17 @@ def backward(terms: Iterable[tuple[Tensor, Any]]) -> None:
     pending: dict[Node, list[Array | None]] = {}
     heap: list[tuple[int, Node]] = []
 
-    def send(tensor: Tensor, gradient: Array) -> None:
-        node = tensor._node
-        if node is None:
-            tensor.add_grad(gradient)
+    def send(source: Tensor | Edge | None, gradient: Array) -> None:
+        if isinstance(source, Tensor):
+            source.add_grad(gradient)
             return
+        if source is None:
+            return
+        node, index = source
         if node not in pending:
             pending[node] = [None] * node.num_outputs
             heapq.heappush(heap, (-node.order, node))
-        slots, index = pending[node], tensor._output
+        slots = pending[node]
         held = slots[index]
         # Never in place: an op may hand the same array to several inputs.
         slots[index] = gradient if held is None else held + gradient
@@ -254,13 +271,13 @@ def backward(terms: Iterable[tuple[Tensor, Any]]) -> None:
         array = np.asarray(gradient, dtype=tensor.dtype)
         if array.shape != tensor.shape:
             raise LooposError(f"gradient of shape {array.shape} for a tensor of {tensor.shape}")
-        send(tensor, array)
+        send(_source(tensor), array)
     while heap:
         node = heapq.heappop(heap)[1]
         if node.backward is None:
             raise LooposError("this graph was used by backward() before; run the forward again")
         gradients = node.backward(pending.pop(node))
         for source, grad in zip(node.inputs, gradients, strict=True):
-            if source is not None and grad is not None and source.requires_grad:
+            if grad is not None:
                 send(source, grad)
         node.inputs, node.backward = (), None

@@ -87,20 +87,23 @@ def _data(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else tensor.data
 
 
-def _arrived(gradient: Array | None, like: Array) -> Array:
-    """Return the gradient of an output, zeros if none arrived."""
-    return np.zeros_like(like) if gradient is None else gradient
+def _only(grads: Grads) -> Array:
+    """Return the gradient of an op's only output: without one its backward is not called."""
+    assert grads[0] is not None
+    return grads[0]
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None) -> Tensor:
     """``act(x w^T + b)``: ``x[N, C]``, ``w[O, C]``, ``b[O]`` to ``[N, O]``."""
     backend = get_backend()
     y, pre = backend.linear(x.data, w.data, _data(b), activation)
+    need_dx = x.requires_grad
+    kept = x.data if w.requires_grad else None  # a frozen layer lets go of what went in
 
     def backward(grads: Grads) -> Grads:
         dx = backend.linear_backward(
-            _arrived(grads[0], y), x.data, w.data, pre, activation,
-            dw=_into(w), db=_into(b), need_dx=x.requires_grad,
+            _only(grads), kept, w.data, pre, activation,
+            dw=_into(w), db=_into(b), need_dx=need_dx,
         )  # fmt: skip
         return dx, None, None
 
@@ -205,7 +208,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     y = backend.activation(x.data, kind)
 
     def backward(grads: Grads) -> Grads:
-        return (backend.activation_backward(_arrived(grads[0], y), x.data, kind),)
+        return (backend.activation_backward(_only(grads), x.data, kind),)
 
     return record([y], (x,), backward)
 
@@ -216,7 +219,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = backend.swiglu(gate.data, up.data)
 
     def backward(grads: Grads) -> Grads:
-        return backend.swiglu_backward(_arrived(grads[0], y), gate.data, up.data)
+        return backend.swiglu_backward(_only(grads), gate.data, up.data)
 
     return record([y], (gate, up), backward)
 
@@ -225,9 +228,13 @@ def rope(q: Tensor, k: Tensor, positions: Array, inv_freq: Array) -> tuple[Tenso
     """Rotate queries ``[N, H, D]`` and keys ``[N, Hk, D]`` by their positions."""
     backend = get_backend()
     rotated_q, rotated_k = backend.rope(q.data, k.data, positions, inv_freq)
+    shapes, dtype = (q.shape, k.shape), q.dtype
 
     def backward(grads: Grads) -> Grads:
-        dq, dk = _arrived(grads[0], rotated_q), _arrived(grads[1], rotated_k)
+        dq, dk = (
+            np.zeros(shape, dtype) if grad is None else grad
+            for grad, shape in zip(grads, shapes, strict=True)
+        )
         return backend.rope_backward(dq, dk, positions, inv_freq)
 
     outputs: tuple[Tensor, Tensor] = record([rotated_q, rotated_k], (q, k), backward)
@@ -253,7 +260,7 @@ def attention(
     y, lse = backend.attention(q.data, k.data, v.data, *options)
 
     def backward(grads: Grads) -> Grads:
-        dy = _arrived(grads[0], y)
+        dy = _only(grads)
         return backend.attention_backward(dy, q.data, k.data, v.data, y, lse, *options)
 
     return record([y], (q, k, v), backward)
@@ -265,7 +272,7 @@ def segment_mean(x: Tensor, offsets: Array) -> Tensor:
     y = backend.segment_mean(x.data, offsets)
 
     def backward(grads: Grads) -> Grads:
-        return (backend.segment_mean_backward(_arrived(grads[0], y), offsets),)
+        return (backend.segment_mean_backward(_only(grads), offsets),)
 
     return record([y], (x,), backward)
 
@@ -278,10 +285,10 @@ def segment_last(x: Tensor, offsets: Array) -> Tensor:
 def gather_rows(x: Tensor, rows: Array) -> Tensor:
     """``x[rows]``."""
     backend = get_backend()
-    y = backend.gather_rows(x.data, rows)
+    y, num_rows = backend.gather_rows(x.data, rows), x.shape[0]
 
     def backward(grads: Grads) -> Grads:
-        return (backend.gather_rows_backward(_arrived(grads[0], y), rows, x.shape[0]),)
+        return (backend.gather_rows_backward(_only(grads), rows, num_rows),)
 
     return record([y], (x,), backward)
 
@@ -305,7 +312,7 @@ def linear_cross_entropy(
     )  # fmt: skip
 
     def backward(grads: Grads) -> Grads:
-        upstream = float(_arrived(grads[0], np.zeros(())))
+        upstream = float(_only(grads))
         for tensor, gradient in ((w, dw), (b, db)):
             if tensor is not None and gradient is not None:
                 tensor.add_grad(gradient, upstream)
@@ -322,8 +329,9 @@ def linear_logprobs(
     logp, entropy, lse = backend.linear_logprobs(h.data, w.data, targets, temperature, _data(b))
 
     def backward(grads: Grads) -> Grads:
+        dlogp = np.zeros_like(logp) if grads[0] is None else grads[0]
         dh = backend.linear_logprobs_backward(
-            _arrived(grads[0], logp), grads[1], h.data, w.data, targets, entropy, lse,
+            dlogp, grads[1], h.data, w.data, targets, entropy, lse,
             temperature, _data(b), dw=_into(w), db=_into(b), need_dh=h.requires_grad,
         )  # fmt: skip
         return dh, None, None
@@ -348,7 +356,7 @@ def linear_kl(
 
     def backward(grads: Grads) -> Grads:
         dh = backend.linear_kl_backward(
-            _arrived(grads[0], kl), kl, h.data, w.data, *fixed, _data(b), b_ref,
+            _only(grads), kl, h.data, w.data, *fixed, _data(b), b_ref,
             dw=_into(w), db=_into(b), need_dh=h.requires_grad,
         )  # fmt: skip
         return dh, None, None
@@ -385,8 +393,7 @@ def _scaled(x: Tensor, total: float, gradient: Array) -> Tensor:
     """A scalar whose gradient was made in the forward."""
 
     def backward(grads: Grads) -> Grads:
-        upstream = _arrived(grads[0], np.zeros(()))
-        return (gradient * gradient.dtype.type(float(upstream)),)
+        return (gradient * gradient.dtype.type(float(_only(grads))),)
 
     return record([np.asarray(total, dtype=np.float64)], (x,), backward)
 
@@ -401,7 +408,7 @@ def dropout(
     options = (rate, key, offsets, sample_ids)
 
     def backward(grads: Grads) -> Grads:
-        return (backend.dropout_backward(_arrived(grads[0], x.data), *options),)
+        return (backend.dropout_backward(_only(grads), *options),)
 
     return record([backend.dropout(x.data, *options)], (x,), backward)
 

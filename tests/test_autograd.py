@@ -213,6 +213,22 @@ def test_the_graph_is_freed_by_backward_and_cannot_be_used_twice():
     assert watch() is None
 
 
+def test_of_the_arrays_in_between_only_those_live_that_a_backward_needs():
+    x, w, frozen = leaf(2, 3), leaf(3, 3, seed=1), Tensor(array(3, 3, seed=2))
+    y = ops.linear(x, w)
+    z = ops.add(y, ops.linear(y, frozen), 0.5)
+    loss = ops.mse(z, np.zeros((2, 3)))[0]
+    watched = [weakref.ref(t.data) for t in (y, z)]
+    expected = x.data @ w.data.T @ (np.eye(3) + 0.5 * frozen.data.T)
+    np.testing.assert_allclose(z.data, expected)
+    del y, z
+    assert [watch() for watch in watched] == [None, None]
+    loss.backward()
+    upstream = 2 * expected @ (np.eye(3) + 0.5 * frozen.data)
+    np.testing.assert_allclose(w.grad, upstream.T @ x.data)
+    np.testing.assert_allclose(x.grad, upstream @ w.data)
+
+
 def test_wrong_uses_say_what_is_wrong():
     x = leaf(2, 3)
     with pytest.raises(LooposError, match="needs a gradient"):

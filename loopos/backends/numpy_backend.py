@@ -96,7 +96,7 @@ class DenseOps:
     def linear_backward(
         self,
         dy: Array,
-        x: Array,
+        x: Array | None,
         w: Array,
         pre: Array | None = None,
         activation: str | None = None,
@@ -105,10 +105,14 @@ class DenseOps:
         db: Array | None = None,
         need_dx: bool = True,
     ) -> Array | None:
-        """``dx = dz w``, ``dw += dz^T x``, ``db += sum_n dz`` with ``dz = dy act'(pre)``."""
+        """``dx = dz w``, ``dw += dz^T x``, ``db += sum_n dz`` with ``dz = dy act'(pre)``.
+
+        `x` may be None where `dw` is.
+        """
         if activation is not None and pre is not None:
             dy = self.activation_backward(dy, pre, activation)
         if dw is not None:
+            assert x is not None
             dw += dy.T @ x
         if db is not None:
             db += dy.sum(axis=0)
