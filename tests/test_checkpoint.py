@@ -280,9 +280,24 @@ def test_a_crash_while_writing_leaves_the_older_one(root, monkeypatch, call):
     assert sorted(p.name for p in root.iterdir()) == ["step-00000001", "step-00000002"]
 
 
-def test_prune_keeps_what_it_is_told(root):
-    prune(root, [root / "step-00000001"])
-    assert [p.name for p in root.iterdir()] == ["step-00000001"]
+@pytest.mark.parametrize(
+    ("newest", "best", "left"),
+    [
+        (5, 5, {4, 5}),
+        (5, None, {4, 5}),
+        (5, 2, {2, 5}),
+        (5, 4, {4, 5}),
+        (4, 4, {3, 4}),
+        (1, 1, {1}),
+    ],
+)
+def test_prune_keeps_the_newest_the_best_and_another(root, newest, best, left):
+    """What is newer than the newest is damaged: the run did not continue from it."""
+    for step in (3, 4, 5):
+        save_checkpoint(root, *trained(3), {"step": step})
+    places = [None if step is None else root / f"step-{step:08d}" for step in (newest, best)]
+    prune(root, *places)
+    assert {int(p.name[5:]) for p in root.iterdir()} == left
 
 
 def test_state_is_plain_json(root):
@@ -292,9 +307,9 @@ def test_state_is_plain_json(root):
 
 def test_prune_leaves_what_is_no_checkpoint(root):
     (root / "step-by-step-notes").mkdir()
-    prune(root, [root / "step-00000002"])
+    prune(root, root / "step-00000001")
     names = sorted(p.name for p in root.iterdir())
-    assert names == ["step-00000002", "step-by-step-notes"]
+    assert names == ["step-00000001", "step-by-step-notes"]
 
 
 def test_what_killed_runs_left_is_cleared_and_nothing_else(root):
@@ -334,5 +349,5 @@ def test_what_cannot_be_deleted_is_named(root, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr("shutil.rmtree", fail)
-    with pytest.raises(OutputError, match=r"step-00000001: cannot be deleted \(Permission denied"):
-        prune(root, [root / "step-00000002"])
+    with pytest.raises(OutputError, match=r"step-00000002: cannot be deleted \(Permission denied"):
+        prune(root, root / "step-00000001")

@@ -563,3 +563,32 @@ def test_every_callback_is_told_of_the_end_whoever_fails(fails):
     with pytest.raises(RuntimeError):
         Languages().fit(callbacks=[first, second])
     assert ended == [second, first]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
+def test_where_the_newest_checkpoint_is_damaged_the_run_goes_on_from_the_one_before(
+    tmp_path, name, caplog
+):
+    """The newest is the best too, as every evaluation is better than the one before."""
+    figures = iter(range(100, 0, -1))
+
+    def work():
+        made = Languages()
+        made.evaluate = lambda: {"loss": float(next(figures))}
+        return made
+
+    options = dataclasses.replace(OPTIONS, eval_steps=1, save_steps=1)
+    work().fit(options, output_dir=tmp_path / "whole")
+    asked = []
+    work().fit(options, output_dir=tmp_path / "cut", stop=lambda: asked.append(1) or len(asked) > 3)
+    file = tmp_path / "cut" / "checkpoints" / "step-00000004" / name
+    flipped = bytearray(file.read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    file.write_bytes(flipped)
+    with caplog.at_level(logging.WARNING, "loopos"):
+        work().fit(options, output_dir=tmp_path / "cut", resume=True)
+    assert "skipped a damaged checkpoint" in caplog.text
+    assert "step-00000004" in caplog.text
+    assert arrays(tmp_path / "cut", 6) == arrays(tmp_path / "whole", 6)
+    steps = [r["step"] for r in records(tmp_path / "cut") if "eval" not in r]
+    assert steps == [1, 2, 3, 4, 5, 6]

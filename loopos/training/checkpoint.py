@@ -255,16 +255,22 @@ def _arrays(file: Path) -> dict[str, np.ndarray[Any, Any]]:
         raise CheckpointError(f"{file}: cannot be read ({error})") from error
 
 
-def prune(root: str | Path, keep: Iterable[Path]) -> None:
-    """Delete the checkpoints under `root` that are not in `keep`.
+def prune(root: str | Path, newest: Path, best: Path | None = None) -> None:
+    """Delete the checkpoints under `root`, but for two or three of them.
+
+    The newest and the best stay; where they are one, the one before it stays too, so that there is
+    always another to continue from should a file be damaged.
 
     Raises
     ------
     OutputError
         If one cannot be deleted.
     """
-    kept = {path.name for path in keep}
-    _delete(path for path in list_checkpoints(root) if path.name not in kept)
+    kept = {newest.name, (best or newest).name}
+    found = list_checkpoints(root)
+    before = [path.name for path in found[found.index(newest) + 1 :] if path.name not in kept]
+    kept |= set(before[: 2 - len(kept)])
+    _delete(path for path in found if path.name not in kept)
 
 
 def _delete(paths: Iterable[Path]) -> None:

@@ -140,7 +140,8 @@ def train(
     seed : int
         Of the order of samples and of dropout.
     output_dir : path, optional
-        Gets ``metrics.jsonl`` and ``checkpoints/`` (the best and the last); None writes nothing.
+        Gets ``metrics.jsonl`` and ``checkpoints/`` (the best and the last, two at the
+        least); None writes nothing.
     evaluate : callable, optional
         Returns figures on held-out data.
     monitor : (str, "min" or "max")
@@ -469,7 +470,7 @@ class _Run:
         checkpoints = self.root / "checkpoints"
         self.saved = save_checkpoint(checkpoints, self.parameters, self.optimizer, state)
         self.saved_state = state
-        prune(checkpoints, [self.saved, self._checkpoint_of(self.at.best_step) or self.saved])
+        prune(checkpoints, self.saved, self._checkpoint_of(self.at.best_step))
         return self.saved
 
     def restore(self) -> None:

@@ -66,7 +66,7 @@ def require_json(state: Mapping[str, Any]) -> None:
 
 
 def require_unused(directory: Path) -> None:
-    """Refuse to delete the checkpoints of an earlier run, as keeping best and last would.
+    """Refuse to delete the checkpoints of an earlier run, as keeping the best and the last would.
 
     Raises
     ------
