@@ -60,3 +60,24 @@ def package_file(tmp_path_factory):
             return unpacked / archive.name / entry.name
 
     return fetch
+
+
+#: Tests that were skipped as a package is not installed.
+_without_package: list[str] = []
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped and "could not import" in str(report.longrepr):
+        _without_package.append(report.nodeid)
+
+
+def pytest_collectreport(report):
+    if report.skipped and "could not import" in str(report.longrepr):
+        _without_package.append(report.nodeid)
+
+
+def pytest_sessionfinish(session):
+    """In CI, where everything is to be there, a test skipped for want of a package is a fault."""
+    if os.environ.get("LOOPOS_REQUIRE_PACKAGES") and _without_package:
+        print("\nskipped for want of a package:", *_without_package, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

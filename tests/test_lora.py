@@ -1,9 +1,7 @@
 """Low-rank adapters: what they compute, what they leave alone, and PEFT's files both ways."""
 
 import json
-import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -351,17 +349,14 @@ PEFT_TARGETS = {
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", PEFT_TARGETS)
-@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("gpt2", True), ("gpt2", False), ("llama", True), ("llama", False), ("bert", False)],
+)
 def test_peft_reads_ours_and_we_read_peft_s(tmp_path, family, head):
-    if not os.environ.get("LOOPOS_REQUIRE_PACKAGES"):
-        pytest.importorskip("peft")
-    import peft
-    import torch
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModel, AutoModelForCausalLM
 
-    if family == "bert" and head:
-        pytest.skip("BERT has no language-model head here")
     loopos.Transformer(replace(FAMILIES[family], lm_head=head), seed=3).save(tmp_path / "base")
     auto = AutoModelForCausalLM if head else AutoModel
     tokens = torch.tensor([[3, 1, 4, 1, 5]])
@@ -403,6 +398,3 @@ def test_peft_reads_ours_and_we_read_peft_s(tmp_path, family, head):
     assert sorted(files[0].names) == sorted(files[1].names)
     for name in files[0].names:
         assert np.array_equal(*(f.read(name, np.float32) for f in files))
-
-
-FIXTURES = Path(__file__).parent / "fixtures"
