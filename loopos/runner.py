@@ -36,6 +36,7 @@ from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_config, load_model
 from loopos.training.checkpoint import find_checkpoint, read_state, recover
 from loopos.training.loop import Interrupted, TrainResult
+from loopos.training.options import TrainingOptions
 from loopos.training.resume import MAY_CHANGE
 from loopos.training.trackers import Callback, RunInfo
 
@@ -202,7 +203,7 @@ def _model(config: RunConfig) -> Transformer:
     if config.data.pretrained_weights is None:
         with _located(config, "model"):
             transformer = TransformerConfig(**asked)
-            _refuse_giants(transformer)
+            _refuse_giants(transformer, config.training)
         return Transformer(transformer, seed=config.computation.seed)
     source = config.model_source("pretrained_weights")
     path = Path(source)
@@ -212,7 +213,9 @@ def _model(config: RunConfig) -> Transformer:
             f"its model is {path / 'model'}"
         )
     with _named(config, "data.pretrained_weights"):
-        _refuse_giants(load_config(source))
+        sizes = load_config(source)
+        with _located(config, "data.pretrained_weights"):
+            _refuse_giants(sizes, config.training)
         model = load_model(source)
     dropout = asked.pop("dropout", 0.0)
     for name, value in asked.items():
@@ -226,15 +229,19 @@ def _model(config: RunConfig) -> Transformer:
     return model
 
 
-def _refuse_giants(transformer: TransformerConfig) -> None:
-    """Refuse a model whose weights alone do not fit this machine's memory."""
+def _refuse_giants(transformer: TransformerConfig, options: TrainingOptions) -> None:
+    """Refuse a model whose training cannot fit this machine, whatever its batches are."""
     if not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     count = sum(math.prod(shape) for shape in parameter_shapes(transformer).values())
-    if 4 * count > memory:
+    whole = options.lora is None and getattr(options, "train", "all") == "all"
+    # Each trained parameter has a gradient and what the optimizer keeps of it.
+    kept = 1 + (2 if options.optimizer != "sgd" else int(options.momentum > 0))
+    needed = 4 * count * (1 + (kept if whole else 0))
+    if needed > memory:
         raise ConfigError(
-            f"{count:,} parameters need {4 * count / 2**30:,.0f} GiB, "
+            f"{count:,} parameters need {needed / 2**30:,.0f} GiB to train, "
             f"this machine has {memory / 2**30:,.0f} GiB of memory"
         )
 

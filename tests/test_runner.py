@@ -365,7 +365,7 @@ def test_a_vocabulary_too_small_for_a_byte_level_tokenizer(configure):
 def test_a_model_that_no_machine_holds(configure):
     message = refused(prepare, configure("model.d_model=10000000"), kind=ConfigError)
     assert message.startswith(
-        "run.json:2: model: 800,005,120,000,064 parameters need 2,980,251 GiB, "
+        "run.json:2: model: 800,005,120,000,064 parameters need 11,921,005 GiB to train, "
     )
     assert message.endswith(" GiB of memory")
 

@@ -1,0 +1,175 @@
+"""Commands beside run and validate: on classes, numbers, sets of labels, adapters, tokenizers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loopos as library
+from loopos.config import load_config
+from loopos.data.tokenizer import load_tokenizer, train_bpe
+from loopos.methods.fine_tuning import FineTuner
+from loopos.models import load_model
+from loopos.runner import run
+
+LOOPOS = str(Path(sys.executable).with_name("loopos"))
+SIZES = {"d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 32, "vocab_size": 300}
+
+
+def loopos(*arguments, cwd, code=0):
+    done = subprocess.run(
+        [LOOPOS, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+def trained(directory, rows, **sections):
+    """Write rows and a configuration, and run it."""
+    (directory / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "model": SIZES,
+        "computation": {"method": "fine_tuning"},
+        "training": {"learning_rate": 0.01, "batch_size": 8, "num_epochs": 3},
+        "data": {"training_data": str(directory / "t.jsonl"), "output_dir": str(directory / "out")},
+    }
+    for name, content in sections.items():
+        values[name] = values[name] | content
+    (directory / "run.json").write_text(json.dumps(values))
+    run(load_config(directory / "run.json"))
+    return directory
+
+
+WORDS = ["warm", "fine", "dull", "cold"]
+CLASSES = [{"text": f"{w} film {i}", "label": ["good", "bad"][w in WORDS[2:]]}
+           for i in range(6) for w in WORDS]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("classes"), CLASSES)
+
+
+def test_evaluate_gives_the_figures_of_the_library(classifier):
+    out = loopos("evaluate", "out", "t.jsonl", "--json", cwd=classifier)
+    expected = FineTuner.load(classifier / "out" / "model").evaluate(classifier / "t.jsonl")
+    assert json.loads(out) == expected
+    lines = loopos("evaluate", "out", "t.jsonl", "--output", "f.json", cwd=classifier).splitlines()
+    assert f"{'accuracy':<20} {expected['accuracy']:.4f}" in lines
+    assert json.loads((classifier / "f.json").read_text()) == expected
+    wrong = other(classifier, [{"text": "a", "label": "goood"}])
+    assert "o.jsonl:1: unknown 'label' 'goood'; did you mean 'good'" in loopos(
+        "evaluate", "out", wrong, cwd=classifier, code=2
+    )
+
+
+def other(directory, rows):
+    (directory / "o.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "o.jsonl"
+
+
+def test_a_regression_runs_predicts_and_evaluates(tmp_path):
+    rows = [{"text": f"{w} film {i}", "label": float(WORDS.index(w))}
+            for i in range(6) for w in WORDS]  # fmt: skip
+    trained(tmp_path, rows, model=SIZES | {"num_classes": 1})
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert set(report) == {"loss", "mse", "mae", "r2", "count"}
+    (line,) = loopos("predict", "out", "a warm film", "--json", cwd=tmp_path).splitlines()
+    found = json.loads(line)
+    assert set(found) == {"text", "value"}
+    assert loopos("predict", "out", "a warm film", cwd=tmp_path).split()[0] == (
+        f"{found['value']:.4g}"
+    )
+    figures = json.loads(loopos("evaluate", "out", "t.jsonl", "--json", cwd=tmp_path))
+    assert figures["loss"] == pytest.approx(figures["mse"], rel=1e-6)
+    assert "o.jsonl:1: expected 'label' to be a finite number, found 'high'" in loopos(
+        "evaluate", "out", other(tmp_path, [{"text": "a", "label": "high"}]), cwd=tmp_path, code=2
+    )
+
+
+def test_several_labels_run_predict_and_evaluate(tmp_path):
+    rows = [{"text": f"{w} {v}", "label": sorted({w, v})} for w in WORDS for v in WORDS] * 2
+    trained(tmp_path, rows, training={"learning_rate": 0.01, "batch_size": 4, "num_epochs": 12})
+    figures = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert figures["f1_micro"] > 0.8
+    (line,) = loopos("predict", "out", "warm cold", "--json", cwd=tmp_path).splitlines()
+    found = json.loads(line)
+    assert found["labels"] == ["cold", "warm"]
+    assert set(found["probabilities"]) == set(WORDS)
+    shown = loopos("predict", "out", "warm cold", cwd=tmp_path)
+    assert shown.startswith(f"cold {found['probabilities']['cold']:.0%}, warm ")
+    assert json.loads(loopos("evaluate", "out", "t.jsonl", "--json", cwd=tmp_path))["count"] == 32
+
+
+def test_adapters_are_merged_into_a_whole_model(tmp_path):
+    tokenizer = train_bpe([row["text"] for row in CLASSES], 300)
+    library.Transformer(library.TransformerConfig(**SIZES), seed=1).save(
+        tmp_path / "base", tokenizer
+    )
+    trained(
+        tmp_path, CLASSES, model={"num_classes": 2},
+        training={"learning_rate": 0.01, "batch_size": 8, "num_epochs": 2, "lora": {"rank": 2}},
+        data={"training_data": str(tmp_path / "t.jsonl"), "output_dir": str(tmp_path / "out"),
+              "pretrained_weights": str(tmp_path / "base")},
+    )  # fmt: skip
+    assert loopos("merge", "out", "whole", cwd=tmp_path) == "saved in whole\n"
+    assert not load_model(tmp_path / "whole").adapters
+    texts = [row["text"] for row in CLASSES]
+    apart, whole = (FineTuner.load(tmp_path / d) for d in ("out/model", "whole"))
+    np.testing.assert_allclose(
+        whole.predict(texts).probabilities, apart.predict(texts).probabilities, atol=1e-6
+    )
+    assert "whole: exists already" in loopos("merge", "out", "whole", cwd=tmp_path, code=2)
+    assert "no adapters to merge" in loopos("merge", "whole", "again", cwd=tmp_path, code=2)
+    assert not (tmp_path / "again").exists()
+    assert "nothing: no such directory" in loopos("merge", "nothing", "x", cwd=tmp_path, code=2)
+
+
+def test_a_tokenizer_is_trained_and_shown(tmp_path):
+    (tmp_path / "a.txt").write_text("warm film, cold film\f電影 😀", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": "warm evening"}) + "\n")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"body": "cold evening"}) + "\n")
+    out = loopos("tokenizer", "train", "a.txt", "--vocab-size", "280", "--output", "tok",
+                 cwd=tmp_path).splitlines()  # fmt: skip
+    found = load_tokenizer(tmp_path / "tok")
+    assert out[0].startswith(f"{found.vocab_size} tokens from 2 texts, ")
+    assert out[-1] == "saved in tok"
+    assert found.decode(found.encode("電影 😀")) == "電影 😀"
+    shown = loopos("tokenizer", "show", "tok", "warm film", cwd=tmp_path).splitlines()
+    assert [int(line.split()[0]) for line in shown[:-1]] == found.encode("warm film")
+    assert shown[-1] == f"{len(shown) - 1} tokens"
+    loopos("tokenizer", "train", "b.jsonl", "c.jsonl", "--text-field", "body", "--vocab-size",
+           "270", "--output", "both", cwd=tmp_path)  # fmt: skip
+    assert "already holds a tokenizer" in loopos(
+        "tokenizer", "train", "a.txt", "--output", "tok", cwd=tmp_path, code=2
+    )
+    assert "257 tokens at least, found vocab_size 9" in loopos(
+        "tokenizer", "train", "a.txt", "--output", "x", "--vocab-size", "9", cwd=tmp_path, code=2
+    )
+
+
+def test_a_language_model_is_evaluated_by_perplexity(tmp_path):
+    tokenizer = train_bpe(["warm film"], 300)
+    model = library.Transformer(library.TransformerConfig(**SIZES), seed=1)
+    model.save(tmp_path / "lm", tokenizer)
+    (tmp_path / "t.txt").write_text("a warm film, a cold film")
+    figures = json.loads(loopos("evaluate", "lm", "t.txt", "--json", cwd=tmp_path))
+    expected = library.Pretrainer(model, tokenizer).evaluate(tmp_path / "t.txt")
+    assert figures == expected
+    assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
+
+
+def test_info_tells_what_there_is(tmp_path):
+    facts = json.loads(loopos("info", "--json", cwd=tmp_path))
+    assert {"gpt2", "llama", "qwen2", "qwen3", "mistral", "bert"} <= set(facts["families"])
+    assert "posttraining/fine_tuning" in facts["methods"]
+    assert facts["memory_bytes"] > 2**28
+    assert set(facts["extras"]) == {"numba", "parquet", "gguf", "hub", "tensorboard"}
+    lines = loopos("info", cwd=tmp_path).splitlines()
+    assert any(line.startswith("memory ") and line.endswith(" GiB free") for line in lines)
