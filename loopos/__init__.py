@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from loopos.files import builtin as builtin
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
+    from loopos.models.adapter import LoraConfig as LoraConfig
     from loopos.models.heads import SequenceClassifier as SequenceClassifier
+    from loopos.models.lora import add_lora as add_lora
+    from loopos.models.lora import merge_lora as merge_lora
+    from loopos.models.lora import unmerge_lora as unmerge_lora
+    from loopos.models.peft_files import load_adapters as load_adapters
     from loopos.models.transformer import Transformer as Transformer
     from loopos.models.transformer import TransformerConfig as TransformerConfig
     from loopos.models.weights import load_model as load_model
@@ -44,7 +49,10 @@ _HOMES = {
     "loopos.files": ["builtin"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
+    "loopos.models.adapter": ["LoraConfig"],
     "loopos.models.heads": ["SequenceClassifier"],
+    "loopos.models.lora": ["add_lora", "merge_lora", "unmerge_lora"],
+    "loopos.models.peft_files": ["load_adapters"],
     "loopos.models.transformer": ["Transformer", "TransformerConfig"],
     "loopos.models.weights": ["load_model"],
     "loopos.ops": ["DropoutKeys"],

@@ -25,7 +25,7 @@ import numpy as np
 from loopos.backends.memory import available_bytes, peak_bytes
 from loopos.config import RunConfig, load_config
 from loopos.data.sampler import BatchSampler, choosing
-from loopos.errors import ConfigError, LooposError
+from loopos.errors import ConfigError, InputError, LooposError, OutputError
 from loopos.runner import Prepared, run
 from loopos.training.options import TrainingOptions
 from loopos.training.trackers import Callback, Record, RunInfo
@@ -84,12 +84,20 @@ def rehearse(config: RunConfig, overrides: Sequence[str] = ()) -> Estimate:
     ------
     ConfigError
         If there is not enough memory even for the rehearsal.
+    OutputError
+        If there is no room for it beside the output directory.
+    InputError
+        Whatever the run itself would say of its input.
     LooposError
-        Whatever the run itself would raise.
+        Whatever else the run would raise.
     """
     free = available_bytes()
     place = next(p for p in config.output_dir.absolute().parents if p.is_dir())
-    with tempfile.TemporaryDirectory(prefix=".loopos-rehearsal-", dir=place) as directory:
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".loopos-rehearsal-", dir=place)
+    except OSError as error:
+        raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
+    with scratch as directory:
         asked = {
             "source": config.source,
             "overrides": list(overrides),
@@ -105,7 +113,7 @@ def rehearse(config: RunConfig, overrides: Sequence[str] = ()) -> Estimate:
         raise LooposError(f"{config.source}: the rehearsal of the run failed")
     found = json.loads(done.stdout.splitlines()[-1])
     if "error" in found:
-        raise LooposError(found["error"])
+        raise (InputError if found["input"] else LooposError)(found["error"])
     return Estimate(available_bytes=free, **found)
 
 
@@ -269,7 +277,7 @@ def _main() -> int:
     except MemoryError:
         return _NO_MEMORY
     except LooposError as error:
-        found = {"error": str(error)}
+        found = {"error": str(error), "input": isinstance(error, (InputError, OutputError))}
     print(json.dumps(found))
     return 0
 

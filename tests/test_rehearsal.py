@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import loopos
 from loopos.config import load_config
-from loopos.errors import ConfigError
+from loopos.errors import ConfigError, InputError
 from loopos.rehearsal import Estimate, _due, _Few, _line, rehearse
 from loopos.training.options import TrainingOptions
 
@@ -116,5 +115,5 @@ def test_a_run_that_cannot_fit_is_refused(monkeypatch, tmp_path):
 
 def test_what_is_wrong_is_said_as_the_run_would_say_it(tmp_path):
     given = [f"data.output_dir={json.dumps(str(tmp_path / 'run'))}", "training.max_length=4096"]
-    with pytest.raises(loopos.LooposError, match=r"training\.max_length: 4096 is more than"):
+    with pytest.raises(InputError, match=r"training\.max_length: 4096 is more than"):
         rehearse(load_config("fine_tuning", given), given)
