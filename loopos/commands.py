@@ -36,10 +36,17 @@ def configs(
         tuple[str, Path] | None,
         typer.Option(metavar="NAME PATH", help="Copy one of them to a file that does not exist."),
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, for editors.")
+    ] = False,
 ) -> None:
-    """List the configurations that come with loopos."""
+    """List the configurations that come with loopos.
+
+    Each is run by its name ('loopos run NAME'), or copied and changed.
+    """
     from loopos.config import shipped_configs
     from loopos.errors import nearest
+    from loopos.schema import json_schema
 
     shipped = shipped_configs()
 
@@ -48,6 +55,11 @@ def configs(
             raise MissingFileError(f"no shipped configuration '{name}'{nearest(name, shipped)}")
         return shipped[name]
 
+    if sum(asked is not None for asked in (show, copy, schema or None)) > 1:
+        raise InputError("give one of --show, --copy and --schema")
+    if schema:
+        say(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return
     if show is not None:
         say(path_of(show).read_text(encoding="utf-8").rstrip())
         return
