@@ -397,7 +397,7 @@ def _refuse_method(computation: Computation, faults: Faults) -> None:
 
 def model_fields() -> dict[str, tuple[Any, Any]]:
     """Return the type and the default of each key of the ``model`` section."""
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for kind in (ModelKeys, TransformerConfig):
         hints = typing.get_type_hints(kind) | {n: Literal[c] for n, c in _CHOICES.items()}
         found |= {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}
