@@ -10,6 +10,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"loopos {release}"
+html_extra_path = ["configuration.schema.json"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 nitpicky = False

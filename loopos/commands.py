@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from loopos.methods.fine_tuning import FineTuner
 
 _DIRECTORY = typer.Argument(metavar="DIRECTORY", help="A run directory, or a saved classifier.")
+_MODEL = typer.Argument(metavar="MODEL", help="A run directory, or a saved model.")
 _TEXT = typer.Option("--text-field", metavar="NAME", help="Name of the field of texts.")
 
 #: What optional packages are for.
@@ -36,10 +37,17 @@ def configs(
         tuple[str, Path] | None,
         typer.Option(metavar="NAME PATH", help="Copy one of them to a file that does not exist."),
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of configurations, for editors.")
+    ] = False,
 ) -> None:
-    """List the configurations that come with loopos."""
+    """List the configurations that come with loopos.
+
+    Each is run by its name ('loopos run NAME'), or copied and changed.
+    """
     from loopos.config import shipped_configs
     from loopos.errors import nearest
+    from loopos.schema import json_schema
 
     shipped = shipped_configs()
 
@@ -48,6 +56,11 @@ def configs(
             raise MissingFileError(f"no shipped configuration '{name}'{nearest(name, shipped)}")
         return shipped[name]
 
+    if sum(asked is not None for asked in (show, copy, schema or None)) > 1:
+        raise InputError("give one of --show, --copy and --schema")
+    if schema:
+        say(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+        return
     if show is not None:
         say(path_of(show).read_text(encoding="utf-8").rstrip())
         return
@@ -222,8 +235,10 @@ def _standard_input() -> list[str]:
 
 
 def evaluate(
-    model: Annotated[Path, _DIRECTORY],
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled rows, as for training.")],
+    model: Annotated[Path, _MODEL],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="Rows as for training; labelled for a classifier.")
+    ],
     text_field: Annotated[str, _TEXT] = "text",
     label_field: Annotated[
         str, typer.Option(metavar="NAME", help="Name of the field of labels.")
@@ -235,7 +250,7 @@ def evaluate(
 ) -> None:
     """Measure a model on other data.
 
-    A classifier's figures, or the perplexity of a language model.
+    Prints the figures of a classifier, or loss and perplexity of a language model.
     """
     figures = _evaluated(model, data, text_field, label_field)
     if output is not None:
@@ -286,12 +301,14 @@ def _is_language_model(directory: Path) -> bool:
 
 
 def merge(
-    model: Annotated[Path, _DIRECTORY],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A directory not there yet.")],
+    model: Annotated[Path, _MODEL],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUTPUT", help="Directory to save in, not there yet.")
+    ],
 ) -> None:
     """Save a model trained with LoRA as a whole one.
 
-    Its adapters are put into copies of the weights.
+    Its adapters are put into copies of the weights, so that it needs no base any more.
     """
     from loopos.data.tokenizer import load_tokenizer
     from loopos.models.heads import load_classifier
@@ -322,7 +339,8 @@ tokenizer = typer.Typer(help="Train a tokenizer, or see what one makes of a text
 @tokenizer.command()
 def train(
     data: Annotated[
-        list[str], typer.Argument(metavar="DATA...", help="Texts: .txt, or rows with a field.")
+        list[str],
+        typer.Argument(metavar="DATA...", help="Files of texts: .txt, or rows with a field."),
     ],
     output: Annotated[
         Path, typer.Option("--output", metavar="DIRECTORY", help="Where it is saved.")
@@ -332,7 +350,10 @@ def train(
     ] = 16000,
     text_field: Annotated[str, _TEXT] = "text",
 ) -> None:
-    """Train a byte-level BPE tokenizer and save it for ``data.tokenizer``."""
+    """Train a byte-level BPE tokenizer.
+
+    Name its directory as data.tokenizer of a configuration.
+    """
     from loopos.data.readers import read_texts
     from loopos.data.tokenizer import train_bpe
 
@@ -351,8 +372,8 @@ def train(
 
 @tokenizer.command()
 def show(
-    path: Annotated[str, typer.Argument(metavar="TOKENIZER", help="A directory or a file.")],
-    text: Annotated[str, typer.Argument(metavar="TEXT")],
+    path: Annotated[str, typer.Argument(metavar="TOKENIZER", help="Its directory or file.")],
+    text: Annotated[str, typer.Argument(metavar="TEXT", help="The text.")],
 ) -> None:
     """Show the tokens of a text, and their ids."""
     from loopos.data.tokenizer import load_tokenizer

@@ -35,7 +35,8 @@ from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS,
 from loopos.models.rope import RopeScaling
 from loopos.training.options import TrainingOptions
 
-__all__ = ["Computation", "Data", "RunConfig", "load_config", "shipped_configs"]
+__all__ = ["Computation", "Data", "ModelKeys", "RunConfig", "load_config", "model_fields",
+           "shipped_configs"]  # fmt: skip
 
 SHIPPED = Path(__file__).with_name("configs")
 #: Fields of TransformerConfig that the files of a family decide, not a configuration.
@@ -47,10 +48,29 @@ _CHOICES = {
     "positions": POSITIONS,
 }
 #: Sizes that a fresh model cannot do without.
-_NEEDED = tuple(
+NEEDED_SIZES = tuple(
     f.name for f in dataclasses.fields(TransformerConfig) if f.default is dataclasses.MISSING
 )
 _SECTIONS = ("model", "computation", "training", "data")
+#: Where editors look for the JSON Schema of a file; nothing to loopos.
+_SCHEMA_KEY = "$schema"
+
+
+@dataclass(frozen=True)
+class ModelKeys:
+    """Keys of the ``model`` section beside those of :class:`TransformerConfig`.
+
+    Attributes
+    ----------
+    type : {"transformer"}
+        The one network that loopos has.
+    num_classes : int or None
+        Classes or labels of a classifier, 1 for a regression; None takes what the training data
+        holds. A language model has none.
+    """
+
+    type: Literal["transformer"] = "transformer"
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -62,14 +82,15 @@ class Computation:
     method : str
         "fine_tuning", or "autoregressive" with the mode "pretraining".
     mode : {"posttraining", "pretraining"}
+        The kind of method that `method` is.
     description : str
-        For people.
+        What the run is for, for people; ``loopos configs`` shows it.
     backend : str
-        "auto" or the name of a backend.
+        "auto" or the name of a backend; see ``loopos info``.
     num_threads : int or None
-        Of matrix products; None means all.
+        Threads of matrix products; None means all.
     seed : int
-        Of weights, order and dropout.
+        Of fresh weights, the order of samples, the split into training and validation, dropout.
     """
 
     method: str
@@ -93,21 +114,24 @@ class Data:
     Attributes
     ----------
     training_data : str or list of str
-        File of rows, or a pattern such as ``data/*.jsonl``, or several of them.
+        File of rows, or a pattern such as ``data/*.jsonl``, or a list of them.
     validation_data : str, list of str or None
-        Others; None splits the training data.
+        Rows to evaluate on, named as `training_data`; None splits some off the training data.
     validation_fraction : float
-        Share of that split, in [0, 1); 0 means no validation.
+        Share of the training data that is split off where there is no `validation_data`, in [0, 1);
+        0 means no validation.
     pretrained_weights : str or None
-        Directory of a model, a .gguf file, or "org/name" on the Hugging Face Hub; None starts
-        fresh.
+        Directory of a model or of LoRA adapters, a .gguf file, or a model on the Hugging Face Hub,
+        "org/name" or "org/name@revision"; None starts fresh.
     tokenizer : str or None
-        Directory or file; None takes the one beside the weights, or trains one on the training
-        texts.
-    text_field, label_field : str
-        Names of the fields of a row.
+        Directory, file or Hub name of a tokenizer; None takes the one beside the weights or, where
+        there are none, trains byte-level BPE of ``vocab_size`` on the training texts.
+    text_field : str
+        Name of the field of texts.
+    label_field : str
+        Name of the field of labels.
     output_dir : str or None
-        None means ``outputs/<method>``.
+        Directory of the run; None means ``outputs/<method>``.
     """
 
     training_data: str | list[str]
@@ -144,9 +168,14 @@ class RunConfig:
     source : str
         The file, for messages.
     model : dict
-        What the ``model`` section says: sizes and options of the transformer, ``num_classes``.
-    computation, data, training
-        The other sections; `training` is the method's ``Options``.
+        Sizes and options of the transformer, and ``num_classes``. What is absent follows from
+        ``data.pretrained_weights``, and what is given must agree with them.
+    computation : Computation
+        What is computed, and on what.
+    training : TrainingOptions
+        How to train: the method's ``Options``.
+    data : Data
+        Where data come from and results go.
     lines : dict of str to int
         On which line of the file a key stands, for messages.
     """
@@ -268,6 +297,7 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     raw, lines = read_config_file(path)
     faults = Faults(str(path), lines)
+    raw.pop(_SCHEMA_KEY, None)
     for section, content in raw.items():
         if section not in _SECTIONS:
             faults.add(str(section), f"unknown section{nearest(str(section), _SECTIONS)}")
@@ -365,14 +395,20 @@ def _refuse_method(computation: Computation, faults: Faults) -> None:
     faults.add(key, message)
 
 
+def model_fields() -> dict[str, tuple[Any, Any]]:
+    """Return the type and the default of each key of the ``model`` section."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for kind in (ModelKeys, TransformerConfig):
+        hints = typing.get_type_hints(kind) | {n: Literal[c] for n, c in _CHOICES.items()}
+        found |= {f.name: (hints[f.name], f.default) for f in dataclasses.fields(kind)}
+    return {name: field for name, field in found.items() if name not in _NOT_CONFIGURED}
+
+
 def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None:
     """Return what the section says, null left out; None if it does not fit."""
-    hints = typing.get_type_hints(TransformerConfig)
-    hints |= {name: Literal[choices] for name, choices in _CHOICES.items()}
-    hints |= {"num_classes": int | None, "type": Literal["transformer"]}
-    hints |= {"rope_scaling": dict | None}
-    names = {f.name for f in dataclasses.fields(TransformerConfig)} - _NOT_CONFIGURED
-    fields = {name: (hints[name], None) for name in (*sorted(names), "num_classes", "type")}
+    # What is absent follows from the weights, so nothing has a default here.
+    fields = {name: (hint, None) for name, (hint, _) in model_fields().items()}
+    fields["rope_scaling"] = dict | None, None  # which says itself what is wrong with it
     values = _check("model", fields, raw, faults)
     if values is None:
         return None
@@ -403,7 +439,7 @@ def _check_sizes(model: dict[str, Any], data: Data, faults: Faults) -> None:
     """Find sizes that are missing, or do not fit each other, of a model that is made fresh."""
     if data.pretrained_weights is not None:
         return
-    missing = [name for name in _NEEDED if name not in model]
+    missing = [name for name in NEEDED_SIZES if name not in model]
     for name in missing:
         faults.add(f"model.{name}", "is needed when data.pretrained_weights is absent")
     if missing:
@@ -506,7 +542,7 @@ def _homes() -> dict[str, set[str]]:
     """Return the keys of each section, the options of all methods together."""
     options = [importlib.import_module(module).Options for module in METHODS.values()]
     return {
-        "model": _names(TransformerConfig) - _NOT_CONFIGURED | {"num_classes"},
+        "model": set(model_fields()) - {"type"},
         "computation": _names(Computation),
         "training": set().union(*map(_names, options)),
         "data": _names(Data),

@@ -10,9 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from loopos.config import Computation, Data
+from loopos.config import Computation, Data, ModelKeys
+from loopos.data import gguf_tokenizer
 from loopos.methods import fine_tuning, pretraining
+from loopos.models import gguf, gguf_file
+from loopos.models.adapter import LoraConfig
 from loopos.models.config import TransformerConfig
+from loopos.models.families import FAMILIES
+from loopos.models.rope import ROPE_KINDS, RopeScaling
+from loopos.training.resume import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,13 +54,27 @@ def test_snippets_run(page, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind", [TransformerConfig, Computation, Data, fine_tuning.Options, pretraining.Options],
+    "kind",
+    [TransformerConfig, ModelKeys, RopeScaling, Computation, Data, fine_tuning.Options,
+     pretraining.Options, LoraConfig],
     ids=lambda kind: f"{kind.__module__}.{kind.__name__}",
 )  # fmt: skip
 def test_every_key_is_in_the_configuration_page(kind):
     page = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     missing = [f.name for f in dataclasses.fields(kind) if f"`{f.name}`" not in page]
     assert [name for name in missing if name != "family"] == []
+
+
+def test_what_is_read_and_what_may_change_is_named():
+    models, safety = ((ROOT / "docs" / f"{n}.md").read_text("utf-8") for n in ("models", "safety"))
+    kinds = [kind.name for kind in gguf_file._KINDS.values()]
+    assert ", ".join(sorted(kinds)) == ", ".join(sorted(re.search(
+        r"types of tensors \| (.*) \|", models)[1].split(", ")))  # fmt: skip
+    types = [t for family in FAMILIES.values() for t in family.model_types]
+    for name in (*types, *gguf._MODEL_TYPES, *gguf_tokenizer._SPLITTINGS):
+        assert f"`{name}`" in models, name
+    assert all(f'`"{kind}"`' in models for kind in ROPE_KINDS)
+    assert all(f"`{name}`" in safety for name in MAY_CHANGE)
 
 
 def test_the_readme_has_the_two_commands():

@@ -23,7 +23,7 @@ class LoraConfig:
     Attributes
     ----------
     rank : int
-        Of the update.
+        Rank of the update: the width between the two matrices of an adapter.
     alpha : float
         The update is ``alpha / rank * B A``.
     target_modules : "all-linear" or tuple of str
@@ -33,7 +33,7 @@ class LoraConfig:
     dropout : float
         Rate on what enters the update, in [0, 1).
     rslora : bool
-        Scale by ``alpha / sqrt(rank)`` instead (Kalajdzievski 2023).
+        Scale the update by ``alpha / sqrt(rank)`` instead (Kalajdzievski 2023).
 
     Raises
     ------

@@ -59,30 +59,32 @@ class TransformerConfig:
     max_seq_len : int
         Rows of the position table; with other `positions` the length meant for the model.
     norm : {"layer_norm", "rms_norm"}
-        Normalisation.
+        Normalisation of the residual stream.
     norm_placement : {"pre", "post"}
         Before each branch with one more at the end (GPT-2, Llama), or after each addition (BERT).
     norm_eps : float
-        Added to the variance.
+        Added to the variance in a norm.
     activation : {"gelu_tanh", "gelu", "relu", "silu", "swiglu"}
-        Of the feed-forward network; "swiglu" has a gate of its own.
+        Activation of the feed-forward network; "swiglu" has a gate of its own.
     positions : {"learned", "rope", "none"}
         How positions enter: a table, rotations of queries and keys, or not at all.
     rope_theta : float
         Base of the rotary frequencies.
-    rope_scaling : RopeScaling, optional
-        Scaling of the rotary frequencies, for `positions` "rope" only; also accepted as a dict of
-        its fields.
+    rope_scaling : RopeScaling or mapping of its fields, optional
+        Scaling of the rotary frequencies, for `positions` "rope" only.
     causal : bool
         Whether a token sees only itself and those before it.
     window : int, optional
         How many tokens a token sees to its left, itself included (and to its right if not causal).
     dropout : float
-        Rate at the embeddings, the attention probabilities and both branches; acts only when
-        dropout keys are given.
-    attention_bias, attention_output_bias, mlp_bias : bool
-        Whether q, k, v; the attention's output (as `attention_bias` if None); and the
-        feed-forward network have biases.
+        Rate at the embeddings, the attention probabilities and both branches; acts in training
+        only, where dropout keys are given.
+    attention_bias : bool
+        Whether queries, keys and values have biases.
+    attention_output_bias : bool, optional
+        Whether the output of the attention has a bias; as `attention_bias` if None.
+    mlp_bias : bool
+        Whether the feed-forward network has biases.
     qk_norm : bool
         Whether every head of the queries and keys is normalised (RMS) before rotary positions.
     tied : bool

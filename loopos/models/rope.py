@@ -30,10 +30,12 @@ class RopeScaling:
         between (Llama 3.1, Grattafiori et al. 2024).
     factor : float
         By how much, at least 1.
-    low_freq_factor, high_freq_factor : float, optional
+    low_freq_factor : float, optional
         "llama3" only, and needed there: waves longer than ``original_max_seq_len /
-        low_freq_factor`` are slow, those shorter than ``original_max_seq_len / high_freq_factor``
-        fast.
+        low_freq_factor`` are slow.
+    high_freq_factor : float, optional
+        "llama3" only, and needed there: waves shorter than ``original_max_seq_len /
+        high_freq_factor`` are fast.
     original_max_seq_len : int, optional
         "llama3" only, and needed there: the length the model was trained on before scaling.
 

@@ -26,7 +26,7 @@ class TrainingOptions:
     learning_rate : float
         The highest rate of the schedule.
     batch_size : int
-        Samples in a batch.
+        Samples in a batch; not heeded where `batch_tokens` is given.
     batch_tokens : int or None
         Tokens in a batch, instead of `batch_size`.
     num_epochs : int or None
@@ -34,12 +34,15 @@ class TrainingOptions:
     max_steps : int or None
         Optimizer steps after which the run ends, whatever `num_epochs` says.
     optimizer : {"adamw", "adam", "sgd"}
+        AdamW takes the weight decay off the weights, the other two add it to the gradients.
     weight_decay : float
         Of weight matrices; biases and gains do not decay.
-    betas, eps
-        Of Adam and AdamW.
+    betas : tuple of float
+        Decay rates of the running means of gradients and of their squares, of Adam and AdamW.
+    eps : float
+        Added to the root of the squares' mean, of Adam and AdamW.
     momentum : float
-        Of SGD.
+        Share of the running sum of gradients that each step of SGD keeps, in [0, 1).
     scheduler : {"constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "step", \
 "inverse_sqrt"}
         How the rate falls after the warm-up; see :mod:`loopos.training.schedules`.
@@ -51,8 +54,10 @@ class TrainingOptions:
         Cycles of "cosine_with_restarts"; None means 1.
     scheduler_power : float or None
         Exponent of "polynomial"; None means 1.
-    scheduler_step_size, scheduler_gamma : int or None, float or None
-        "step" multiplies the rate by gamma (None: 0.1) every so many steps (None: a third of all).
+    scheduler_step_size : int or None
+        Steps after each of which "step" lowers the rate; None means a third of all.
+    scheduler_gamma : float or None
+        By what "step" multiplies the rate then; None means 0.1.
     scheduler_timescale : int or None
         Steps after which "inverse_sqrt" has fallen to 0.71 of the highest rate; None means
         `warmup_steps`, or 10,000 without a warm-up.
@@ -60,7 +65,7 @@ class TrainingOptions:
         The rate of a layer is that of the layer above it times this factor, in (0, 1]; the
         embeddings come below the first layer, heads have the whole rate.
     max_grad_norm : float or None
-        Gradients are scaled down to this global norm.
+        Gradients are scaled down to this global norm; None leaves them as they are.
     gradient_accumulation_steps : int
         Batches in one optimizer step.
     gradient_checkpointing : bool
@@ -79,7 +84,7 @@ class TrainingOptions:
     eval_steps : int or None
         Steps between evaluations; None evaluates after every epoch.
     early_stopping_patience : int or None
-        Evaluations without a better loss after which the run ends.
+        Evaluations without a better loss after which the run ends; None never ends it early.
     save_steps : int or None
         Steps between checkpoints; None saves after every epoch.
     tensorboard : bool
