@@ -26,7 +26,7 @@ _TEXT = typer.Option("--text-field", metavar="NAME", help="Name of the field of 
 
 #: What optional packages are for.
 _EXTRAS = {
-    "numba": "numba", "parquet": "pyarrow", "gguf": "gguf", "hub": "huggingface_hub",
+    "parquet": "pyarrow", "gguf": "gguf", "hub": "huggingface_hub",
     "tensorboard": "tensorboard",
 }  # fmt: skip
 

@@ -189,7 +189,12 @@ def _read(config: RunConfig, key: str, like: Texts | None = None) -> Any:
     source = paths[0] if len(paths) == 1 else paths
     try:
         return config.method.read(
-            source, data.text_field, data.label_field, like=like, num_classes=num_classes
+            source,
+            data.text_field,
+            data.label_field,
+            options=config.training,
+            like=like,
+            num_classes=num_classes,
         )
     except DataError as error:
         if any(str(path) in str(error) for path in paths):

@@ -12,6 +12,7 @@ import pytest
 import loopos as library
 from loopos.config import load_config
 from loopos.data.tokenizer import load_tokenizer, train_bpe
+from loopos.errors import ConfigError
 from loopos.methods.fine_tuning import FineTuner
 from loopos.models import load_model
 from loopos.runner import run
@@ -107,6 +108,20 @@ def test_several_labels_run_predict_and_evaluate(tmp_path):
     assert json.loads(loopos("evaluate", "out", "t.jsonl", "--json", cwd=tmp_path))["count"] == 32
 
 
+def test_a_table_of_several_labels_is_asked_for(tmp_path):
+    lines = [f'"{w} {v}","{"|".join(sorted({w, v}))}"' for w in WORDS for v in WORDS] * 2
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    data = {"training_data": str(tmp_path / "t.csv"), "output_dir": str(tmp_path / "out")}
+    trained(
+        tmp_path, CLASSES, data=data,
+        training={"batch_size": 4, "num_epochs": 2, "problem": "multi_label"},
+    )  # fmt: skip
+    labels = json.loads((tmp_path / "out" / "model" / "classifier.json").read_text())
+    assert (labels["problem"], labels["labels"]) == ("multi_label", sorted(WORDS))
+    with pytest.raises(ConfigError, match=r"training\.problem: .*found \"multi\""):
+        load_config(tmp_path / "run.json", ["training.problem=multi"])
+
+
 def test_adapters_are_merged_into_a_whole_model(tmp_path):
     tokenizer = train_bpe([row["text"] for row in CLASSES], 300)
     library.Transformer(library.TransformerConfig(**SIZES), seed=1).save(
@@ -170,6 +185,6 @@ def test_info_tells_what_there_is(tmp_path):
     assert {"gpt2", "llama", "qwen2", "qwen3", "mistral", "bert"} <= set(facts["families"])
     assert "posttraining/fine_tuning" in facts["methods"]
     assert facts["memory_bytes"] > 2**28
-    assert set(facts["extras"]) == {"numba", "parquet", "gguf", "hub", "tensorboard"}
+    assert set(facts["extras"]) == {"parquet", "gguf", "hub", "tensorboard"}
     lines = loopos("info", cwd=tmp_path).splitlines()
     assert any(line.startswith("memory ") and line.endswith(" GiB free") for line in lines)

@@ -123,8 +123,10 @@ def test_lora_is_saved_without_its_base_and_loads_on_it(tokenizer, tmp_path):
     expected = tuner.predict(texts).probabilities
     assert np.array_equal(again.predict(texts).probabilities, expected)
     again.fit(ROWS, options=FAST, lora=LORA, num_epochs=1)  # trains on, the same adapters
-    with pytest.raises(ConfigError, match=r"training\.lora: LoraConfig\(rank=3.*has adapters of"):
+    with pytest.raises(ConfigError, match=r"training\.lora\.rank: 3, but the model has .* 2"):
         again.fit(ROWS, options=FAST, lora=LoraConfig(rank=3, alpha=4.0))
+    with pytest.raises(ConfigError, match=r"target_modules: the model has adapters of other lay"):
+        again.fit(ROWS, options=FAST, lora=LoraConfig(rank=2, alpha=4.0))
     merge_lora(again.body)
     with pytest.raises(ConfigError, match="are merged; unmerge them"):
         again.fit(ROWS, options=FAST)

@@ -42,7 +42,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "Memory and LoRA": "gradient_checkpointing lora",
         "Evaluation and saving": "eval_steps early_stopping_patience save_steps tensorboard",
     },
-    "fine_tuning": {"": "train pooling max_length class_weights label_smoothing"},
+    "fine_tuning": {"": "train pooling max_length problem class_weights label_smoothing"},
     "autoregressive": {"": "sequence_length"},
     "data": {
         "": "training_data validation_data validation_fraction text_field label_field "

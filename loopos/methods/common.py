@@ -15,7 +15,6 @@ from loopos.autograd import Parameter
 from loopos.data.batch import Batch
 from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.errors import ConfigError, DataError, NumericalError, nearest
-from loopos.models.adapter import ALL_LINEAR
 from loopos.models.lora import add_lora, without_adapters
 from loopos.models.transformer import Transformer
 from loopos.training.checkpoint import load_checkpoint
@@ -168,14 +167,17 @@ def with_adapters(model: Transformer, options: TrainingOptions, seed: int) -> Tr
         raise ConfigError("the adapters of this model are merged; unmerge them to train on")
     if wanted is None or not model.adapters:
         return model if wanted is None else add_lora(model, wanted, seed)
-    fresh = add_lora(without_adapters(model), wanted)
-    same = replace(wanted, target_modules=ALL_LINEAR) == replace(
-        model.lora or wanted, target_modules=ALL_LINEAR
-    )
-    if not same or list(fresh.adapters) != list(model.adapters):
-        raise ConfigError(
-            f"training.lora: {wanted} is asked for, but the model has adapters of {model.lora}"
-        )
+    has = model.lora or wanted
+    for field in fields(wanted):
+        if field.name != "target_modules" and getattr(wanted, field.name) != getattr(
+            has, field.name
+        ):
+            raise ConfigError(
+                f"training.lora.{field.name}: {getattr(wanted, field.name)!r}, but the model has "
+                f"adapters with {getattr(has, field.name)!r}"
+            )
+    if list(add_lora(without_adapters(model), wanted).adapters) != list(model.adapters):
+        raise ConfigError("training.lora.target_modules: the model has adapters of other layers")
     return model
 
 

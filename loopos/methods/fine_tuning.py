@@ -19,7 +19,7 @@ import numpy as np
 
 from loopos.autograd import Array, Tensor, no_grad
 from loopos.data.batch import Batch
-from loopos.data.labels import Problem
+from loopos.data.labels import PROBLEMS, Problem
 from loopos.data.readers import LabelledTexts, Source, read_labelled
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
@@ -66,6 +66,9 @@ class Options(TrainingOptions):
         Share of the target spread evenly over the classes, in [0, 1).
     max_length : int or None
         Texts are cut to this many tokens; None takes the model's ``max_seq_len``.
+    problem : {"classification", "regression", "multi_label"} or None
+        What labels are: one class of several, a number, or any of several labels, in tables as
+        "a|b". None goes by what they look like.
     """
 
     pooling: Pooling | None = None
@@ -73,6 +76,7 @@ class Options(TrainingOptions):
     class_weights: Literal["balanced"] | list[float] | None = None
     label_smoothing: float = 0.0
     max_length: int | None = None
+    problem: Problem | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +84,11 @@ class Options(TrainingOptions):
             raise ConfigError(
                 f"training.pooling: expected one of {', '.join(POOLINGS)}, found {self.pooling!r}"
                 + nearest(str(self.pooling), POOLINGS)
+            )
+        if self.problem is not None and self.problem not in PROBLEMS:
+            raise ConfigError(
+                f"training.problem: expected one of {', '.join(PROBLEMS)}, found {self.problem!r}"
+                + nearest(str(self.problem), PROBLEMS)
             )
         number = isinstance(self.train, int) and not isinstance(self.train, bool)
         if not (self.train in ("all", "head") or (number and int(self.train) >= 1)):
@@ -218,7 +227,7 @@ class FineTuner:
             If a loss or gradient is not finite.
         """
         options = with_overrides(options or Options(), overrides)
-        training = self._labelled(training_data)
+        training = self._labelled(training_data, options.problem)
         model = self._head_for(training)
         model.pooling = options.pooling or model.pooling
         classes = model.problem == "classification"
@@ -365,9 +374,9 @@ class FineTuner:
         self._classifier.labels = names
         self._classifier.problem = problem or self._classifier.problem
 
-    def _labelled(self, data: Labelled) -> LabelledTexts:
+    def _labelled(self, data: Labelled, asked: Problem | None = None) -> LabelledTexts:
         known = self._classifier
-        problem = known.problem if known is not None and self._fitted else None
+        problem = known.problem if known is not None and self._fitted else asked
         if not isinstance(data, LabelledTexts):
             outputs = None if known is None else known.num_classes
             classes = outputs if outputs == 1 or problem == "multi_label" else None
@@ -465,12 +474,13 @@ def read(
     text_field: str,
     label_field: str,
     *,
+    options: Options,
     like: LabelledTexts | None = None,
     num_classes: int | None = None,
 ) -> LabelledTexts:
     """Read labelled texts for a run, with the classes of `like` where it is given."""
     names = None if like is None else like.label_names
-    problem = None if like is None else like.problem
+    problem = options.problem if like is None else like.problem
     return read_labelled(source, text_field, label_field, names, num_classes, problem)
 
 

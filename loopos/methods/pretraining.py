@@ -211,6 +211,7 @@ def read(
     text_field: str,
     label_field: str,
     *,
+    options: Options,
     like: Texts | None = None,
     num_classes: int | None = None,
 ) -> Texts:
