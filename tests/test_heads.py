@@ -105,6 +105,8 @@ def test_transformers_loads_the_body(saved):
     [
         ({"pooling": "max"}, "pooling is 'max', expected one of mean, last, cls"),
         ({"num_classes": 0}, "num_classes is 0, expected at least 1"),
+        ({"num_classes": 10**15, "labels": None}, r"shape \[3, \d+\], expected \[10{15}, "),
+        ({"labels": ["a", 1, {}]}, "expected 3 labels"),
         ({"problem": "regresion"}, "key 'problem' is 'regresion', .*did you mean 'regression'"),
         ({"num_classes": 4}, "expected 4 labels"),
         ({"pools": "mean"}, "key 'pools' is unknown"),

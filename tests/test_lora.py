@@ -288,6 +288,8 @@ def saved(tmp_path, config=GPT2):
         ({"modules_to_save": ["score"]}, "key 'modules_to_save' is"),
         ({"something_new": 1}, "key 'something_new' is 1, expected nothing"),
         ({"r": 3}, r"lora_A\.weight' has shape \[2, 12\], expected \[3, 12\]"),
+        ({"r": 10**12}, r"lora_A\.weight' has shape \[2, 12\], expected \[1000000000000, 12\]"),
+        ({"lora_alpha": 10**400}, "alpha: expected a positive number"),
         ({"r": "x"}, "rank: expected a whole number"),
         ({"base_model_name_or_path": None}, "expected where the base model is"),
     ],

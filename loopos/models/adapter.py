@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class LoraConfig:
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool)
         require("rank", whole and self.rank >= 1, "a whole number of at least 1")
         for name, limit, expected in (
-            ("alpha", math.inf, "a positive number"),
+            ("alpha", sys.float_info.max, "a positive number"),
             ("dropout", 1.0, "a number in [0, 1)"),
         ):
             value = getattr(self, name)

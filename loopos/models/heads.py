@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -49,6 +49,16 @@ def pool(x: Tensor, offsets: Array, pooling: Pooling) -> Tensor:
     return ops.gather_rows(x, offsets[:-1])
 
 
+def _require_head(num_classes: Any, pooling: Any) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise ConfigError(f"num_classes is {num_classes!r}, expected at least 1")
+    if pooling not in POOLINGS:
+        raise ConfigError(
+            f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}"
+            + nearest(str(pooling), POOLINGS)
+        )
+
+
 class SequenceClassifier:
     """A transformer's body, pooled, under one linear layer.
 
@@ -79,13 +89,7 @@ class SequenceClassifier:
     def __init__(
         self, body: Transformer, num_classes: int, pooling: Pooling = "mean", seed: int = 0
     ):
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-            raise ConfigError(f"num_classes is {num_classes!r}, expected at least 1")
-        if pooling not in POOLINGS:
-            raise ConfigError(
-                f"pooling is {pooling!r}, expected one of {', '.join(POOLINGS)}"
-                + nearest(str(pooling), POOLINGS)
-            )
+        _require_head(num_classes, pooling)
         self.body, self.num_classes, self.pooling = body, num_classes, pooling
         self.labels: list[str] | None = None
         self.problem: Problem = "regression" if num_classes == 1 else "classification"
@@ -176,27 +180,30 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceCl
         if key not in values or key not in expected:
             what = "unknown" if key in values else "missing"
             raise ModelFormatError(f"{directory / _HEAD_CONFIG}: key '{key}' is {what}")
-    body = load_model(directory, dtype)
+
+    def fail(what: str) -> ModelFormatError:
+        return ModelFormatError(f"{directory / _HEAD_CONFIG}: {what}")
+
+    count, problem, labels = values["num_classes"], values["problem"], values["labels"]
     try:
-        classifier = SequenceClassifier(body, values["num_classes"], values["pooling"])
+        _require_head(count, values["pooling"])
     except ConfigError as error:
-        raise ModelFormatError(f"{directory / _HEAD_CONFIG}: {error}") from error
-    classifier.problem = values["problem"]
-    if classifier.problem not in PROBLEMS:
-        raise ModelFormatError(
-            f"{directory / _HEAD_CONFIG}: key 'problem' is {classifier.problem!r}, expected one of "
-            f"{', '.join(PROBLEMS)}{nearest(str(classifier.problem), PROBLEMS)}"
+        raise fail(str(error)) from error
+    if problem not in PROBLEMS:
+        raise fail(
+            f"key 'problem' is {problem!r}, expected one of {', '.join(PROBLEMS)}"
+            + nearest(str(problem), PROBLEMS)
         )
-    labels = values["labels"]
-    if labels is not None and (
-        not isinstance(labels, list) or len(labels) != classifier.num_classes
-    ):
-        raise ModelFormatError(
-            f"{directory / _HEAD_CONFIG}: expected {classifier.num_classes} labels"
-        )
-    classifier.labels = labels
+    named = isinstance(labels, list) and all(isinstance(name, str) for name in labels)
+    if labels is not None and not (named and len(labels) == count):
+        raise fail(f"expected {count} labels")
+    body = load_model(directory, dtype)
     file = TensorFile(directory / _HEAD_FILE)
-    for parameter in (classifier.weight, classifier.bias):
-        parameter.data = read_finite(file, parameter.name, parameter.shape, body.dtype)
-    file.refuse_others([classifier.weight.name, classifier.bias.name])
+    # Read first: only what the file holds is worth making room for.
+    weight = read_finite(file, "classifier.weight", (count, body.config.d_model), body.dtype)
+    bias = read_finite(file, "classifier.bias", (count,), body.dtype)
+    file.refuse_others(["classifier.weight", "classifier.bias"])
+    classifier = SequenceClassifier(body, count, values["pooling"])
+    classifier.problem, classifier.labels = problem, labels
+    classifier.weight.data, classifier.bias.data = weight, bias
     return classifier

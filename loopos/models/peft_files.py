@@ -6,6 +6,7 @@ wrote is read here where that asks for nothing that loopos does not compute.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ import numpy as np
 from loopos.autograd import Array
 from loopos.errors import ConfigError, ModelFormatError, NumericalError, nearest
 from loopos.files import read_json, write_json
-from loopos.models.adapter import Adapter, LoraConfig
+from loopos.models.adapter import LoraConfig
 from loopos.models.families import family_for
 from loopos.models.lora import add_lora, linear_modules
 from loopos.models.tensor_file import TensorFile, read_finite, write_tensors
-from loopos.models.transformer import Transformer
+from loopos.models.transformer import Transformer, parameter_shapes
 
 __all__ = [
     "ADAPTER_CONFIG",
@@ -199,22 +200,23 @@ def load_adapters(model: Transformer, directory: str | Path) -> Transformer:
     found = tuple(dict.fromkeys(names[name] for name in file.names))
     if not found:
         raise ModelFormatError(f"{file.path}: there is no adapter in it")
-    adapted = add_lora(model, LoraConfig(config.rank, config.alpha, found, config.dropout,
-                                         config.rslora))  # fmt: skip
+    # Read first: only what the file holds is worth making room for.
+    shapes = parameter_shapes(model.config)
+    downs, ups = {}, {}
+    for module in found:
+        layers = [shapes[f"{layer}.weight"] for layer in modules[module]]
+        a_name, b_name = (f"{prefix}{module}.lora_{side}.weight" for side in "AB")
+        downs[module] = read_finite(file, a_name, (config.rank, layers[0][1]), model.dtype)
+        rows = [shape[0] for shape in layers]
+        whole = read_finite(file, b_name, (sum(rows), config.rank), model.dtype)
+        ups[module] = np.split(whole, np.cumsum(rows)[:-1])
+    adapted = add_lora(model, replace(config, target_modules=found))
     for module in found:
         adapter = adapted.adapters[modules[module][0]]
-        a_name, b_name = (f"{prefix}{module}.lora_{side}.weight" for side in "AB")
-        adapter.a.data = read_finite(file, a_name, adapter.a.shape, model.dtype)
-        rows = [adapter.b[layer].shape[0] for layer in modules[module]]
-        whole = read_finite(file, b_name, (sum(rows), config.rank), model.dtype)
-        _split(adapter, whole, rows)
+        adapter.a.data = downs[module]
+        for parameter, part in zip(adapter.b.values(), ups[module], strict=True):
+            parameter.data = np.ascontiguousarray(part)
     return adapted
-
-
-def _split(adapter: Adapter, whole: Array, rows: list[int]) -> None:
-    parts = np.split(whole, np.cumsum(rows)[:-1])
-    for parameter, part in zip(adapter.b.values(), parts, strict=True):
-        parameter.data = np.ascontiguousarray(part)
 
 
 def _prefix(model: Transformer, file: TensorFile) -> str:
