@@ -501,6 +501,11 @@ def _check(
     """Check keys and types strictly through pydantic; None if anything is wrong."""
     from pydantic import ConfigDict, ValidationError, create_model
 
+    halved = [name for name, value in raw.items() if _has_half_a_pair([name, value])]
+    for name in halved:
+        faults.add(f"{section}.{name}", "has half a surrogate pair, so no text")
+    if halved:
+        return None
     definitions: dict[str, Any] = {
         name: (kind, ... if default is dataclasses.MISSING else default)
         for name, (kind, default) in fields.items()
@@ -519,6 +524,15 @@ def _check(
             faults.add(f"{section}.{name}", found[name])
         return None
     return {name: getattr(checked, name) for name in raw}
+
+
+def _has_half_a_pair(value: Any) -> bool:
+    """Whether there is text in a value that no file could hold."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _explain(

@@ -59,7 +59,11 @@ def local_path(name: str | Path, patterns: Sequence[str]) -> Path:
         installed; the nearest local name is given too.
     """
     path = Path(name)
-    if not is_hub_name(name) or path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # a name that is too long
+        raise MissingFileError(f"{str(name)[:80]!r}: no such path ({error.strerror})") from error
+    if there or not is_hub_name(name):
         return path
     repository, _, revision = str(name).partition("@")
     missing = f"{name}: no such directory{nearest_path(path)}".rstrip("?")

@@ -49,7 +49,7 @@ def parquet_file(path: Path, fields: Sequence[str] | None) -> Iterator[Mapping[s
             # Its own threads would be more than the caller allowed.
             batches = file.iter_batches(_BATCH, columns=columns, use_threads=False)
             yield from _batches(batches, None, str(path))
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file ({_sentence(error)})") from error
 
 
@@ -68,7 +68,7 @@ def arrow_file(path: Path, fields: Sequence[str] | None) -> Iterator[Mapping[str
                 count = reader.num_record_batches if seekable else None
                 batches = reader if count is None else map(reader.get_batch, range(count))
                 yield from _batches(batches, columns, str(path))
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not an Arrow file ({_sentence(error)})") from error
 
 

@@ -198,7 +198,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     names = [path.name] if path.is_file() else [entry.name for entry in directory.iterdir()]
     if "tokenizer.json" in names or _is_tokenizer_json(path):
         file = path if path.is_file() else path / "tokenizer.json"
-        return Tokenizer(_from_file(file), _eos_token(config), config)
+        found = Tokenizer(_from_file(file), _eos_token(config), config)
+        if found.vocab_size > 2**31:
+            raise ModelFormatError(f"{file}: the id {found.vocab_size - 1} does not fit 32 bits")
+        return found
     for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if vocabulary in names or merges in names:
             return _gpt2(directory / vocabulary, directory / merges, config)
@@ -306,9 +309,15 @@ def _wordpiece(path: Path, config: dict[str, Any]) -> Tokenizer:
             raise ModelFormatError(f"{path}: no token {token} in it")
     backend = Backend(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
     lower = bool(config.get("do_lower_case", True))
+    accents = config.get("strip_accents")
+    if accents is not None and not isinstance(accents, bool):
+        raise ModelFormatError(
+            f"{path.with_name('tokenizer_config.json')}: key 'strip_accents' is {accents!r}, "
+            "expected true, false or null"
+        )
     backend.normalizer = normalizers.BertNormalizer(
         lowercase=lower,
-        strip_accents=config.get("strip_accents"),
+        strip_accents=accents,
         handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

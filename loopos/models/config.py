@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, cast
 
@@ -20,6 +21,8 @@ _CHOICES = {
     "positions": POSITIONS,
 }
 _SIZES = ("d_model", "num_heads", "num_layers", "d_ff", "vocab_size", "max_seq_len")
+#: Far more than any model has: a list of the parameters of more would fill the memory.
+_MOST_LAYERS = 10_000
 _OPTIONAL_SIZES = ("num_kv_heads", "head_dim", "window")
 _FLAGS = (
     "causal",
@@ -135,6 +138,8 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         for key in _SIZES:
             self._check_integer(key, 1)
+        if self.num_layers > _MOST_LAYERS:
+            raise ConfigError(f"num_layers is {self.num_layers}, expected {_MOST_LAYERS} at most")
         for key in _OPTIONAL_SIZES:
             if getattr(self, key) is not None:
                 self._check_integer(key, 1)
@@ -151,7 +156,7 @@ class TransformerConfig:
             if not isinstance(getattr(self, key), bool):
                 raise ConfigError(f"{key} is {getattr(self, key)!r}, expected true or false")
         self._check_number("norm_eps", 0.0, 1.0)
-        self._check_number("rope_theta", 1.0, float("inf"))
+        self._check_number("rope_theta", 1.0, sys.float_info.max)
         self._check_number("dropout", 0.0, 1.0)
         self._check_fit()
 

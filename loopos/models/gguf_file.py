@@ -139,13 +139,13 @@ class GgufFile:
         values = cursor.count("<u8", _LEAST_VALUE, "metadata values")
         self.metadata: dict[str, Any] = {}
         for index in range(values):
-            key = cursor.string(f"key {index} of the metadata")
+            key = cursor.name(f"key {index} of the metadata")
             if key in self.metadata:
                 raise self._fault(f"key '{key}' stands twice")
             self.metadata[key] = cursor.value(cursor.number("<u4", f"key '{key}'"), key)
         self._entries: dict[str, _Entry] = {}
         for index in range(tensors):
-            name = cursor.string(f"the name of tensor {index}")
+            name = cursor.name(f"the name of tensor {index}")
             if name in self._entries:
                 raise self._fault(f"tensor '{name}' stands twice")
             self._entries[name] = self._read_entry(cursor, name)
@@ -342,6 +342,13 @@ class _Cursor:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise self._fault(f"{what} is not UTF-8 text") from error
+
+    def name(self, what: str) -> str:
+        """Return the next string, which is to be a name: it is shown in messages."""
+        text = self.string(what)
+        if not text.isprintable():
+            raise self._fault(f"{what} is {text[:80]!r}, expected printable characters")
+        return text
 
     def value(self, kind: int, key: str) -> Any:
         """Return the next value of the metadata."""

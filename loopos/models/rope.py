@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -81,7 +82,7 @@ class RopeScaling:
     def _check_number(self, key: str, low: float) -> float:
         value = getattr(self, key)
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not low <= value < math.inf:
+        if not number or not low <= value <= sys.float_info.max:
             raise ConfigError(
                 f"rope_scaling.{key} is {value!r}, expected a finite number of at least {low:g}"
             )

@@ -58,16 +58,19 @@ class TensorFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise MissingFileError(f"{self.path}: no such file")
         try:
+            if not self.path.is_file():
+                raise MissingFileError(f"{self.path}: no such file")
             self._size = self.path.stat().st_size
             with open(self.path, "rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
                 if self._size < 8 or length > self._size - 8:
                     raise self._fault("not a safetensors file, or cut off within its header")
                 header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # no UTF-8, no JSON, too deep, too many digits
             raise self._fault("not a safetensors file (its header is not JSON)") from error
         except OSError as error:
             raise self._fault(f"cannot be read ({error.strerror or error})") from error
@@ -77,6 +80,8 @@ class TensorFile:
         self._start = 8 + length
         self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for name, entry in header.items():
+            if not name.isprintable():
+                raise self._fault(f"the tensor name {name[:80]!r} has unprintable characters")
             self._entries[name] = self._checked(name, entry)
         self.names = list(self._entries)
 

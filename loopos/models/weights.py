@@ -123,7 +123,10 @@ def load_model(directory: str | Path, dtype: str = "float32") -> Transformer:
 def is_adapter(directory: str | Path) -> bool:
     """Whether a directory holds adapters and no model of its own."""
     path = Path(directory)
-    return (path / ADAPTER_CONFIG).is_file() and not (path / _CONFIG).is_file()
+    try:
+        return (path / ADAPTER_CONFIG).is_file() and not (path / _CONFIG).is_file()
+    except OSError:  # a name that is too long for a directory
+        return False
 
 
 def _base_of(directory: Path) -> str:

@@ -221,6 +221,11 @@ def load_checkpoint(
     if reason is not None:
         raise CheckpointError(reason)
     state = read_state(path)
+    steps = state.get("optimizer_steps")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise CheckpointError(
+            f"{path / 'state.json'}: key 'optimizer_steps' is {steps!r}, expected a number of steps"
+        )
     file = path / "model.safetensors"
     arrays = _arrays(file)
     held = {n for n, p in parameters.items() if p.requires_grad or state["format"] == 1}
@@ -237,7 +242,7 @@ def load_checkpoint(
     if optimizer is not None:
         slots: dict[str, Any] = dict(_arrays(path / "optimizer.safetensors"))
         try:
-            optimizer.load_state_dict(slots | {"steps": state["optimizer_steps"]})
+            optimizer.load_state_dict(slots | {"steps": steps})
         except CheckpointError as error:
             raise CheckpointError(f"{path / 'optimizer.safetensors'}: {error}") from error
     for name, array in arrays.items():

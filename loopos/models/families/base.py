@@ -164,7 +164,7 @@ def activation(values: dict[str, Any], key: str, default: str) -> str:
         If loopos does not have it.
     """
     name = values.get(key, default)
-    if name not in HF_ACTIVATIONS:
+    if not isinstance(name, str) or name not in HF_ACTIVATIONS:
         raise ModelFormatError(
             f"key '{key}' is {name!r}, expected one of {', '.join(HF_ACTIVATIONS)}"
         )
@@ -185,15 +185,27 @@ def one_dropout(values: dict[str, Any], keys: Iterable[str], default: float) -> 
         If they differ: loopos has one rate.
     """
     rates = {key: values.get(key, default) for key in keys}
-    if len(set(rates.values())) > 1:
+    first = next(iter(rates.values()))
+    if any(rate != first for rate in rates.values()):
         listed = ", ".join(f"'{key}' {rate}" for key, rate in rates.items())
         raise ModelFormatError(f"keys {listed} differ; loopos has one dropout rate for all places")
-    return next(iter(rates.values()))
+    return first
 
 
 def has_lm_head(values: dict[str, Any]) -> bool:
-    """Return whether ``architectures`` promises a next-token head; yes when it is absent."""
+    """Return whether ``architectures`` promises a next-token head; yes when it is absent.
+
+    Raises
+    ------
+    ModelFormatError
+        If it is no list of names.
+    """
     architectures = values.get("architectures") or []
+    named = isinstance(architectures, list) and all(isinstance(n, str) for n in architectures)
+    if not named:
+        raise ModelFormatError(
+            f"key 'architectures' is {architectures!r}, expected a list of names"
+        )
     return not architectures or any(name.endswith(_LM_ENDINGS) for name in architectures)
 
 
