@@ -351,3 +351,17 @@ def test_what_cannot_be_deleted_is_named(root, monkeypatch):
     monkeypatch.setattr("shutil.rmtree", fail)
     with pytest.raises(OutputError, match=r"step-00000002: cannot be deleted \(Permission denied"):
         prune(root, root / "step-00000001")
+
+
+@pytest.mark.parametrize("steps", [None, {}, "2", True, -1])
+def test_a_state_that_was_written_so_is_still_checked(root, steps):
+    from loopos.training.checkpoint import _digest
+
+    path = root / "step-00000002"
+    state = json.loads((path / "state.json").read_text()) | {"optimizer_steps": steps}
+    (path / "state.json").write_text(json.dumps(state))
+    files = ("model.safetensors", "optimizer.safetensors", "state.json")
+    (path / "manifest.json").write_text(json.dumps({name: _digest(path / name) for name in files}))
+    parameters, optimizer = trained(3)
+    with pytest.raises(CheckpointError, match=r"state.json: key 'optimizer_steps' is .*, expected"):
+        load_checkpoint(path, parameters, optimizer)

@@ -720,3 +720,11 @@ def test_builtin_names(load, base):
 def test_output_dir_is_named_after_the_method_when_it_is_not_said(load, base):
     del base["data"]["output_dir"]
     assert load(base).output_dir == Path("outputs/fine_tuning")
+
+
+def test_text_that_no_file_could_hold_is_named(refused, base):
+    base["data"]["text_field"] = "\ud800"
+    assert refused(base) == (
+        f"run.json:{line_of(base, 'data.text_field')}: data.text_field: "
+        "has half a surrogate pair, so no text"
+    )

@@ -559,3 +559,25 @@ def test_minilm_live(package_file):
     expected = torch_logits(transformers.AutoModel.from_pretrained(directory).eval(), sequences)
     hidden = load_model(directory).get_hidden_states(Batch.from_sequences(sequences)).data
     assert close(hidden, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": {"a": 1}}, "'architectures' is .*, expected a list of names"),
+        ({"architectures": ["GPT2Model", 3]}, "'architectures' is .*, expected a list of names"),
+        ({"activation_function": {}}, "'activation_function' is {}, expected one of gelu_new"),
+        ({"embd_pdrop": [0.1]}, "differ; loopos has one dropout rate"),
+        ({f"{name}_pdrop": [1] for name in ("embd", "attn", "resid")}, r"dropout is \[1\]"),
+        ({"n_layer": 2**31}, "num_layers is 2147483648, expected 10000 at most"),
+        ({"n_embd": 10**400}, "n"),
+    ],
+)
+def test_values_of_any_kind_are_refused_in_one_sentence(tmp_path, change, words):
+    FRESH_GPT2 = FRESH["gpt2"]
+    Transformer(FRESH_GPT2).save(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelFormatError, match=words) as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -439,3 +439,25 @@ def test_where_there_is_no_tokenizer_it_is_said(tmp_path):
     assert message_of(MissingFileError, load_tokenizer, tmp_path / "model") == expected
     expected = f"{tmp_path / 'modle'}: no such file or directory; did you mean 'model'?"
     assert message_of(MissingFileError, load_tokenizer, tmp_path / "modle") == expected
+
+
+def test_settings_that_are_none_are_named(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n")
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text('{"strip_accents": "no"}')
+    with pytest.raises(ModelFormatError, match=r"key 'strip_accents' is 'no', expected true, fals"):
+        load_tokenizer(tmp_path)
+    settings.write_text('{"eos_token": "\\ud800"}')
+    with pytest.raises(ModelFormatError, match="tokenizer_config.json: has half a surrogate pair"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_id_that_fits_no_batch_is_refused(tmp_path):
+    trained = train_bpe(["aa bb"], 260)
+    trained.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text())
+    value["model"]["vocab"]["a"] = 2**31
+    path.write_text(json.dumps(value))
+    with pytest.raises(ModelFormatError, match="the id 2147483648 does not fit 32 bits"):
+        load_tokenizer(tmp_path)

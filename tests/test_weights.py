@@ -2,6 +2,7 @@
 
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -289,3 +290,21 @@ def test_a_tokenizer_is_saved_beside_and_its_end_token_written(tmp_path):
     Transformer(CONFIG).save(tmp_path, Words())
     assert (tmp_path / "tokenizer.json").is_file()
     assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == 7
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 5000, b'{"a": ' + b"9" * 5000 + b"}", b"\xff", b'{"a\\n": {}}']
+)
+def test_headers_that_python_cannot_read_are_no_safetensors(tmp_path, header):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelFormatError, match=r"header is not JSON|unprintable characters"):
+        TensorFile(path)
+
+
+def test_names_that_no_file_system_holds_are_names_of_nothing(tmp_path):
+    for name in ("x" * 5000, str(tmp_path / ("x" * 400)), Path("org/" + "x" * 400)):
+        with pytest.raises(MissingFileError, match="no such (path|directory)"):
+            load_model(name)
+    with pytest.raises(ModelFormatError, match="cannot be read"):
+        TensorFile(tmp_path / ("x" * 400))

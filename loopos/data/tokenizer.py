@@ -191,7 +191,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return load_gguf_tokenizer(path)
     directory = path if path.is_dir() else path.parent
     config_file = directory / "tokenizer_config.json"
-    config = read_json(config_file, ModelFormatError) if config_file.exists() else {}
+    config = _settings(config_file) if config_file.exists() else {}
     template = directory / _TEMPLATE_FILE
     if template.exists():  # it overrides the configuration, as in transformers
         config["chat_template"] = read_text(template, ModelFormatError)
@@ -211,6 +211,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         f"{path}: no tokenizer in it (expected tokenizer.json, vocab.json with merges.txt, "
         "or vocab.txt)"
     )
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """Read ``tokenizer_config.json``, of which tokens and the template are text."""
+    values = read_json(path, ModelFormatError)
+    try:
+        json.dumps(values, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ModelFormatError(f"{path}: has half a surrogate pair, so no text") from error
+    return values
 
 
 def _is_tokenizer_json(path: Path) -> bool:

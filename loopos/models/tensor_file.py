@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from loopos.autograd import Array
-from loopos.errors import MissingFileError, ModelFormatError, nearest
+from loopos.errors import InputError, MissingFileError, ModelFormatError, nearest
 from loopos.files import atomic_file
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -67,10 +67,9 @@ class TensorFile:
                 if self._size < 8 or length > self._size - 8:
                     raise self._fault("not a safetensors file, or cut off within its header")
                 header = json.loads(stream.read(length))
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # no UTF-8, no JSON, too deep, too many digits
+        except InputError:  # which is a ValueError too, and says already what is wrong
+            raise
+        except (ValueError, RecursionError) as error:  # too deep, or with too many digits, too
             raise self._fault("not a safetensors file (its header is not JSON)") from error
         except OSError as error:
             raise self._fault(f"cannot be read ({error.strerror or error})") from error
