@@ -438,12 +438,10 @@ def test_a_directory_that_holds_only_a_gguf_file_says_so(tmp_path):
 
 
 def test_more_layers_than_tensors_are_refused_before_they_are_listed(tmp_path):
-    def fill(writer):
-        add_config(writer, replace(LLAMA, num_layers=2**31))
-
     tensors = gguf_tensors(hf_tensors(drawn(LLAMA)), LLAMA)
-    path = write_gguf(tmp_path / "m.gguf", tensors, fill)
-    refused(path, f"'llama.block_count' is {2**31}", "20 tensors")
+    path = write_gguf(tmp_path / "m.gguf", tensors, lambda w: add_config(w, replace(LLAMA,
+        num_layers=9000)))  # fmt: skip
+    refused(path, "'llama.block_count' is 9000", "20 tensors")
 
 
 @pytest.fixture(scope="module")
