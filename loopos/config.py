@@ -1,8 +1,9 @@
 """Configurations: JSON, TOML or YAML, strict, each option defined once.
 
 The ``training`` section is the method's ``Options`` dataclass, the ``model`` section the fields of
-``TransformerConfig``; ``computation`` and ``data`` are defined here. A key that nobody knows is an
-error that names the nearest one; so is a value of the wrong kind. Nothing is ignored.
+``TransformerConfig``; ``computation`` and ``data`` are in :mod:`loopos.config_sections`. A key that
+nobody knows is an error that names the nearest one; so is a value of the wrong kind. Nothing is
+ignored.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from loopos.config_files import (
     place,
     read_config_file,
 )
+from loopos.config_sections import Computation, Data, ModelKeys, at_least
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
 from loopos.hub import is_hub_name
 from loopos.methods import METHODS, PLANNED
@@ -54,109 +56,6 @@ NEEDED_SIZES = tuple(
 _SECTIONS = ("model", "computation", "training", "data")
 #: Where editors look for the JSON Schema of a file; nothing to loopos.
 _SCHEMA_KEY = "$schema"
-
-
-@dataclass(frozen=True)
-class ModelKeys:
-    """Keys of the ``model`` section beside those of :class:`TransformerConfig`.
-
-    Attributes
-    ----------
-    type : {"transformer"}
-        The one network that loopos has.
-    num_classes : int or None
-        Classes or labels of a classifier, 1 for a regression; None takes what the training data
-        holds. A language model has none.
-    """
-
-    type: Literal["transformer"] = "transformer"
-    num_classes: int | None = None
-
-
-@dataclass(frozen=True)
-class Computation:
-    """What is computed, and on what.
-
-    Attributes
-    ----------
-    method : str
-        "fine_tuning", or "autoregressive" with the mode "pretraining".
-    mode : {"posttraining", "pretraining"}
-        The kind of method that `method` is.
-    description : str
-        What the run is for, for people; ``loopos configs`` shows it.
-    backend : str
-        "auto" or the name of a backend; see ``loopos info``.
-    num_threads : int or None
-        Threads of matrix products; None means all.
-    seed : int
-        Of fresh weights, the order of samples, the split into training and validation, dropout.
-    """
-
-    method: str
-    mode: Literal["posttraining", "pretraining"] = "posttraining"
-    description: str = ""
-    backend: str = "auto"
-    num_threads: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_threads", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"computation.{name}: {_at_least(least, value)}")
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where data come from and results go; ``builtin:NAME`` is a file that loopos ships.
-
-    Attributes
-    ----------
-    training_data : str or list of str
-        File of rows, or a pattern such as ``data/*.jsonl``, or a list of them.
-    validation_data : str, list of str or None
-        Rows to evaluate on, named as `training_data`; None splits some off the training data.
-    validation_fraction : float
-        Share of the training data that is split off where there is no `validation_data`, in [0, 1);
-        0 means no validation.
-    pretrained_weights : str or None
-        Directory of a model or of LoRA adapters, a .gguf file, or a model on the Hugging Face Hub,
-        "org/name" or "org/name@revision"; None starts fresh.
-    tokenizer : str or None
-        Directory, file or Hub name of a tokenizer; None takes the one beside the weights or, where
-        there are none, trains byte-level BPE of ``vocab_size`` on the training texts.
-    text_field : str
-        Name of the field of texts.
-    label_field : str
-        Name of the field of labels.
-    output_dir : str or None
-        Directory of the run; None means ``outputs/<method>``.
-    """
-
-    training_data: str | list[str]
-    validation_data: str | list[str] | None = None
-    validation_fraction: float = 0.1
-    pretrained_weights: str | None = None
-    tokenizer: str | None = None
-    text_field: str = "text"
-    label_field: str = "label"
-    output_dir: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in (f.name for f in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if value == []:
-                raise ConfigError(f"data.{name}: expected text or a list of texts, found []")
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str) and (not text.strip() or "\0" in text):
-                    kind = "the name of a field" if name.endswith("_field") else "a path"
-                    raise ConfigError(f"data.{name}: expected {kind}, found {text!r}")
-        if not 0 <= self.validation_fraction < 1:
-            raise ConfigError(
-                "data.validation_fraction: expected a number in [0, 1), "
-                f"found {self.validation_fraction}"
-            )
 
 
 @dataclass(frozen=True)
@@ -417,7 +316,7 @@ def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None
     for name, value in given.items():
         least = {"token_types": 0}.get(name, 1)
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
-            faults.add(f"model.{name}", _at_least(least, value))
+            faults.add(f"model.{name}", at_least(least, value))
             fine = False
     if not 0 <= given.get("dropout", 0) < 1:
         faults.add("model.dropout", f"expected a number in [0, 1), found {given['dropout']}")
@@ -429,10 +328,6 @@ def _model_section(raw: dict[str, Any], faults: Faults) -> dict[str, Any] | None
             faults.add("model.rope_scaling", str(error))
             fine = False
     return given if fine else None
-
-
-def _at_least(least: int, value: int) -> str:
-    return f"expected a whole number of at least {least}, found {value}"
 
 
 def _check_sizes(model: dict[str, Any], data: Data, faults: Faults) -> None:

@@ -9,6 +9,7 @@ import array
 import math
 import re
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, Literal, get_args
@@ -99,7 +100,7 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim == 1)
 
 
-class Labels:
+class Labels(ABC):
     """Takes the labels of rows one by one.
 
     Parameters
@@ -115,15 +116,15 @@ class Labels:
     def __init__(self, field: str, like: Row | None = None):
         self.field, self._like = field, like
 
+    @abstractmethod
     def add(self, row: Row) -> None:
         """Take the label of a row (raises DataError if it is none)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(
         self, where: Sequence[str], label_names: Sequence[str] | None, num_classes: int | None
     ) -> tuple[Array, list[str]]:
         """Return labels and label names of all rows, which stand in `where`."""
-        raise NotImplementedError
 
     def _agree(self, row: Row, value: Any) -> None:
         """Refuse a list among single labels, and a single label among lists."""

@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import operator
 import tempfile
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, Any, Self, TypeVar, overload
 
@@ -147,11 +148,13 @@ class _View(Sequence[T]):
     def _same(one: Any, other: Any) -> bool:
         return bool(one == other)
 
+    @abstractmethod
     def _entry(self, place: int) -> T:
-        raise NotImplementedError
+        """Return the entry at a place of the store."""
 
+    @abstractmethod
     def _with(self, index: Array) -> Self:
-        raise NotImplementedError
+        """Return a view of the entries at some places of the store."""
 
 
 class _Stored(_View[T]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar, cast
@@ -15,6 +16,7 @@ from loopos.autograd import Parameter
 from loopos.data.batch import Batch
 from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.errors import ConfigError, DataError, NumericalError, nearest
+from loopos.files import locked_directory
 from loopos.models.lora import add_lora, without_adapters
 from loopos.models.transformer import Transformer
 from loopos.training.checkpoint import load_checkpoint
@@ -244,18 +246,21 @@ def fit(
 
     model.gradient_checkpointing = options.gradient_checkpointing
     decay = options.layerwise_lr_decay
-    result = train(
-        parameters,
-        objective,
-        make_batch,
-        tokens.lengths,
-        options,
-        seed=seed,
-        evaluate=evaluate,
-        rate_factors=rate_factors(parameters, model.config.num_layers, decay),
-        **run,
-    )
-    restore_best(result, parameters)
+    root = run["output_dir"]
+    # Locked to the end: the best checkpoint is read after the last step.
+    with nullcontext() if root is None else locked_directory(root):
+        result = train(
+            parameters,
+            objective,
+            make_batch,
+            tokens.lengths,
+            options,
+            seed=seed,
+            evaluate=evaluate,
+            rate_factors=rate_factors(parameters, model.config.num_layers, decay),
+            **run,
+        )
+        restore_best(result, parameters)
     return result
 
 
