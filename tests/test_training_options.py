@@ -258,3 +258,52 @@ def test_a_configuration_asks_for_lora(tmp_path, tokenizer):
     sizes = {"d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "vocab_size": 300}
     path.write_text(json.dumps(values | {"data": {"training_data": "t.jsonl"}, "model": sizes}))
     assert "training.lora: adapters need data.pretrained_weights" in refused()
+
+
+# -- all of it together ----------------------------------------------------------------------------
+
+PROBLEMS = {
+    "classification": lambda row: row["label"],
+    "regression": lambda row: float(len(row["text"])),
+    "multi_label": lambda row: [row["label"], row["text"].split()[1]],
+}
+TOGETHER = {
+    "accumulated": {"gradient_accumulation_steps": 2, "length_bucketing": True,
+                    "layerwise_lr_decay": 0.7, "scheduler": "cosine_with_restarts",
+                    "scheduler_cycles": 2, "max_grad_norm": 0.5},
+    "by tokens": {"batch_tokens": 12, "early_stopping_patience": 9, "eval_steps": 2,
+                  "gradient_checkpointing": True, "num_workers": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("options", TOGETHER)
+def test_runs_with_everything_resume_to_the_same_bytes(tokenizer, tmp_path, problem, options):
+    rows = [{"text": row["text"], "label": PROBLEMS[problem](row)} for row in ROWS]
+    asked = Options(
+        learning_rate=3e-3, batch_size=3, num_epochs=3, lora=LoraConfig(rank=2, dropout=0.3),
+        **TOGETHER[options],
+    )  # fmt: skip
+
+    def fit(name, **kwargs):
+        tuner = FineTuner(
+            body(dropout=0.2), tokenizer, num_classes=1 if problem == "regression" else None
+        )
+        result = tuner.fit(rows, rows[::2], asked, output_dir=tmp_path / name, **kwargs)
+        return weights(tuner), result
+
+    whole, result = fit("whole")
+    calls = []
+    _, part = fit("cut", stop=lambda: calls.append(1) or len(calls) == 5)
+    assert (part.stopped_reason, part.steps) == ("interrupted", 5)
+    resumed, _ = fit("cut", resume=True)
+    assert all(np.array_equal(value, resumed[name]) for name, value in whole.items())
+    timeless = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("time_s", "tokens_per_s")}
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "cut")
+    ]
+    assert timeless[0] == timeless[1]
+    assert result.steps > 5
