@@ -209,6 +209,7 @@ def validate(
         prepared = prepare(loaded)
         show_prepared(prepared)
         steps = plan(loaded, prepared)
+        say(f"  {steps.trained_parameters:,} are trained")
         say("run")
         say(f"  {steps.steps_per_epoch:,} optimizer steps an epoch, {steps.total_steps:,} in all")
         show_place(loaded)

@@ -84,6 +84,7 @@ def open_standard_streams() -> None:
 def show_start(config: RunConfig, info: RunInfo) -> None:
     """Print how long the run will be, from where, and with what it computes."""
     left = f", {info.start_step:,} of them done before" if info.start_step else ""
+    say(f"  {info.trained_parameters:,} are trained")
     say(f"run\n  {info.total_steps:,} optimizer steps{left}")
     show_place(config)
 

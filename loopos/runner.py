@@ -92,10 +92,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run will be: optimizer steps in the first epoch, and in all."""
+    """How long a run will be: optimizer steps in the first epoch, and in all; what it trains."""
 
     steps_per_epoch: int
     total_steps: int
+    trained_parameters: int
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def plan(config: RunConfig, prepared: Prepared) -> Plan:
         As :func:`run`.
     """
 
-    def steps(**overrides: Any) -> int:
+    def known(**overrides: Any) -> RunInfo:
         with _located(config):
             try:
                 prepared.trainer.fit(
@@ -308,11 +309,13 @@ def plan(config: RunConfig, prepared: Prepared) -> Plan:
                     dataclasses.replace(config.training, **overrides),
                     callbacks=[_Leave()],
                 )
-            except _Known as known:
-                return known.info.total_steps
+            except _Known as left:
+                return left.info
         raise AssertionError("a run called no callback")
 
-    return Plan(steps(num_epochs=1, max_steps=None), steps())
+    whole = known()
+    steps_per_epoch = known(num_epochs=1, max_steps=None).total_steps
+    return Plan(steps_per_epoch, whole.total_steps, whole.trained_parameters)
 
 
 # -- the run -------------------------------------------------------------------------------------

@@ -204,6 +204,12 @@ def test_validate_says_what_a_run_would_do_and_writes_nothing(project):
     out, err = loopos("validate", "run.json", "--set", "training.num_epochs=5", cwd=project)
     lines = out.splitlines()
     assert lines[lines.index("run") + 1] == "  6 optimizer steps an epoch, 30 in all"
+    parameters, trained = lines[lines.index("model") + 1 : lines.index("run")]
+    assert parameters.split()[1:] == ["parameters"]
+    # The head comes to the body, whose own language-model head is its table.
+    assert int(trained.split()[0].replace(",", "")) == (
+        int(parameters.split()[0].replace(",", "")) + 2 * 16 + 2
+    )
     assert lines[-4] == "  output in out"
     assert re.fullmatch(r"  memory 0\.\d\d GiB at the most \(\d+\.\d GiB are free\)", lines[-3])
     time = r"[\d.]+ m?s"

@@ -255,7 +255,11 @@ class _Run:
     def go(self) -> TrainResult:
         """Run to the end, and tell callbacks whatever happens."""
         at = self.at
-        info = RunInfo(self.total_steps, at.step, len(self.lengths), self.root, at.evaluation_due)
+        trained = sum(parameter.data.size for parameter in self.optimizer.parameters.values()
+                      if parameter.requires_grad)  # fmt: skip
+        info = RunInfo(
+            self.total_steps, at.step, len(self.lengths), self.root, at.evaluation_due, trained
+        )
         with ExitStack() as stack:
             for callback in (self.metrics_file, *self.callbacks):
                 stack.callback(callback.on_end)

@@ -36,6 +36,8 @@ class RunInfo:
         Where the run writes.
     evaluation_due : bool
         Whether the evaluation after `start_step` is still to be made.
+    trained_parameters : int
+        How many numbers are trained.
     """
 
     total_steps: int
@@ -43,6 +45,7 @@ class RunInfo:
     num_samples: int
     output_dir: Path | None
     evaluation_due: bool = False
+    trained_parameters: int = 0
 
 
 class Callback:
