@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from loopos.backends.memory import available_bytes, peak_bytes
+from loopos.backends.memory import available_bytes, peak_bytes, peak_bytes_of
 from loopos.config import RunConfig, load_config
 from loopos.data.sampler import BatchSampler, choosing
 from loopos.errors import ConfigError, InputError, LooposError, OutputError
@@ -36,6 +36,8 @@ Array = np.ndarray[Any, Any]
 
 #: Exit code of a rehearsal that ran out of memory.
 _NO_MEMORY = 3
+#: How often the memory of a rehearsal is looked at, in seconds.
+_LOOK_EVERY_S = 0.02
 #: Batches of the training data that are tried, beside the largest one.
 _BATCHES = 6
 #: Epochs in which the largest batch is looked for.
@@ -102,19 +104,41 @@ def rehearse(config: RunConfig, overrides: Sequence[str] = ()) -> Estimate:
             "source": config.source,
             "overrides": list(overrides),
             "directory": directory,
-            "limit": free,
             "launched": time.time(),
         }
         command = [sys.executable, "-m", "loopos.rehearsal"]
-        done = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
-    if done.returncode in (_NO_MEMORY, -signal.SIGKILL):  # the system's way to say the same
+        returncode, answer = _watch(command, json.dumps(asked), free)
+    if returncode in (_NO_MEMORY, -signal.SIGKILL):  # the system's way to say the same
         refuse_memory(config, free, None)
-    if done.returncode:
+    if returncode:
         raise LooposError(f"{config.source}: the rehearsal of the run failed")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(answer.splitlines()[-1])
     if "error" in found:
         raise (InputError if found["input"] else LooposError)(found["error"])
     return Estimate(available_bytes=free, **found)
+
+
+def _watch(command: Sequence[str], given: str, limit: int | None) -> tuple[int, str]:
+    """Run a command, and end it when it holds more memory than `limit`; return code and output.
+
+    A limit set by the system (``setrlimit``) would make allocations fail inside libraries that then
+    end the process in ways of their own, or never.
+    """
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    waiting: str | None = given
+    try:
+        while True:
+            try:
+                output = process.communicate(waiting, timeout=_LOOK_EVERY_S)[0]
+                return process.returncode, output
+            except subprocess.TimeoutExpired:
+                waiting = None
+            held = peak_bytes_of(process.pid)
+            if limit is not None and held is not None and held > limit:
+                process.kill()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def refuse_memory(config: RunConfig, free: int | None, needed: int | None) -> NoReturn:
@@ -258,19 +282,8 @@ def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, A
     }
 
 
-def _limit(memory: int) -> None:
-    """Let allocations beyond `memory` fail with MemoryError, before the machine swaps or kills."""
-    try:
-        import resource
-    except ImportError:  # not a Unix: it would be told by the system
-        return
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-
-
 def _main() -> int:
     asked = json.load(sys.stdin)
-    if asked["limit"] is not None:
-        _limit(asked["limit"])
     try:
         config = load_config(asked["source"], asked["overrides"])
         found = _measure(config, Path(asked["directory"]), asked["launched"])

@@ -102,11 +102,14 @@ def test_evaluations_and_checkpoints_are_counted():
     assert _due(2, few) == {2, 4, 6}
 
 
-def test_a_run_that_cannot_fit_is_refused(monkeypatch, tmp_path):
+@pytest.mark.parametrize("mebibytes", [20, 70, 120])
+def test_a_run_that_cannot_fit_is_refused(monkeypatch, tmp_path, mebibytes):
     given = overrides("full", tmp_path / "run")
     config = load_config("fine_tuning", given)
-    monkeypatch.setattr("loopos.rehearsal.available_bytes", lambda: 150 * 2**20)
-    with pytest.raises(ConfigError, match=r"needs more memory, and 0\.1 GiB are free; smaller tr"):
+    monkeypatch.setattr("loopos.rehearsal.available_bytes", lambda: mebibytes * 2**20)
+    with pytest.raises(
+        ConfigError, match=r"needs more memory, and 0\.[01] GiB are free; smaller tr"
+    ):
         rehearse(config, given)
     assert list(tmp_path.iterdir()) == []
     assert not Estimate(2, 1, 0.0, 0.0, 0.0, 0.0).fits

@@ -53,3 +53,8 @@ def peak_bytes() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def peak_bytes_of(pid: int) -> int | None:
+    """Return :func:`peak_bytes` of another process; None where that cannot be told."""
+    return _status("VmHWM", f"/proc/{pid}/status")
