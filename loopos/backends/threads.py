@@ -10,6 +10,9 @@ from pathlib import Path
 
 from loopos.errors import ConfigError
 
+#: What was asked for by `set_num_threads`; None follows the machine.
+_asked: int | None = None
+
 
 @dataclass(frozen=True)
 class Blas:
@@ -55,9 +58,44 @@ def available_cpus() -> int:
     return min(count, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else count
 
 
+def get_num_threads() -> int:
+    """Return how many threads the kernels of loopos use.
+
+    What :func:`set_num_threads` asked for, else :func:`available_cpus`. The threads of NumPy's BLAS
+    are the host program's; this number says nothing of them.
+    """
+    return available_cpus() if _asked is None else _asked
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Choose how many threads the kernels of loopos use, for the whole process.
+
+    Parameters
+    ----------
+    num_threads : int or None
+        At least 1; None follows the machine again. Results on the cython backend do not depend on
+        it.
+
+    Raises
+    ------
+    ConfigError
+        If the number is not positive.
+    """
+    global _asked
+    _check(num_threads)
+    _asked = num_threads
+
+
+def _check(num_threads: int | None) -> None:
+    if num_threads is not None and num_threads < 1:
+        raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
+
+
 @contextmanager
 def thread_limit(num_threads: int | None) -> Iterator[None]:
     """Compute with at most `num_threads` threads inside the block; None changes nothing.
+
+    Unlike :func:`set_num_threads` it holds for NumPy's BLAS too.
 
     Raises
     ------
@@ -67,10 +105,14 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
     if num_threads is None:
         yield
         return
-    if num_threads < 1:
-        raise ConfigError(f"computation.num_threads: expected at least 1, found {num_threads}")
+    _check(num_threads)
     import numpy as np  # noqa: F401  (its BLAS must be loaded before it can be limited)
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(num_threads, user_api="blas"):
-        yield
+    before = _asked
+    set_num_threads(num_threads)
+    try:
+        with threadpool_limits(num_threads, user_api="blas"):
+            yield
+    finally:
+        set_num_threads(before)
