@@ -1,1 +1,1 @@
-"""Floor 0: the place of compiled kernels. This version has none; the numpy backend computes all."""
+"""Floor 0: compiled kernels (``kernels``), where they could be built; sources in ``src``."""

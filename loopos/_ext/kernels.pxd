@@ -1,0 +1,46 @@
+"""The kernels for other people's Cython; what they mean is said in loopos.h."""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
+
+cdef extern from "loopos.h" nogil:
+    ctypedef void (*loopos_task)(void *context, long index, void *scratch) noexcept nogil
+    int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task task,
+                        void *context) noexcept
+    void *loopos_take(size_t bytes) noexcept
+    void loopos_give(void *block) noexcept
+    void loopos_arena_state(size_t *used, size_t *kept, size_t *peak) noexcept
+    void loopos_arena_trim() noexcept
+
+    enum loopos_activation:
+        LOOPOS_NONE
+        LOOPOS_GELU
+        LOOPOS_GELU_TANH
+        LOOPOS_RELU
+        LOOPOS_SILU
+        LOOPOS_TANH
+
+    ctypedef struct loopos_product:
+        long m
+        long n
+        long k
+        const float *a
+        long a_row
+        long a_col
+        const float *b
+        long b_row
+        long b_col
+        float *c
+        long c_row
+        int accumulate
+        const float *bias
+        int activation
+        float *pre
+
+    ctypedef struct loopos_table:
+        const char *name
+        int vector_floats
+        int (*product)(int threads, const loopos_product *p) noexcept nogil
+
+    const loopos_table *loopos_kernels() noexcept
+    int loopos_levels(const loopos_table **levels, int capacity) noexcept
+    int loopos_use_level(const char *name) noexcept

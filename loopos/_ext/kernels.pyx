@@ -1,0 +1,176 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False
+"""The door to the kernels: checks arrays, gives memory, lets go of the interpreter's lock.
+
+Arrays are float32 (ids and offsets int32), C-contiguous. Another dtype is a TypeError, another
+shape or layout a ValueError, both naming the argument. Results lie in memory that is reused.
+"""
+
+cimport numpy as cnp
+from cpython.ref cimport Py_INCREF
+
+import numpy as np
+
+cnp.import_array()
+
+ACTIVATION_CODES = {
+    None: LOOPOS_NONE, "gelu": LOOPOS_GELU, "gelu_tanh": LOOPOS_GELU_TANH,
+    "relu": LOOPOS_RELU, "silu": LOOPOS_SILU, "tanh": LOOPOS_TANH,
+}
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+cdef class Block:
+    """Memory of the arena, given back when the last array on it is gone."""
+
+    cdef void *memory
+
+    def __dealloc__(self):
+        if self.memory is not NULL:
+            loopos_give(self.memory)
+
+
+cdef cnp.ndarray make(int ndim, cnp.npy_intp *shape):
+    """Return an uninitialised float32 array."""
+    cdef size_t count = 1
+    cdef int axis
+    for axis in range(ndim):
+        count *= <size_t>shape[axis]
+    cdef Block block = Block.__new__(Block)
+    block.memory = loopos_take(4 * count if count else 4)
+    if block.memory is NULL:
+        raise MemoryError(f"no memory for {4 * count} bytes")
+    cdef cnp.ndarray array = cnp.PyArray_SimpleNewFromData(
+        ndim, shape, cnp.NPY_FLOAT32, block.memory
+    )
+    Py_INCREF(block)  # PyArray_SetBaseObject takes over a reference
+    cnp.PyArray_SetBaseObject(array, block)
+    return array
+
+
+cdef cnp.ndarray make2(long rows, long columns):
+    cdef cnp.npy_intp[2] shape
+    shape[0] = rows
+    shape[1] = columns
+    return make(2, shape)
+
+
+cdef cnp.ndarray make_like(cnp.ndarray array):
+    return make(cnp.PyArray_NDIM(array), cnp.PyArray_DIMS(array))
+
+
+def empty(shape):
+    """Return an uninitialised float32 array of this shape."""
+    cdef cnp.npy_intp[32] sizes
+    cdef int axis = 0
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    if len(shape) > 32:
+        raise ValueError(f"shape: at most 32 axes, found {len(shape)}")
+    for axis, size in enumerate(shape):
+        if size < 0:
+            raise ValueError(f"shape: no negative sizes, found {shape}")
+        sizes[axis] = size
+    return make(len(shape), sizes)
+
+
+def arena_state():
+    """Return (bytes in use, bytes kept for reuse, most bytes that were in use at once)."""
+    cdef size_t used, kept, peak
+    loopos_arena_state(&used, &kept, &peak)
+    return used, kept, peak
+
+
+def arena_trim():
+    """Give back to the system what is kept for reuse."""
+    loopos_arena_trim()
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+cdef check(object array, str name, int kind, str word, bint writable):
+    if not isinstance(array, cnp.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array of {word}, found {type(array).__name__}")
+    if cnp.PyArray_TYPE(<cnp.ndarray>array) != kind or not cnp.PyArray_ISNOTSWAPPED(<cnp.ndarray>array):
+        raise TypeError(f"{name}: expected an array of {word}, found {array.dtype}")
+    if not cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array) or not cnp.PyArray_ISALIGNED(<cnp.ndarray>array):
+        raise ValueError(f"{name}: expected a C-contiguous array, found strides {array.strides}")
+    if writable and not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>array):
+        raise ValueError(f"{name}: is read-only and would be written to")
+
+
+cdef wrong_shape(object array, str name, str expected):
+    raise ValueError(f"{name}: expected shape {expected}, found {list(array.shape)}")
+
+
+cdef float *floats(object array, str name, bint writable=False) except? NULL:
+    """The data of a float32 array of any shape."""
+    check(array, name, cnp.NPY_FLOAT32, "float32", writable)
+    return <float *>cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef float *vector(object array, str name, long size, bint writable=False) except? NULL:
+    """The data of a float32 array of one axis and this size (-1: any); NULL for None."""
+    if array is None:
+        return NULL
+    cdef float *data = floats(array, name, writable)
+    if cnp.PyArray_NDIM(<cnp.ndarray>array) != 1 or size not in (-1, cnp.PyArray_SIZE(<cnp.ndarray>array)):
+        wrong_shape(array, name, f"[{'any' if size < 0 else size}]")
+    return data
+
+
+cdef float *matrix(object array, str name, long rows, long columns, bint writable=False) except? NULL:
+    """The data of a float32 array of two axes and these sizes (-1: any); NULL for None."""
+    if array is None:
+        return NULL
+    cdef float *data = floats(array, name, writable)
+    cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(<cnp.ndarray>array)
+    if (
+        cnp.PyArray_NDIM(<cnp.ndarray>array) != 2
+        or (rows >= 0 and shape[0] != rows)
+        or (columns >= 0 and shape[1] != columns)
+    ):
+        wrong_shape(array, name, f"[{'any' if rows < 0 else rows}, {'any' if columns < 0 else columns}]")
+    return data
+
+
+cdef int32_t *integers(object array, str name, long size) except? NULL:
+    """The data of an int32 array of one axis and this size (-1: any)."""
+    check(array, name, cnp.NPY_INT32, "int32", False)
+    if cnp.PyArray_NDIM(<cnp.ndarray>array) != 1 or size not in (-1, cnp.PyArray_SIZE(<cnp.ndarray>array)):
+        wrong_shape(array, name, f"[{'any' if size < 0 else size}]")
+    return <int32_t *>cnp.PyArray_DATA(<cnp.ndarray>array)
+
+
+cdef long size_of(object array, int axis):
+    return cnp.PyArray_DIMS(<cnp.ndarray>array)[axis]
+
+
+cdef done(int status):
+    if status:
+        raise MemoryError("no memory for the scratch of a kernel")
+
+
+# -- instruction sets ------------------------------------------------------------------------------
+
+
+def levels():
+    """Return the names of the instruction sets that can run here, best first."""
+    cdef const loopos_table *found[8]
+    cdef int count = loopos_levels(found, 8)
+    return [found[i].name.decode() for i in range(count)]
+
+
+def level():
+    """Return the name of the instruction set in use."""
+    return loopos_kernels().name.decode()
+
+
+def use_level(str name):
+    """Use the kernels for this instruction set from now on; ValueError when they cannot run."""
+    if loopos_use_level(name.encode()):
+        raise ValueError(f"instruction set '{name}' cannot run here, expected one of {levels()}")
+
+
+include "products.pxi"

@@ -1,0 +1,144 @@
+/* Memory that is reused: a block given back waits for the next that asks for its size, so that a
+   training step finds the pages of the step before. */
+#include "loopos.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+/* Sizes are rounded up to eighths of powers of two, at most 12.5 % more than was asked for. */
+#define STEPS 8
+#define SMALLEST 256
+#define CLASSES (40 * STEPS)
+#define HUGE_PAGE ((size_t)2 << 20)
+/* What may be kept beyond the most that was in use at once, as a share of that and in bytes. */
+#define SLACK_SHARE 4
+#define SLACK_BYTES ((size_t)64 << 20)
+
+typedef struct block {
+    size_t size; /* usable bytes */
+    int class;
+    unsigned long given; /* when it was given back */
+    struct block *older, *newer;
+} block_t; /* lies in the 64 bytes before the memory */
+
+static struct {
+    pthread_mutex_t lock;
+    block_t *newest[CLASSES], *oldest[CLASSES];
+    size_t used, kept, peak;
+    unsigned long clock;
+} arena = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static void before_fork(void) { pthread_mutex_lock(&arena.lock); }
+static void after_fork(void) { pthread_mutex_unlock(&arena.lock); }
+static void initialise(void) { pthread_atfork(before_fork, after_fork, after_fork); }
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+/* Round up to a class; -1 when no class is so large. */
+static int class_of(size_t *bytes) {
+    size_t base = SMALLEST;
+    int class = 0;
+    while (base < *bytes) {
+        for (int step = 0; step < STEPS; step++, class++) {
+            size_t size = base + base / STEPS * (size_t)step;
+            if (*bytes <= size) {
+                *bytes = size;
+                return class;
+            }
+        }
+        base *= 2;
+        if (class >= CLASSES) return -1;
+    }
+    *bytes = base;
+    return class < CLASSES ? class : -1;
+}
+
+static block_t *unlink_block(block_t *block) {
+    block_t **newest = &arena.newest[block->class], **oldest = &arena.oldest[block->class];
+    *(block->newer ? &block->newer->older : newest) = block->older;
+    *(block->older ? &block->older->newer : oldest) = block->newer;
+    arena.kept -= block->size;
+    return block;
+}
+
+/* Hand the blocks that waited longest to the system until so much is kept at most. */
+static void keep_at_most(size_t bytes) {
+    while (arena.kept > bytes) {
+        block_t *first = NULL;
+        for (int class = 0; class < CLASSES; class++) {
+            block_t *block = arena.oldest[class];
+            if (block && (!first || block->given < first->given)) first = block;
+        }
+        free(unlink_block(first));
+    }
+}
+
+static block_t *fresh(size_t size, int class) {
+    void *memory = NULL;
+    size_t total = size + 64, alignment = size >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
+    if (posix_memalign(&memory, alignment, total)) return NULL;
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    if (alignment == HUGE_PAGE) madvise(memory, total & ~(HUGE_PAGE - 1), MADV_HUGEPAGE);
+#endif
+    block_t *block = memory;
+    block->size = size;
+    block->class = class;
+    return block;
+}
+
+void *loopos_take(size_t bytes) {
+    pthread_once(&once, initialise);
+    int class = class_of(&bytes);
+    if (class < 0) return NULL;
+    pthread_mutex_lock(&arena.lock);
+    block_t *block = arena.newest[class];
+    if (block)
+        unlink_block(block);
+    else {
+        size_t most = arena.used + bytes > arena.peak ? arena.used + bytes : arena.peak;
+        size_t limit = most + most / SLACK_SHARE + SLACK_BYTES;
+        size_t total = arena.used + bytes;
+        keep_at_most(limit > total ? limit - total : 0);
+        block = fresh(bytes, class);
+        if (!block) {
+            keep_at_most(0);
+            block = fresh(bytes, class);
+        }
+    }
+    if (block) {
+        arena.used += block->size;
+        if (arena.used > arena.peak) arena.peak = arena.used;
+    }
+    pthread_mutex_unlock(&arena.lock);
+    return block ? (char *)block + 64 : NULL;
+}
+
+void loopos_give(void *memory) {
+    block_t *block = (block_t *)((char *)memory - 64);
+    pthread_mutex_lock(&arena.lock);
+    block->given = ++arena.clock;
+    block->newer = NULL;
+    block->older = arena.newest[block->class];
+    *(block->older ? &block->older->newer : &arena.oldest[block->class]) = block;
+    arena.newest[block->class] = block;
+    arena.used -= block->size;
+    arena.kept += block->size;
+    pthread_mutex_unlock(&arena.lock);
+}
+
+void loopos_arena_state(size_t *used, size_t *kept, size_t *peak) {
+    pthread_mutex_lock(&arena.lock);
+    *used = arena.used;
+    *kept = arena.kept;
+    *peak = arena.peak;
+    pthread_mutex_unlock(&arena.lock);
+}
+
+void loopos_arena_trim(void) {
+    pthread_mutex_lock(&arena.lock);
+    keep_at_most(0);
+    arena.peak = arena.used;
+    pthread_mutex_unlock(&arena.lock);
+}

@@ -1,0 +1,3 @@
+/* x86-64-v4. */
+#define LOOPOS_LEVEL v4
+#include "level.c.inc"

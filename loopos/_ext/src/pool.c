@@ -1,0 +1,206 @@
+/* One pool of threads for the process: started when first needed, asleep when there is nothing to
+   do, shared by all callers, started anew in a forked child. */
+#include "loopos.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+
+#define MAX_THREADS 256
+/* How long an idle worker looks for the next job before it sleeps. */
+#define SPIN_NS 100000
+
+typedef struct {
+    loopos_task task;
+    void *context;
+    long count;
+    size_t scratch_bytes;
+    int threads; /* that may take part, the caller among them */
+} job_t;
+
+static struct {
+    pthread_mutex_t busy;  /* held by the caller whose job it is */
+    pthread_mutex_t sleep; /* of `wake`, and of the counts of threads below */
+    pthread_cond_t wake;
+    int workers;  /* started, this process */
+    int sleepers;
+    job_t job;
+    atomic_uint generation; /* odd: a job may be joined */
+    atomic_int joined;      /* workers inside the job */
+    atomic_int seats;       /* workers that may still join */
+    atomic_long next;       /* task to be taken next */
+} pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
+          .sleep = PTHREAD_MUTEX_INITIALIZER,
+          .wake = PTHREAD_COND_INITIALIZER};
+
+static _Thread_local int inside;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static pthread_key_t scratch_key;
+
+typedef struct {
+    size_t bytes;
+    void *memory;
+} scratch_t;
+
+static inline void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static long long now_ns(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000LL + t.tv_nsec;
+}
+
+static void free_scratch(void *held) {
+    scratch_t *scratch = held;
+    free(scratch->memory);
+    free(scratch);
+}
+
+static void after_fork(void) {
+    /* The child has one thread and may have caught the parent in the middle of anything. */
+    pthread_mutex_init(&pool.busy, NULL);
+    pthread_mutex_init(&pool.sleep, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.workers = pool.sleepers = 0;
+    atomic_store(&pool.generation, 0);
+    atomic_store(&pool.joined, 0);
+    atomic_store(&pool.seats, 0);
+}
+
+static void initialise(void) {
+    pthread_key_create(&scratch_key, free_scratch);
+    pthread_atfork(NULL, NULL, after_fork);
+}
+
+/* This thread's scratch of at least so many bytes; NULL when there is no memory. */
+static void *scratch_of_thread(size_t bytes) {
+    scratch_t *scratch = pthread_getspecific(scratch_key);
+    if (scratch == NULL) {
+        scratch = calloc(1, sizeof *scratch);
+        if (scratch == NULL || pthread_setspecific(scratch_key, scratch)) {
+            free(scratch);
+            return NULL;
+        }
+    }
+    if (scratch->bytes < bytes) {
+        void *memory = NULL;
+        if (posix_memalign(&memory, 64, bytes)) return NULL;
+        free(scratch->memory);
+        scratch->memory = memory;
+        scratch->bytes = bytes;
+    }
+    return scratch->memory;
+}
+
+static void take_tasks(const job_t *job, void *scratch) {
+    long index;
+    inside = 1;
+    while ((index = atomic_fetch_add(&pool.next, 1)) < job->count)
+        job->task(job->context, index, scratch);
+    inside = 0;
+}
+
+/* Take part in the job of this generation, if there is still a seat. */
+static void join(unsigned generation) {
+    atomic_fetch_add(&pool.joined, 1);
+    /* The caller closes the job first and then waits for `joined` to fall to 0. */
+    if (atomic_load(&pool.generation) == generation && atomic_fetch_sub(&pool.seats, 1) > 0) {
+        void *scratch = pool.job.scratch_bytes ? scratch_of_thread(pool.job.scratch_bytes) : NULL;
+        if (scratch != NULL || pool.job.scratch_bytes == 0) take_tasks(&pool.job, scratch);
+    }
+    atomic_fetch_sub(&pool.joined, 1);
+}
+
+static void *work(void *unused) {
+    unsigned seen = 0;
+    (void)unused;
+    for (;;) {
+        long long end = now_ns() + SPIN_NS;
+        unsigned generation;
+        int turns = 0;
+        while (generation = atomic_load_explicit(&pool.generation, memory_order_acquire),
+               generation == seen || generation % 2 == 0) {
+            relax();
+            if (++turns % 64 || now_ns() < end) continue;
+            pthread_mutex_lock(&pool.sleep);
+            pool.sleepers++;
+            while (generation = atomic_load(&pool.generation),
+                   generation == seen || generation % 2 == 0)
+                pthread_cond_wait(&pool.wake, &pool.sleep);
+            pool.sleepers--;
+            pthread_mutex_unlock(&pool.sleep);
+            break;
+        }
+        seen = generation;
+        join(generation);
+    }
+    return NULL;
+}
+
+/* Start workers up to this number; called with `busy` held. */
+static void hire(int workers) {
+    pthread_attr_t attributes;
+    sigset_t all, before;
+    if (pool.workers >= workers) return;
+    pthread_attr_init(&attributes);
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all); /* signals are for the host's own threads */
+    pthread_sigmask(SIG_BLOCK, &all, &before);
+    while (pool.workers < workers) {
+        pthread_t thread;
+        if (pthread_create(&thread, &attributes, work, NULL)) break; /* fewer then */
+        pool.workers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attributes);
+}
+
+static int run_alone(long count, size_t scratch_bytes, loopos_task task, void *context) {
+    void *scratch = NULL;
+    int nested = inside;
+    if (scratch_bytes) {
+        /* A task that itself starts a job still holds this thread's scratch. */
+        scratch = nested ? loopos_take(scratch_bytes) : scratch_of_thread(scratch_bytes);
+        if (scratch == NULL) return -1;
+    }
+    inside = 1;
+    for (long index = 0; index < count; index++) task(context, index, scratch);
+    inside = nested;
+    if (nested && scratch != NULL) loopos_give(scratch);
+    return 0;
+}
+
+int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task task, void *context) {
+    pthread_once(&once, initialise);
+    if (count <= 0) return 0;
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads > count) threads = (int)count;
+    if (threads < 2 || inside || pthread_mutex_trylock(&pool.busy))
+        return run_alone(count, scratch_bytes, task, context);
+    void *scratch = scratch_bytes ? scratch_of_thread(scratch_bytes) : NULL;
+    if (scratch_bytes && scratch == NULL) {
+        pthread_mutex_unlock(&pool.busy);
+        return -1;
+    }
+    hire(threads - 1);
+    pool.job = (job_t){task, context, count, scratch_bytes, threads};
+    atomic_store(&pool.next, 0);
+    atomic_store(&pool.seats, threads - 1);
+    atomic_fetch_add(&pool.generation, 1); /* open */
+    pthread_mutex_lock(&pool.sleep);
+    if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.sleep);
+    take_tasks(&pool.job, scratch);
+    atomic_fetch_add(&pool.generation, 1); /* closed */
+    while (atomic_load(&pool.joined)) relax();
+    pthread_mutex_unlock(&pool.busy);
+    return 0;
+}

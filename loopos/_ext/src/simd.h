@@ -1,0 +1,111 @@
+/* Vectors of float32 as the compilers' own vector types: one source for every instruction set.
+   Included once per level, with everything static. */
+#ifndef LOOPOS_SIMD_H
+#define LOOPOS_SIMD_H
+
+#include "loopos.h"
+
+#include <math.h>
+#include <string.h>
+
+/* Lanes of a vector, and the rows of a product that are held in registers at once. */
+#if defined(__AVX512F__)
+#define LANES 16
+#define TILE_ROWS 12
+#elif defined(__AVX__)
+#define LANES 8
+#define TILE_ROWS 6
+#elif defined(__aarch64__)
+#define LANES 4
+#define TILE_ROWS 12
+#else
+#define LANES 4
+#define TILE_ROWS 6
+#endif
+#define TILE_VECTORS 2
+#define TILE_COLUMNS (TILE_VECTORS * LANES)
+
+#define INLINE static inline __attribute__((always_inline))
+#define RESTRICT __restrict__
+
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+typedef float vec_unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t ivec_unaligned __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+INLINE vec load(const float *p) { return *(const vec_unaligned *)p; }
+INLINE void store(float *p, vec v) { *(vec_unaligned *)p = v; }
+INLINE vec splat(float x) { return x - (vec){0}; }
+INLINE ivec isplat(int32_t x) { return x - (ivec){0}; }
+
+/* The first `count` lanes, the others 0; and their store. */
+INLINE vec load_part(const float *p, long count) {
+    if (count >= LANES) return load(p);
+    vec v = {0};
+    memcpy(&v, p, (size_t)count * 4);
+    return v;
+}
+INLINE void store_part(float *p, vec v, long count) {
+    if (count >= LANES)
+        store(p, v);
+    else
+        memcpy(p, &v, (size_t)count * 4);
+}
+
+/* a where the mask is set (all bits), else b. */
+INLINE vec where(ivec mask, vec a, vec b) {
+    return (vec)((mask & (ivec)a) | (~mask & (ivec)b));
+}
+INLINE vec maximum(vec a, vec b) { return where(a > b, a, b); }
+INLINE vec minimum(vec a, vec b) { return where(a < b, a, b); }
+
+/* Lanes are added in a fixed order, halves first. */
+INLINE float sum_lanes(vec v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+INLINE float max_lanes(vec v) {
+    float x[LANES];
+    memcpy(x, &v, sizeof v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    return x[0];
+}
+
+/* One step of a transposition: exchange the blocks of `size` lanes off the diagonal. */
+#if LANES == 16
+#define LANE_LIST(f, s) \
+    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s), \
+        f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#elif LANES == 8
+#define LANE_LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#else
+#define LANE_LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#endif
+#define LOW_LANE(e, s) ((e) & (s) ? LANES + (e) - (s) : (e))
+#define HIGH_LANE(e, s) ((e) & (s) ? LANES + (e) : (e) + (s))
+#define EXCHANGE(s) \
+    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) { \
+        if (i & (s)) continue; \
+        vec low = rows[i], high = rows[i + (s)]; \
+        rows[i] = __builtin_shufflevector(low, high, LANE_LIST(LOW_LANE, s)); \
+        rows[i + (s)] = __builtin_shufflevector(low, high, LANE_LIST(HIGH_LANE, s)); \
+    }
+
+/* Transpose a square of vectors in registers. */
+INLINE void transpose(vec rows[LANES]) {
+#if LANES >= 16
+    EXCHANGE(8)
+#endif
+#if LANES >= 8
+    EXCHANGE(4)
+#endif
+    EXCHANGE(2)
+    EXCHANGE(1)
+}
+
+#endif

@@ -1,0 +1,123 @@
+"""The Cython backend: SIMD kernels of our own (``loopos/_ext``), for float32.
+
+What is not float32 is computed by the NumPy backend, which is the oracle. Results do not depend on
+the number of threads or on how rows are batched: each element of a product is summed in one order.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import loopos._ext
+from loopos.backends.cython_attention import CythonAttention
+from loopos.backends.cython_elementwise import CythonElementwise
+from loopos.backends.doorway import contiguous, single
+from loopos.backends.numpy_backend import Array, NumpyBackend
+from loopos.backends.threads import get_num_threads
+from loopos.errors import BackendError
+
+#: Names an instruction set ("v2", "v3", "v4") to use instead of the best one.
+LEVEL_VARIABLE = "LOOPOS_CPU"
+
+
+class CythonBackend(CythonElementwise, CythonAttention, NumpyBackend):
+    """Compiled kernels, chosen for this processor at run time.
+
+    Raises
+    ------
+    BackendError
+        If ``LOOPOS_CPU`` names an instruction set that cannot run here.
+    """
+
+    name = "cython"
+
+    def __init__(self) -> None:
+        import loopos._ext.kernels as kernels
+
+        self._kernels = kernels
+        wanted = os.environ.get(LEVEL_VARIABLE)
+        if wanted:
+            self.use_level(wanted)
+
+    @classmethod
+    def unavailable(cls) -> str | None:
+        """Return why this backend cannot run here, or None when it can."""
+        note = Path(loopos._ext.__file__).with_name("not_built.txt")
+        try:
+            import loopos._ext.kernels  # noqa: F401
+        except ImportError as error:
+            if note.exists():
+                reason = note.read_text(encoding="utf-8").strip()
+                return f"its kernels were not built ({reason})"
+            return f"its kernels are not there ({error})"
+        return None
+
+    def levels(self) -> list[str]:
+        """Return the instruction sets that can run here, best first."""
+        names: list[str] = self._kernels.levels()
+        return names
+
+    def use_level(self, name: str) -> None:
+        """Use the kernels for this instruction set, in the whole process.
+
+        Raises
+        ------
+        BackendError
+            If it cannot run here.
+        """
+        if name not in self.levels():
+            raise BackendError(
+                f"{LEVEL_VARIABLE}: '{name}' cannot run here, expected one of "
+                f"{', '.join(self.levels())}"
+            )
+        self._kernels.use_level(name)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what runs; see :meth:`NumpyBackend.describe`."""
+        return super().describe() | {
+            "isa": self._kernels.level(),
+            "threads": get_num_threads(),
+            "products": "its own (one order of summation at any thread count and batch size)",
+        }
+
+    # -- linear ------------------------------------------------------------------------------
+
+    def linear(
+        self, x: Array, w: Array, b: Array | None = None, activation: str | None = None
+    ) -> tuple[Array, Array | None]:
+        """``y = act(x w^T + b)``; see :meth:`NumpyBackend.linear`."""
+        if not single(x, w):
+            return super().linear(x, w, b, activation)
+        y, pre = self._kernels.linear(
+            contiguous(x), contiguous(w), contiguous(b), activation, get_num_threads()
+        )
+        return y, pre
+
+    def linear_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        w: Array,
+        pre: Array | None = None,
+        activation: str | None = None,
+        *,
+        dw: Array | None = None,
+        db: Array | None = None,
+        need_dx: bool = True,
+    ) -> Array | None:
+        """Gradients of :meth:`linear`; see :meth:`NumpyBackend.linear_backward`."""
+        if not single(dy, w):
+            return super().linear_backward(dy, x, w, pre, activation, dw=dw, db=db, need_dx=need_dx)
+        threads, dz = get_num_threads(), contiguous(dy)
+        if activation is not None and pre is not None:
+            dz = self.activation_backward(dz, pre, activation)
+        if dw is not None:
+            self._kernels.linear_dw(dz, contiguous(x), dw, True, threads)
+        if db is not None:
+            db += dz.sum(axis=0)
+        dx: Array | None = None
+        if need_dx:
+            dx = self._kernels.linear_dx(dz, contiguous(w), None, threads)
+        return dx

@@ -1,0 +1,32 @@
+"""What stands between any ndarray and a kernel that takes C-contiguous float32."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+def single(*arrays: Array | None) -> bool:
+    """Return whether the kernels take these: none is float64 (that is the oracle's)."""
+    return all(a is None or a.dtype != np.float64 for a in arrays)
+
+
+@overload
+def contiguous(array: Array) -> Array: ...
+@overload
+def contiguous(array: None) -> None: ...
+@overload
+def contiguous(array: Array | None) -> Array | None: ...
+def contiguous(array: Array | None) -> Array | None:
+    """Return the array itself when its elements lie in C order and aligned, else a copy."""
+    if array is None or (array.flags.c_contiguous and array.flags.aligned):
+        return array
+    return np.require(array, requirements=["C", "A"])
+
+
+def integers(array: Array) -> Array:
+    """Return ids, offsets or rows as contiguous int32."""
+    return np.ascontiguousarray(array, dtype=np.int32)
