@@ -6,6 +6,7 @@ the number of threads or on how rows are batched: each element of a product is s
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,7 @@ class CythonBackend(CythonElementwise, CythonAttention, NumpyBackend):
     name = "cython"
 
     def __init__(self) -> None:
-        import loopos._ext.kernels as kernels
-
-        self._kernels = kernels
+        self._kernels: Any = importlib.import_module("loopos._ext.kernels")
         wanted = os.environ.get(LEVEL_VARIABLE)
         if wanted:
             self.use_level(wanted)
@@ -46,7 +45,7 @@ class CythonBackend(CythonElementwise, CythonAttention, NumpyBackend):
         """Return why this backend cannot run here, or None when it can."""
         note = Path(loopos._ext.__file__).with_name("not_built.txt")
         try:
-            import loopos._ext.kernels  # noqa: F401
+            importlib.import_module("loopos._ext.kernels")
         except ImportError as error:
             if note.exists():
                 reason = note.read_text(encoding="utf-8").strip()
