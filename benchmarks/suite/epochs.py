@@ -25,7 +25,7 @@ class _Timed:
     params = (BACKENDS, THREADS)
     param_names = ("backend", "threads")
     warmup_time, timeout = 1.0, 900
-    runs, warmup = 7, 4
+    runs, warmup = 5, 1
 
     def setup_cache(self):
         return {threads: _measured(threads) for threads in THREADS}
@@ -75,7 +75,7 @@ class ChainOfThoughtEpoch(_Timed):
 
 class _Slow(_Timed):
     number, repeat, warmup_time = 1, 3, 0.0
-    runs, warmup = 3, 1
+    runs, warmup = 3, 0
 
 
 class GPT2Step(_Slow):

@@ -1,4 +1,4 @@
-"""Every op at the sizes of GPT-2 124M, from the one list of op cases, and products by their rows."""
+"""Every op at the sizes of GPT-2 124M, from the one list of cases; products by their rows."""
 
 import numpy as np
 

@@ -169,13 +169,15 @@ def gemm(form: str, rows: int, out: int, width: int) -> tuple[Callable[[], Any],
     )
     y, dx, dw, backend = np.empty_like(dy), np.empty_like(x), np.zeros_like(w), get_backend()
     added = np.zeros_like(w)
+
+    def add_dw() -> Array:
+        backend.linear_backward(dy, x, w, dw=added, need_dx=False)
+        return added
+
     return {
-        "forward": (lambda: backend.linear(x, w), lambda: np.matmul(x, w.T, out=y)),
+        "forward": (lambda: backend.linear(x, w)[0], lambda: np.matmul(x, w.T, out=y)),
         "dx": (lambda: backend.linear_backward(dy, None, w), lambda: np.matmul(dy, w, out=dx)),
-        "dw": (
-            lambda: backend.linear_backward(dy, x, w, dw=added, need_dx=False),
-            lambda: np.matmul(dy.T, x, out=dw),
-        ),
+        "dw": (add_dw, lambda: np.matmul(dy.T, x, out=dw)),
     }[form]
 
 
