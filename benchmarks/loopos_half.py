@@ -30,8 +30,8 @@ from loopos.backends.memory import peak_bytes
 from loopos.backends.threads import available_cpus, thread_limit
 
 #: Seconds of one turn in "gemm", and of the pause after it in which waiting threads go to sleep:
-#: those of one library that still spin would slow the other's.
-_TURN_S, _PAUSE_S, _TURNS = 0.03, 0.02, 3
+#: those of one library that still spin (OpenBLAS' do for 2^26 cycles) would slow the other's.
+_TURN_S, _PAUSE_S, _TURNS = 0.03, 0.05, 3
 
 
 def timed(asked: argparse.Namespace) -> dict[str, Any]:

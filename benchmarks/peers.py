@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,12 @@ def rounds(
                 for record in take_turn(pair.work, side, asked):
                     records[pair.work, side][record["work"]].append(record)
                 _log.print(f"round {turn + 1}: {pair.work}, {side.name or 'loopos'}")
-    known = [astuple(machine) for machine in machines if machine is not None]
-    machine = Machine(*map(statistics.median, zip(*known, strict=True))) if known else None
-    return records, machine
+    known = [machine for machine in machines if machine is not None]
+    if not known:
+        return records, None
+    names = [field.name for field in fields(Machine) if field.name != "threads"]
+    middle = {name: statistics.median(getattr(m, name) for m in known) for name in names}
+    return records, Machine(threads=asked.threads, **middle)
 
 
 def row_of(
