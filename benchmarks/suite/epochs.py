@@ -1,59 +1,102 @@
-"""Epochs of each method on the seed's default sizes, as times and as multiples of their targets."""
-
-import time
+"""Epochs and steps on the documented sizes, as times and as multiples of their targets."""
 
 import numpy as np
 
 import loopos
+from loopos.backends.threads import available_cpus, thread_limit
 
-from . import works
+from . import limits, targets, works
+from .machine import NotMeasuredError, measure
 
 BACKENDS = loopos.available_backends()
+THREADS = sorted({1, available_cpus()})
 
 
-class FineTuningEpoch:
-    """The seed's default fine-tuning epoch."""
+def _measured(threads):
+    try:
+        return measure(threads)
+    except NotMeasuredError:
+        return None  # then what needs the limit is not a number, and the dashboard has a gap
 
-    params = BACKENDS
-    param_names = ("backend",)
-    warmup_time = 1.0
 
-    def setup(self, backend):
+class _Timed:
+    """One work, by backend and threads."""
+
+    params = (BACKENDS, THREADS)
+    param_names = ("backend", "threads")
+    warmup_time, timeout = 1.0, 900
+    runs, warmup = 5, 1
+
+    def setup_cache(self):
+        return {threads: _measured(threads) for threads in THREADS}
+
+    def setup(self, machines, backend, threads):
         loopos.set_backend(backend)
-        self.epoch = works.fine_tuning_epoch()
-        self.epoch()
+        self.limited = thread_limit(threads)
+        self.limited.__enter__()
+        self.run = works.WORKS[self.work]().run
+        self.run()
 
-    def time_epoch(self, backend):
-        self.epoch()
+    def teardown(self, machines, backend, threads):
+        self.limited.__exit__(None, None, None)
 
-    def peakmem_epoch(self, backend):
-        self.epoch()
+    def _median_s(self):
+        return float(np.median(works.spent_s(self.run, self.runs, self.warmup)))
 
-    def track_multiple_of_target(self, backend):
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            self.epoch()
-            times.append(time.perf_counter() - start)
-        return float(np.median(times)) / works.TARGETS["fine_tuning_epoch"][backend]
+    def time_work(self, machines, backend, threads):
+        self.run()
+
+    def peakmem_work(self, machines, backend, threads):
+        self.run()
+
+    def track_multiple_of_target(self, machines, backend, threads):
+        target = targets.seconds(self.work, backend, machines[threads])
+        return float("nan") if target is None else self._median_s() / target
+
+    def track_fraction_of_limit(self, machines, backend, threads):
+        limit = limits.seconds(self.work, machines[threads])
+        return float("nan") if limit is None else limit / self._median_s()
 
     track_multiple_of_target.unit = "x target (below 1 is met)"
+    track_fraction_of_limit.unit = "of the machine's limit"
 
 
-class PretrainingStep:
-    """One step of GPT-2 124M on 4 x 256 tokens."""
+class FineTuningEpoch(_Timed):
+    """The seed's default fine-tuning epoch."""
 
-    params = BACKENDS
-    param_names = ("backend",)
-    number, repeat, warmup_time, timeout = 1, 3, 0.0, 300
+    work = "A"
 
-    def setup(self, backend):
-        loopos.set_backend(backend)
-        self.step = works.pretraining_step()
-        self.step()
 
-    def time_step(self, backend):
-        self.step()
+class ChainOfThoughtEpoch(_Timed):
+    """The language-model step of the seed's default chain-of-thought epoch."""
 
-    def peakmem_step(self, backend):
-        self.step()
+    work = "B"
+
+
+class _Slow(_Timed):
+    number, repeat, warmup_time = 1, 3, 0.0
+    runs, warmup = 3, 0
+
+
+class GPT2Step(_Slow):
+    """GPT-2 124M, one step on 4 sequences of 256 tokens."""
+
+    work = "C"
+
+
+class GPT2RaggedStep(_Slow):
+    """GPT-2 124M, one step on 32 sequences of 16 to 256 tokens."""
+
+    work = "K"
+
+
+class LongAttention(_Timed):
+    """Causal attention alone, forward and backward, one sequence of 2048 tokens."""
+
+    work = "L1"
+
+
+class ShortAttention(_Timed):
+    """Causal attention alone, forward and backward, 16 sequences of 128 tokens."""
+
+    work = "L2"

@@ -6,7 +6,16 @@ import time
 
 import numpy as np
 
-from . import works
+from . import targets
+
+
+def spent_s(statement, repeats):
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], check=True)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
 
 
 class Import:
@@ -16,13 +25,8 @@ class Import:
         return "import loopos"
 
     def track_multiple_of_target(self):
-        def run(statement):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", statement], check=True)
-            return time.perf_counter() - start
-
-        spent = [run("import loopos") - run("pass") for _ in range(7)]
-        return max(0.0, float(np.median(spent))) / works.TARGETS["import"]["numpy"]
+        spent = spent_s("import loopos", 7) - spent_s("pass", 7)
+        return max(0.0, spent) / targets.seconds("import", "any")
 
     track_multiple_of_target.unit = "x target (below 1 is met)"
 

@@ -1,10 +1,15 @@
-"""The works that are timed, built once and used by asv and by `benchmarks/report.py` alike."""
+"""The works that are timed, built once and used by asv, `peers.py` and `check_targets.py` alike.
+
+Weights and token ids are random: what is timed does not depend on them.
+"""
 
 from __future__ import annotations
 
-import json
+import math
+import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -15,53 +20,180 @@ from loopos.backends.op_cases import OpCase
 from loopos.backends.testing import make_inputs, run_case
 from loopos.models.heads import SequenceClassifier
 
-TARGETS = json.loads(Path(__file__).parents[1].joinpath("targets.json").read_text())
+Array = np.ndarray[Any, Any]
 
 
-def fine_tuning_epoch() -> Callable[[], None]:
-    """The seed's default fine-tuning epoch: 20 texts of 15 tokens in batches of 16 and 4."""
-    config = loopos.TransformerConfig(
-        d_model=384, num_heads=8, num_layers=4, d_ff=1536, vocab_size=16000
+def seed_config(num_layers: int) -> loopos.TransformerConfig:
+    """The sizes of the seed's shipped configurations."""
+    return loopos.TransformerConfig(
+        d_model=384, num_heads=8, num_layers=num_layers, d_ff=1536, vocab_size=16000
     )
-    model = SequenceClassifier(loopos.Transformer(config, seed=0), num_classes=10)
+
+
+SEED_FINE_TUNING = seed_config(4)
+SEED_REASONING = seed_config(6)
+GPT2 = loopos.TransformerConfig(
+    d_model=768, num_heads=12, num_layers=12, d_ff=3072, vocab_size=50257, max_seq_len=1024
+)
+NUM_CLASSES = 10
+FINE_TUNING_BATCHES = ((15,) * 16, (15,) * 4)
+REASONING_LENGTHS = (26,) * 10
+GPT2_LENGTHS = (256,) * 4
+#: Sequences and their length, with 12 heads of 64.
+ATTENTION_SIZES = {"L1": (1, 2048), "L2": (16, 128)}
+#: Rows of the products, and the (out, in) of the linear layers of the seed's models and of GPT-2.
+GEMM_ROWS = (1024, 300, 60, 15)
+GEMM_LAYERS = ((384, 384), (1536, 384), (384, 1536), (768, 768), (3072, 768), (768, 3072))
+GEMM_FORMS = ("forward", "dx", "dw")
+
+
+def ragged_lengths() -> tuple[int, ...]:
+    """32 lengths between 16 and 256, most of them short, as those of real texts are."""
     rng = np.random.default_rng(0)
-    ids, labels = rng.integers(1, 16000, (20, 15)), rng.integers(0, 10, 20)
-    batches = [
-        loopos.Batch.from_sequences(list(ids[part]), labels=labels[part])
-        for part in (slice(0, 16), slice(16, 20))
-    ]
+    drawn = np.exp(rng.normal(np.log(60), 0.8, 32)).astype(int)
+    return tuple(int(n) for n in np.clip(drawn, 16, 256))
+
+
+def _sequences(vocab_size: int, lengths: tuple[int, ...]) -> list[Array]:
+    """Random ids; none is 0, by which PyTorch's half pads."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(1, vocab_size, n) for n in lengths]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One work, ready to be repeated.
+
+    Attributes
+    ----------
+    run : callable
+        Does it once.
+    tokens : int
+        Those of one run.
+    model : SequenceClassifier, Transformer or None
+        What is trained.
+    batches : list of Batch
+        Each is one step of the optimizer.
+    """
+
+    run: Callable[[], Any]
+    tokens: int
+    model: SequenceClassifier | loopos.Transformer | None = None
+    batches: list[loopos.Batch] = field(default_factory=list)
+
+    def first_loss(self) -> float:
+        """Return the mean loss of the first batch."""
+        assert self.model is not None
+        loss, count = _loss(self.model, self.batches[0])
+        return float(loss.data) / count
+
+
+def _loss(model: Any, batch: loopos.Batch) -> tuple[Any, float]:
+    if isinstance(model, SequenceClassifier):
+        return ops.cross_entropy(model.logits(batch), batch.labels)
+    return model.next_token_loss(batch)
+
+
+def _training(model: Any, batches: list[loopos.Batch]) -> Work:
+    """One epoch over `batches`, all weights, AdamW."""
     optimizer = loopos.AdamW(model.parameters(), learning_rate=1e-5)
 
-    def epoch() -> None:
+    def run() -> None:
         for batch in batches:
-            loss, count = ops.cross_entropy(model.logits(batch), batch.labels)
+            loss, count = _loss(model, batch)
             loss.backward()
             optimizer.step(scale=1 / count)
             optimizer.zero_grad()
 
-    return epoch
+    return Work(run, sum(batch.num_tokens for batch in batches), model, batches)
 
 
-def pretraining_step() -> Callable[[], None]:
-    """One AdamW step of GPT-2 124M's shape on 4 sequences of 256 tokens."""
-    config = loopos.TransformerConfig(
-        d_model=768, num_heads=12, num_layers=12, d_ff=3072, vocab_size=50257, max_seq_len=1024
-    )
-    model = loopos.Transformer(config, seed=0)
+def fine_tuning_epoch() -> Work:
+    """A: the seed's default fine-tuning epoch, 20 texts of 15 tokens in batches of 16 and 4."""
+    body = loopos.Transformer(SEED_FINE_TUNING, seed=0)
+    model = SequenceClassifier(body, num_classes=NUM_CLASSES, pooling="last")
+    lengths = sum(FINE_TUNING_BATCHES, ())
+    ids = _sequences(SEED_FINE_TUNING.vocab_size, lengths)
+    labels = np.random.default_rng(1).integers(0, NUM_CLASSES, len(lengths))
+    batches, start = [], 0
+    for part in FINE_TUNING_BATCHES:
+        rows = slice(start, start + len(part))
+        batches.append(loopos.Batch.from_sequences(ids[rows], labels=labels[rows]))
+        start = rows.stop
+    return _training(model, batches)
+
+
+def language_model_step(config: loopos.TransformerConfig, lengths: tuple[int, ...]) -> Work:
+    """One step on one ragged batch."""
+    ids = _sequences(config.vocab_size, lengths)
+    return _training(loopos.Transformer(config, seed=0), [loopos.Batch.from_sequences(ids)])
+
+
+def attention(sequences: int, length: int) -> Work:
+    """L: causal attention alone, 12 heads of 64, forward and backward."""
     rng = np.random.default_rng(0)
-    batch = loopos.Batch.from_sequences(list(rng.integers(0, 50257, (4, 256))))
-    optimizer = loopos.AdamW(model.parameters(), learning_rate=1e-5)
+    tokens = sequences * length
+    q, k, v, dy = (rng.standard_normal((tokens, 12, 64), dtype=np.float32) for _ in range(4))
+    offsets = np.arange(sequences + 1, dtype=np.int32) * length
+    scale, backend = 1 / math.sqrt(64), get_backend()
 
-    def step() -> None:
-        loss, count = model.next_token_loss(batch)
-        loss.backward()
-        optimizer.step(scale=1 / count)
-        optimizer.zero_grad()
+    def run() -> None:
+        y, lse = backend.attention(q, k, v, offsets, True, scale)
+        backend.attention_backward(dy, q, k, v, y, lse, offsets, True, scale)
 
-    return step
+    return Work(run, tokens)
+
+
+#: Every work by its letter; the backend in force when it is built is the one that is timed.
+WORKS: dict[str, Callable[[], Work]] = {
+    "A": fine_tuning_epoch,
+    "B": lambda: language_model_step(SEED_REASONING, REASONING_LENGTHS),
+    "C": lambda: language_model_step(GPT2, GPT2_LENGTHS),
+    "K": lambda: language_model_step(GPT2, ragged_lengths()),
+    "L1": lambda: attention(*ATTENTION_SIZES["L1"]),
+    "L2": lambda: attention(*ATTENTION_SIZES["L2"]),
+}
+TRAINING_WORKS = ("A", "B", "C", "K")
+
+
+def gemm(form: str, rows: int, out: int, width: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return one of a linear layer's three products by the backend in force, and by NumPy's BLAS.
+
+    NumPy writes into arrays that are there already, and does not add to what `dw` holds: it has
+    the less to do.
+    """
+    rng = np.random.default_rng(0)
+    x, w, dy = (
+        rng.standard_normal(shape, dtype=np.float32)
+        for shape in ((rows, width), (out, width), (rows, out))
+    )
+    y, dx, dw, backend = np.empty_like(dy), np.empty_like(x), np.zeros_like(w), get_backend()
+    added = np.zeros_like(w)
+
+    def add_dw() -> Array:
+        backend.linear_backward(dy, x, w, dw=added, need_dx=False)
+        return added
+
+    return {
+        "forward": (lambda: backend.linear(x, w)[0], lambda: np.matmul(x, w.T, out=y)),
+        "dx": (lambda: backend.linear_backward(dy, None, w), lambda: np.matmul(dy, w, out=dx)),
+        "dw": (add_dw, lambda: np.matmul(dy.T, x, out=dw)),
+    }[form]
 
 
 def op(case: OpCase) -> Callable[[], object]:
     """One op forward and backward in float32 on the backend in force."""
     inputs, backend = make_inputs(case, np.float32), get_backend()
     return lambda: run_case(backend, case, inputs)
+
+
+def spent_s(run: Callable[[], Any], runs: int, warmup: int) -> list[float]:
+    """Return the seconds of each of `runs` calls that follow `warmup` others."""
+    for _ in range(warmup):
+        run()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""Our half of a comparison: one work in one process, warm, as JSON on the last line.
+
+    python benchmarks/loopos_half.py WORK [--backend auto] [--threads 2] [--runs 7] [--warmup 4]
+        [--export DIR]
+
+The works are those of `torch_half.py`, and "gemm": every product of the seed's and GPT-2's linear
+layers, alternating with NumPy's BLAS in this process, as a list. --export writes the weights and
+the token ids for PyTorch to use, and gives the loss before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from suite import works
+
+import loopos
+from loopos.backends.memory import peak_bytes
+from loopos.backends.threads import available_cpus, thread_limit
+
+#: Seconds of one turn in "gemm", and of the pause after it in which waiting threads go to sleep:
+#: those of one library that still spin (OpenBLAS' do for 2^26 cycles) would slow the other's.
+_TURN_S, _PAUSE_S, _TURNS = 0.03, 0.05, 3
+
+
+def timed(asked: argparse.Namespace) -> dict[str, Any]:
+    """Return medians of one work."""
+    work = works.WORKS[asked.work]()
+    exported = {} if asked.export is None else export(work, asked.export)
+    times = works.spent_s(work.run, asked.runs, asked.warmup)
+    median = sorted(times)[len(times) // 2]
+    return {
+        "loopos_s": round(median, 5),
+        "min_s": round(min(times), 5),
+        "tokens_per_s": round(work.tokens / median, 1),
+        "peak_mb": peak_bytes() >> 20,
+    } | exported
+
+
+def export(work: works.Work, directory: Path) -> dict[str, float]:
+    """Write weights and data; return the first loss."""
+    if work.model is None:
+        raise SystemExit("this work has no weights to export")
+    work.model.save(directory)
+    lengths = np.concatenate([batch.lengths for batch in work.batches])
+    data = {
+        "tokens": np.concatenate([batch.tokens for batch in work.batches]),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
+    }
+    if work.batches[0].labels is not None:
+        data["labels"] = np.concatenate([batch.labels for batch in work.batches])
+    np.savez(directory / "data.npz", **data)
+    return {"first_loss": work.first_loss()}
+
+
+def turns(ours: Callable[[], Any], theirs: Callable[[], Any], warmup: int) -> list[float]:
+    """Return the median seconds of two callables that take turns."""
+    spent: tuple[list[float], list[float]] = ([], [])
+    for _ in range(_TURNS):
+        for run, times in zip((ours, theirs), spent, strict=True):
+            (once,) = works.spent_s(run, 1, warmup)
+            times += works.spent_s(run, max(3, min(300, int(_TURN_S / once))), 0)
+            time.sleep(_PAUSE_S)
+    return [float(np.median(times)) for times in spent]
+
+
+def products(warmup: int, rows: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return every product's times by the backend in force and by NumPy's BLAS."""
+    found = []
+    for form in works.GEMM_FORMS:
+        for count in rows:
+            for out, width in works.GEMM_LAYERS:
+                ours, theirs = turns(*works.gemm(form, count, out, width), warmup)
+                name = f"gemm {form} {count}x{out}x{width}"
+                found.append({"work": name, "loopos_s": ours, "peer_s": theirs})
+    return found
+
+
+def main() -> None:
+    """Parse arguments, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", choices=[*works.WORKS, "gemm"])
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--export", type=Path)
+    asked = parser.parse_args()
+    with loopos.use_backend(asked.backend) as backend, thread_limit(asked.threads):
+        known = {"backend": backend.name, "dtype": "float32", "threads": asked.threads}
+        if asked.work == "gemm":
+            found: Any = [row | known for row in products(asked.warmup, works.GEMM_ROWS)]
+        else:
+            found = {"work": asked.work} | known | timed(asked)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The shortest time that a machine could take for a work: the model behind "% of the limit".
+
+Two things are counted. Products, at the measured peak of float32 multiply-adds: a matrix product of
+``[n, k]`` and ``[k, m]`` is ``2 n k m`` operations. And AdamW's passes over memory, at the measured
+bandwidth of just that traffic. All else (norms, activations, softmax, biases, gathering embeddings,
+moving activations) counts as nothing, though no program can do it in no time, so 100 % is out of
+reach. The two are added: no product overlaps an update that needs its gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loopos import TransformerConfig
+from loopos.models.transformer import parameter_shapes
+
+from . import works
+from .machine import Machine
+
+#: AdamW in float32 reads p, g, m and v, and writes p, m and v.
+ADAMW_BYTES = 7 * 4
+#: A linear layer's y, dx and dw are a product of the same size each. (The first layer's dx too: it
+#: is the gradient of the embeddings, which are trained in all these works.)
+LINEAR_PRODUCTS = 3
+#: Causal attention: scores and outputs forward; backward the scores again, and the gradients of the
+#: probabilities, v, q and k (Dao et al. 2022).
+ATTENTION_PRODUCTS = 7
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a work cannot do without.
+
+    Attributes
+    ----------
+    flops : float
+        Of products; a multiply-add is two.
+    update_bytes : float
+        That the optimizer moves.
+    """
+
+    flops: float
+    update_bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.update_bytes + other.update_bytes)
+
+    def seconds(self, machine: Machine) -> float:
+        """Return the shortest time on `machine`."""
+        return self.flops / machine.fma_flops + self.update_bytes / machine.update
+
+
+def product(rows: int, out: int, width: int) -> Cost:
+    """One product of a linear layer: forward, dx or dw."""
+    return Cost(2.0 * rows * out * width)
+
+
+def causal_attention(lengths: Sequence[int], heads: int, head_size: int) -> Cost:
+    """Forward and backward; each product counts half of its ``T x T``, the half that is seen."""
+    squares = sum(n * n for n in lengths) / 2
+    return Cost(ATTENTION_PRODUCTS * 2.0 * squares * heads * head_size)
+
+
+def adamw(parameters: int) -> Cost:
+    """One step."""
+    return Cost(0.0, float(ADAMW_BYTES) * parameters)
+
+
+def layer_matrices(config: TransformerConfig) -> int:
+    """Numbers in the matrices of all layers: those that every token is multiplied with."""
+    shapes = parameter_shapes(config).items()
+    return sum(math.prod(s) for name, s in shapes if name.startswith("layers.") and len(s) == 2)
+
+
+def num_parameters(config: TransformerConfig) -> int:
+    """Numbers in all parameters; a tied table counts once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def layers(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
+    """Forward and backward of all layers on one ragged batch."""
+    linear = Cost(LINEAR_PRODUCTS * 2.0 * sum(lengths) * layer_matrices(config))
+    inside = causal_attention(lengths, config.num_heads, config.head_size)
+    return linear + Cost(config.num_layers * inside.flops)
+
+
+def fine_tuning_epoch() -> Cost:
+    """A: the layers on each batch, the classifier on a row a text, one update a batch."""
+    config, classes = works.SEED_FINE_TUNING, works.NUM_CLASSES
+    head = classes * config.d_model
+    total = Cost(0.0)
+    for lengths in works.FINE_TUNING_BATCHES:
+        total += layers(config, lengths)
+        total += Cost(LINEAR_PRODUCTS * 2.0 * len(lengths) * head)
+        total += adamw(num_parameters(config) + head + classes)
+    return total
+
+
+def language_model_step(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
+    """B, C, K: the layers and the head over the vocabulary on every token, one update.
+
+    Only real tokens count, padding does not: K's limit is the same for those who pad.
+    """
+    head = config.vocab_size * config.d_model
+    on_head = Cost(LINEAR_PRODUCTS * 2.0 * sum(lengths) * head)
+    return layers(config, lengths) + on_head + adamw(num_parameters(config))
+
+
+def attention(sequences: int, length: int) -> Cost:
+    """L: causal attention alone, 12 heads of 64, forward and backward."""
+    return causal_attention([length] * sequences, 12, 64)
+
+
+def cost(work: str) -> Cost | None:
+    """Return what a work costs: a letter, or such as "gemm dx 300x384x1536"; None has no model."""
+    if work.startswith("gemm "):
+        rows, out, width = map(int, work.split()[-1].split("x"))
+        return product(rows, out, width)
+    if work == "A":
+        return fine_tuning_epoch()
+    if work in works.ATTENTION_SIZES:
+        return attention(*works.ATTENTION_SIZES[work])
+    sizes: dict[str, tuple[TransformerConfig, Sequence[int]]] = {
+        "B": (works.SEED_REASONING, works.REASONING_LENGTHS),
+        "C": (works.GPT2, works.GPT2_LENGTHS),
+        "K": (works.GPT2, works.ragged_lengths()),
+    }
+    return language_model_step(*sizes[work]) if work in sizes else None
+
+
+def seconds(work: str, machine: Machine | None) -> float | None:
+    """Return the shortest time for a work; None where it or the machine is not known."""
+    counted = cost(work)
+    return None if counted is None or machine is None else counted.seconds(machine)

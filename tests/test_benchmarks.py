@@ -1,0 +1,358 @@
+"""The benchmarks' counts, rows and exit statuses. Nothing here asserts a time."""
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loopos
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+#: Keys of the rows that other programs read.
+ROW = {
+    "work", "dtype", "backend", "loopos_s", "peer", "peer_s", "ratio", "fraction_of_limit",
+}  # fmt: skip
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Return a function that imports a module of the benchmarks' folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def machine(load):
+    """A machine of round figures."""
+    return load("suite.machine").Machine(
+        threads=2, fma_flops=200e9, update=20e9, read=30e9, copy=25e9
+    )
+
+
+def layer_parameters(width, inner):
+    """Count by hand: four square matrices, two of the network inside, biases, two norms."""
+    attention = 4 * (width * width + width)
+    return attention + 2 * width * inner + inner + width + 4 * width
+
+
+# -- the model of the limit ----------------------------------------------------------------------
+
+
+def test_parameters_are_those_of_the_documented_models(load):
+    limits, works = load("suite.limits"), load("suite.works")
+    for config, layers in ((works.SEED_FINE_TUNING, 4), (works.SEED_REASONING, 6)):
+        tables = 16000 * 384 + 512 * 384
+        by_hand = tables + layers * layer_parameters(384, 1536) + 2 * 384
+        assert limits.num_parameters(config) == by_hand
+        assert limits.layer_matrices(config) == layers * (4 * 384**2 + 2 * 384 * 1536)
+    assert limits.num_parameters(works.GPT2) == 124_439_808
+    assert limits.layer_matrices(works.GPT2) == 84_934_656
+
+
+def test_cost_of_the_fine_tuning_epoch(load):
+    limits = load("suite.limits")
+    layers = 4 * (4 * 384**2 + 2 * 384 * 1536)
+    attention = 4 * 7 * 2 * 20 * 15**2 / 2 * 384
+    head = 3 * 2 * 20 * 10 * 384
+    found = limits.cost("A")
+    assert found.flops == 3 * 2 * 300 * layers + attention + head
+    parameters = 16000 * 384 + 512 * 384 + 4 * layer_parameters(384, 1536) + 2 * 384 + 3850
+    assert found.update_bytes == 2 * 28 * parameters  # an update for each of two batches
+
+
+@pytest.mark.parametrize(
+    ("work", "lengths", "layers", "width", "vocab"),
+    [
+        ("B", [26] * 10, 6, 384, 16000),
+        ("C", [256] * 4, 12, 768, 50257),
+        ("K", None, 12, 768, 50257),
+    ],
+)
+def test_cost_of_language_model_steps(load, work, lengths, layers, width, vocab):
+    limits, works = load("suite.limits"), load("suite.works")
+    lengths = works.ragged_lengths() if lengths is None else lengths
+    matrices = layers * 12 * width**2 + vocab * width
+    attention = layers * 7 * sum(n * n for n in lengths) * width
+    found = limits.cost(work)
+    assert found.flops == 6 * sum(lengths) * matrices + attention
+    config = {"B": works.SEED_REASONING}.get(work, works.GPT2)
+    assert found.update_bytes == 28 * limits.num_parameters(config)
+
+
+def test_ragged_lengths_are_the_documented_ones(load):
+    lengths = load("suite.works").ragged_lengths()
+    assert (len(lengths), sum(lengths)) == (32, 2062)
+    assert len(lengths) * max(lengths) == 5728
+    assert min(lengths) >= 16
+
+
+def test_seconds_of_a_cost(load, machine):
+    limits = load("suite.limits")
+    assert limits.seconds("L1", machine) == 7 * 2048**2 * 768 / 200e9
+    assert limits.seconds("L2", machine) == 7 * 16 * 128**2 * 768 / 200e9
+    assert limits.seconds("gemm dw 300x1536x384", machine) == 2 * 300 * 1536 * 384 / 200e9
+    assert limits.Cost(400e9, 10e9).seconds(machine) == 2.5
+    assert limits.seconds("import", machine) is None
+    assert limits.seconds("A", None) is None
+
+
+def test_machine_is_measured_or_says_why_not(load, monkeypatch):
+    module = load("suite.machine")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(module.NotMeasuredError, match="no-such-compiler is not there"):
+        module.measure(1)
+    monkeypatch.delenv("CC")
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        pytest.skip("no C compiler")
+    found = module.measure(1, mebibytes=16, trials=1)
+    assert found.threads == 1
+    assert min(found.fma_flops, found.update, found.read, found.copy) > 0
+
+
+# -- the works -----------------------------------------------------------------------------------
+
+
+def test_a_work_trains(load):
+    works = load("suite.works")
+    with loopos.use_backend("numpy"):
+        work = works.WORKS["A"]()
+        before = work.first_loss()
+        works.spent_s(work.run, runs=2, warmup=1)
+        assert work.first_loss() < before
+    assert (work.tokens, [b.num_sequences for b in work.batches]) == (300, [16, 4])
+    assert before == pytest.approx(np.log(10), abs=0.1)
+    trained = sum(p.data.size for p in work.model.parameters().values())
+    assert 2 * 28 * trained == load("suite.limits").cost("A").update_bytes
+
+
+@pytest.mark.parametrize("form", ["forward", "dx", "dw"])
+def test_products_are_the_same_by_both_sides(load, form):
+    with loopos.use_backend("numpy"):
+        ours, theirs = load("suite.works").gemm(form, 5, 7, 3)
+        np.testing.assert_allclose(ours(), theirs(), rtol=1e-5)
+
+
+def test_suite_times_every_work(load):
+    timed = vars(load("suite.epochs")).values()
+    letters = {work for cls in timed if (work := getattr(cls, "work", None)) is not None}
+    assert letters == set(load("suite.works").WORKS)
+
+
+# -- peers.py ------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_run_without_peer(load, machine, tmp_path, monkeypatch, capsys):
+    peers = load("peers")
+    monkeypatch.setattr(peers, "measure", lambda threads: machine)
+    options = "--works A --backend numpy --rounds 1 --runs 1 --warmup 0 --threads 1 --no-peer"
+    assert peers.main([*options.split(), "--json", str(tmp_path / "rows.json")]) == 0
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row.keys() >= ROW
+    assert (row["work"], row["dtype"], row["backend"]) == ("A", "float32", "numpy")
+    assert row["peer"] is row["peer_s"] is row["ratio"] is row["memory_ratio"] is None
+    limit = load("suite.limits").seconds("A", machine)
+    assert row["fraction_of_limit"] == pytest.approx(limit / row["loopos_s"])
+    assert row["loopos_peak_mb"] > 100
+    assert "200 GFLOP/s" in capsys.readouterr().out
+
+
+def asked(peers, options):
+    return peers.parser().parse_args(options.split())
+
+
+def test_rows_are_medians_over_rounds(load, machine, monkeypatch):
+    peers = load("peers")
+    spent = {
+        "loopos": iter((2.0, 9.0, 1.0)),
+        "eager": iter((4.0, 3.0, 8.0)),
+        "buckets": iter("345"),
+    }
+
+    def call(command, threads):
+        assert threads == 2
+        if "loopos_half" in command[0]:
+            known = {"backend": "numpy", "threads": 2, "peak_mb": 100}
+            return known | {"loopos_s": next(spent["loopos"])}, 0.0
+        who = "buckets" if "--buckets" in command else "eager"
+        return {"peer_s": float(next(spent[who])), "peak_mb": 400}, 0.0
+
+    monkeypatch.setattr(peers, "call", call)
+    monkeypatch.setattr(peers, "measure", lambda threads: machine)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    rows, limits = peers.compare(asked(peers, "--works K --backend numpy --threads 2 --buckets"))
+    assert limits == machine
+    assert [(r["peer"], r["buckets"], r["peer_s"], r["ratio"]) for r in rows] == [
+        ("torch-eager", False, 4.0, 2.0), ("torch-eager", True, 4.0, 2.0),
+    ]  # fmt: skip
+    assert all(r["loopos_s"] == 2.0 and r["memory_ratio"] == 0.25 for r in rows)
+    assert all(r.keys() >= ROW for r in rows)
+
+
+def test_rows_of_products_and_cold_starts(load, machine, monkeypatch):
+    peers = load("peers")
+
+    def call(command, threads):
+        known = {"backend": "numpy", "threads": threads}
+        if "gemm" in command:
+            return [known | {"work": "gemm dx 60x384x384", "loopos_s": 1.0, "peer_s": 3.0}], 9.0
+        if command[0] == "-c":
+            return None, 0.75 if "loopos" in command[1] else 0.5
+        assert command[-4:] == ("--runs", "1", "--warmup", "0")
+        return known | {"loopos_s": 0.1}, 0.6
+
+    monkeypatch.setattr(peers, "call", call)
+    monkeypatch.setattr(peers, "measure", lambda threads: machine)
+    options = "--works gemm,first-step,import --backend numpy --threads 1 --no-peer --rounds 1"
+    rows, _ = peers.compare(asked(peers, options))
+    assert [(r["work"], r["backend"], r["peer"], r["loopos_s"], r["ratio"]) for r in rows] == [
+        ("gemm dx 60x384x384", "numpy", "openblas", 1.0, 3.0),
+        ("first-step", "numpy", None, 0.6, None),
+        ("import", None, None, 0.25, None),
+    ]
+    assert rows[0]["fraction_of_limit"] == 2 * 60 * 384 * 384 / 200e9
+
+
+def test_without_a_compiler_there_is_no_fraction(load, monkeypatch, capsys):
+    peers = load("peers")
+
+    def no_compiler(threads):
+        raise peers.NotMeasuredError("no C compiler")
+
+    known = {"backend": "numpy", "threads": 1, "peak_mb": 1, "loopos_s": 1.0}
+    monkeypatch.setattr(peers, "measure", no_compiler)
+    monkeypatch.setattr(peers, "call", lambda command, threads: (known, 1.0))
+    rows, machine = peers.compare(asked(peers, "--works A,L --backend numpy --no-peer"))
+    assert machine is None
+    assert [(r["work"], r["fraction_of_limit"]) for r in rows] == [
+        ("A", None), ("L1", None), ("L2", None),
+    ]  # fmt: skip
+    assert "no C compiler" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--works A,Q --no-peer", "unknown work 'Q'"),
+        ("--backend nunpy --no-peer", "'nunpy' cannot run here"),
+        ("--works A --warmup 3", "at least 4"),
+        ("--works A --rounds 0 --no-peer", "at least 1"),
+    ],
+)
+def test_peers_refuses(load, options, message):
+    peers = load("peers")
+    with pytest.raises(SystemExit, match=message):
+        peers.compare(asked(peers, options))
+
+
+def test_a_side_that_fails_is_named(load):
+    peers = load("peers")
+    with pytest.raises(SystemExit, match=r"(?s)-c raise ValueError\(7\) failed.*ValueError: 7"):
+        peers.call(("-c", "raise ValueError(7)"), 1)
+
+
+# -- targets.json and check_targets.py -----------------------------------------------------------
+
+
+def test_targets_file(load):
+    targets = load("suite.targets")
+    described = json.loads(targets.PATH.read_text())
+    documented = {}
+    for target in targets.load():
+        work = target.chooses["work"]
+        assert target.figure in described["figures"]
+        assert work.startswith("gemm ") or work in described["works"]
+        if target.source.startswith("documented"):
+            documented[work] = target.bound
+    assert documented == {"A": 2, "B": 3, "RLHF": 10}
+
+
+def test_strictest_time_of_a_work(load, machine):
+    targets, limits = load("suite.targets"), load("suite.limits")
+    assert targets.seconds("A", "numpy", machine) == 0.5
+    assert targets.seconds("B", "numpy", machine) == 3
+    assert targets.seconds("C", "numpy", machine) is None
+    assert targets.seconds("C", "cython", None) is None
+    assert targets.seconds("C", "cython", machine) == limits.seconds("C", machine) / 0.82
+
+
+def row(**values):
+    return {"work": "A", "backend": "cython", "loopos_s": 0.1, "peer": None} | values
+
+
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [
+        ([row()], 0),
+        ([row(loopos_s=0.2)], 1),  # the documented target is met, ours is not
+        ([row(backend="numpy", loopos_s=0.4)], 0),
+        ([row(backend="numpy", loopos_s=0.4), row(backend="numba", loopos_s=0.2)], 0),
+        ([row(backend="numpy", loopos_s=0.4), row(backend="numba", loopos_s=0.3)], 1),
+        ([row(peer="torch-eager", ratio=1.31)], 0),
+        ([row(peer="torch-eager", ratio=1.29)], 1),
+        ([row(peer="torch-compile", ratio=0.5)], 0),  # no such target of A
+        ([row(fraction_of_limit=0.6)], 1),
+        ([row(work="K", loopos_s=9, peer="torch-eager", ratio=2.5, buckets=True)], 0),
+        ([row(work="K", loopos_s=9, peer="torch-eager", ratio=2.5, buckets=False)], 1),
+        ([row(work="C", loopos_s=9, peer="torch-eager", memory_ratio=0.9)], 1),
+        ([row(work="gemm dx 60x384x384", peer="openblas", ratio=0.9)], 1),
+        ([row(work="gemm dx 60x384x384", fraction_of_limit=0.7)], 1),
+        ([row(work="gemm dx 15x384x384", fraction_of_limit=0.7)], 0),
+        ([row(work="C", backend="numpy")], 2),
+        ([], 2),
+    ],
+)
+def test_status_of_check_targets(load, tmp_path, rows, status, capsys):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert load("check_targets").main(["--json", str(tmp_path / "rows.json")]) == status
+    assert ("MISSED" in capsys.readouterr().out) == (status == 1)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"work": "A"}]'])
+def test_check_targets_refuses_other_files(load, tmp_path, text):
+    (tmp_path / "rows.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"rows\.json: "):
+        load("check_targets").main(["--json", str(tmp_path / "rows.json")])
+
+
+# -- PyTorch's half ------------------------------------------------------------------------------
+
+
+def test_first_loss_is_the_same_in_pytorch(load, tmp_path, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    works = load("suite.works")
+    exported = load("loopos_half").export(works.WORKS["A"](), tmp_path)
+    threads = torch.get_num_threads()
+    options = f"A --weights {tmp_path} --runs 1 --warmup 0 --threads {threads}"
+    monkeypatch.setattr(sys, "argv", ["torch_half.py", *options.split()])
+    load("torch_half").main()
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["first_loss"] == pytest.approx(exported["first_loss"], abs=1e-4)
+    assert (found["peer"], found["work"], found["dtype"]) == ("torch-eager", "A", "float32")
+
+
+def test_halves_have_the_same_data(load):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    half, works = load("torch_half"), load("suite.works")
+    assert tuple(half.ragged_lengths()) == works.ragged_lengths()
+    assert half.ATTENTION_SIZES == works.ATTENTION_SIZES
+    sequences = half.random_sequences(50257, half.ragged_lengths())
+    (whole,), parts = half.padded(sequences, False), half.padded(sequences, True)
+    assert tuple(whole["input_ids"].shape) == (32, 179)
+    assert [len(part["input_ids"]) for part in parts] == [8, 8, 8, 8]
+    for batches in ([whole], parts):
+        assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 2062
+    for letter in ("A", "B"):
+        given = argparse.Namespace(work=letter, weights=None, buckets=False)
+        model, batches, tokens = half.training_data(given)
+        config = works.SEED_FINE_TUNING if letter == "A" else works.SEED_REASONING
+        head = 3840 if letter == "A" else 0
+        count = load("suite.limits").num_parameters(config) + head
+        assert sum(p.numel() for p in model.parameters()) == count
+        assert sum(b["input_ids"].numel() for b in batches) == tokens == (300 if head else 260)
