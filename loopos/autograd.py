@@ -99,7 +99,7 @@ class Tensor:
         Gradient accumulated by `backward` since the last `zero_grad`; leaves only.
     """
 
-    __slots__ = ("_buffer", "_has_grad", "_node", "_output", "data", "requires_grad")
+    __slots__ = ("_buffer", "_has_grad", "_lent", "_node", "_output", "data", "requires_grad")
 
     def __init__(self, data: Any, requires_grad: bool = False):
         self.data: Array = np.asarray(data)
@@ -108,6 +108,7 @@ class Tensor:
         self._output = 0
         self._buffer: Array | None = None
         self._has_grad = False
+        self._lent = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,27 +126,42 @@ class Tensor:
         return self._buffer if self._has_grad else None
 
     def zero_grad(self) -> None:
-        """Forget the gradient; its buffer is kept for the next one."""
+        """Forget the gradient; its buffer is kept for the next one, unless it was given to us."""
         self._has_grad = False
+        if self._lent:
+            self._buffer, self._lent = None, False
 
     def grad_buffer(self) -> Array:
         """Return the gradient's buffer for adding into, zero-filled when there is no gradient."""
+        buffer, holds_gradient = self.grad_target()
+        if not holds_gradient:
+            buffer.fill(0)
+        return buffer
+
+    def grad_target(self) -> tuple[Array, bool]:
+        """Return the gradient's buffer, and whether to add to what it holds or to overwrite it.
+
+        The caller must fill all of it: from now on it counts as the gradient.
+        """
+        held, self._has_grad = self._has_grad, True
         if self._buffer is None:
-            self._buffer = np.zeros_like(self.data)
-        elif not self._has_grad:
-            self._buffer.fill(0)
-        self._has_grad = True
-        return self._buffer
+            self._buffer = np.empty_like(self.data, order="C")
+        return self._buffer, held
 
     def add_grad(self, gradient: Array, scale: float = 1.0) -> None:
         """Add ``scale * gradient`` to the gradient; one pass over memory when it is the first."""
-        if self._has_grad and self._buffer is not None:
-            self._buffer += gradient if scale == 1.0 else gradient * self.dtype.type(scale)
+        buffer, holds_gradient = self.grad_target()
+        if holds_gradient:
+            buffer += gradient if scale == 1.0 else gradient * self.dtype.type(scale)
+        else:
+            np.multiply(gradient, self.dtype.type(scale), out=buffer)
+
+    def give_grad(self, gradient: Array) -> None:
+        """Add `gradient`, an array that nobody else holds: the first one is kept, not copied."""
+        if self._has_grad or gradient.shape != self.shape or gradient.dtype != self.dtype:
+            self.add_grad(gradient)
             return
-        if self._buffer is None:
-            self._buffer = np.empty_like(self.data)
-        np.multiply(gradient, self.dtype.type(scale), out=self._buffer)
-        self._has_grad = True
+        self._buffer, self._has_grad, self._lent = gradient, True, True
 
     def item(self) -> float:
         """Return the value of a tensor with one element as a Python float."""

@@ -34,6 +34,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprobs",
+    "linears",
     "mse",
     "recompute",
     "reshape",
@@ -93,6 +94,13 @@ def _only(grads: Grads) -> Array:
     return grads[0]
 
 
+def _target(parameter: Tensor | None) -> tuple[Array | None, bool]:
+    """Return the buffer for a backward, or None, and whether it adds to it or overwrites it."""
+    if parameter is None or not parameter.requires_grad:
+        return None, True
+    return parameter.grad_target()
+
+
 def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None = None) -> Tensor:
     """``act(x w^T + b)``: ``x[N, C]``, ``w[O, C]``, ``b[O]`` to ``[N, O]``."""
     backend = get_backend()
@@ -101,13 +109,37 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None
     kept = x.data if w.requires_grad else None  # a frozen layer lets go of what went in
 
     def backward(grads: Grads) -> Grads:
+        dw, accumulate = _target(w)
         dx = backend.linear_backward(
             _only(grads), kept, w.data, pre, activation,
-            dw=_into(w), db=_into(b), need_dx=need_dx,
+            dw=dw, db=_into(b), accumulate=accumulate, need_dx=need_dx,
         )  # fmt: skip
         return dx, None, None
 
     return record([y], (x, w, b), backward)
+
+
+def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, ...]:
+    """Several linear maps ``(w, b)`` of one input; their gradients of `x` add up in one buffer."""
+    if len(layers) == 1 or not recording(x):
+        return tuple(linear(x, w, b) for w, b in layers)
+    backend = get_backend()
+    outputs = [backend.linear(x.data, w.data, _data(b))[0] for w, b in layers]
+    kept = x.data if any(w.requires_grad for w, _ in layers) else None
+
+    def backward(grads: Grads) -> Grads:
+        dx: Array | None = None
+        for dy, (w, b) in zip(grads, layers, strict=True):
+            if dy is not None:
+                dw, accumulate = _target(w)
+                dx = backend.linear_backward(
+                    dy, kept, w.data, dw=dw, db=_into(b), accumulate=accumulate, dx=dx
+                )
+        return [dx, *(None for _ in parameters)]
+
+    parameters = [tensor for layer in layers for tensor in layer]
+    results: tuple[Tensor, ...] = record(outputs, (x, *parameters), backward)
+    return results
 
 
 def embedding(ids: Array, table: Tensor) -> Tensor:
@@ -315,7 +347,10 @@ def linear_cross_entropy(
         upstream = float(_only(grads))
         for tensor, gradient in ((w, dw), (b, db)):
             if tensor is not None and gradient is not None:
-                tensor.add_grad(gradient, upstream)
+                if upstream == 1.0:
+                    tensor.give_grad(gradient)
+                else:
+                    tensor.add_grad(gradient, upstream)
         return None if dh is None else dh * dh.dtype.type(upstream), None, None
 
     return record([np.asarray(total, dtype=np.float64)], (h, w, b), backward), count

@@ -52,6 +52,7 @@ def check(function, leaves, seed=5):
 
 def op_cases():
     x, y, w, b, g = leaf(9, 6), leaf(9, 6, seed=1), leaf(6, 6), leaf(6), leaf(6, seed=2)
+    v2 = leaf(4, 6, seed=3)
     ids = np.array([1, 2, 2, 0, 4, 4, 4, 1, 5], np.int32)
     q, k, v = leaf(9, 4, 6), leaf(9, 2, 6, seed=1), leaf(9, 2, 6, seed=2)
     freq, positions = 1.0 / np.arange(1, 4), np.arange(9, dtype=np.int32)
@@ -60,6 +61,7 @@ def op_cases():
     return {
         "linear": (lambda: ops.linear(x, w, b), [x, w, b]),
         "linear gelu": (lambda: ops.linear(x, w, b, "gelu_tanh"), [x, w, b]),
+        "linears": (lambda: ops.linears(x, [(w, b), (v2, None)]), [x, w, b, v2]),
         "embedding": (lambda: ops.embedding(ids, w), [w]),
         "add": (lambda: ops.add(x, ops.add(x, y)), [x, y]),
         "reshape": (lambda: ops.reshape(x, (3, 18)), [x]),

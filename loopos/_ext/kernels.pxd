@@ -36,10 +36,24 @@ cdef extern from "loopos.h" nogil:
         int activation
         float *pre
 
+    ctypedef struct loopos_loss_rows:
+        long rows
+        long columns
+        float *z
+        const int32_t *targets
+        float factor
+        float *logp
+        float *lse
+        float *entropy
+        const float *dlogp
+        const float *dentropy
+
     ctypedef struct loopos_table:
         const char *name
         int vector_floats
         int (*product)(int threads, const loopos_product *p) noexcept nogil
+        int (*loss_rows)(int threads, const loopos_loss_rows *p) noexcept nogil
+        int (*loss_rows_gradient)(int threads, const loopos_loss_rows *p) noexcept nogil
 
     const loopos_table *loopos_kernels() noexcept
     int loopos_levels(const loopos_table **levels, int capacity) noexcept

@@ -14,6 +14,7 @@ from typing import Any
 import loopos._ext
 from loopos.backends.cython_attention import CythonAttention
 from loopos.backends.cython_elementwise import CythonElementwise
+from loopos.backends.cython_losses import CythonLosses
 from loopos.backends.doorway import contiguous, single
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
@@ -23,7 +24,7 @@ from loopos.errors import BackendError
 LEVEL_VARIABLE = "LOOPOS_CPU"
 
 
-class CythonBackend(CythonElementwise, CythonAttention, NumpyBackend):
+class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBackend):
     """Compiled kernels, chosen for this processor at run time.
 
     Raises
@@ -104,19 +105,24 @@ class CythonBackend(CythonElementwise, CythonAttention, NumpyBackend):
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
+        dx: Array | None = None,
         need_dx: bool = True,
     ) -> Array | None:
         """Gradients of :meth:`linear`; see :meth:`NumpyBackend.linear_backward`."""
         if not single(dy, w):
-            return super().linear_backward(dy, x, w, pre, activation, dw=dw, db=db, need_dx=need_dx)
+            return super().linear_backward(
+                dy, x, w, pre, activation,
+                dw=dw, db=db, accumulate=accumulate, dx=dx, need_dx=need_dx,
+            )  # fmt: skip
         threads, dz = get_num_threads(), contiguous(dy)
         if activation is not None and pre is not None:
             dz = self.activation_backward(dz, pre, activation)
         if dw is not None:
-            self._kernels.linear_dw(dz, contiguous(x), dw, True, threads)
+            self._kernels.linear_dw(dz, contiguous(x), dw, accumulate, threads)
         if db is not None:
             db += dz.sum(axis=0)
-        dx: Array | None = None
-        if need_dx:
-            dx = self._kernels.linear_dx(dz, contiguous(w), None, threads)
-        return dx
+        if not need_dx:
+            return None
+        result: Array = self._kernels.linear_dx(dz, contiguous(w), dx, threads)
+        return result

@@ -103,20 +103,31 @@ class DenseOps:
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
+        dx: Array | None = None,
         need_dx: bool = True,
     ) -> Array | None:
         """``dx = dz w``, ``dw += dz^T x``, ``db += sum_n dz`` with ``dz = dy act'(pre)``.
 
-        `x` may be None where `dw` is.
+        `x` may be None where `dw` is. Without `accumulate` what `dw` holds is overwritten; a `dx`
+        that is given is added to.
         """
         if activation is not None and pre is not None:
             dy = self.activation_backward(dy, pre, activation)
         if dw is not None:
             assert x is not None
-            dw += dy.T @ x
+            if accumulate:
+                dw += dy.T @ x
+            else:
+                np.matmul(dy.T, x, out=dw)
         if db is not None:
             db += dy.sum(axis=0)
-        return dy @ w if need_dx else None
+        if not need_dx:
+            return None
+        if dx is None:
+            return dy @ w
+        dx += dy @ w
+        return dx
 
     # -- embedding ---------------------------------------------------------------------------
 

@@ -424,8 +424,13 @@ class Transformer:
         """Apply linear layers that have one input, each with its low-rank update if it has one."""
         low: dict[Adapter, Tensor] = {}
         outputs = []
-        for name in names:
-            weight, bias = self._parameters[f"{name}.weight"], self._parameters.get(f"{name}.bias")
+        layers = [
+            (self._parameters[f"{name}.weight"], self._parameters.get(f"{name}.bias"))
+            for name in names
+        ]
+        if activation is None and (self.unmerged or self.adapters.keys().isdisjoint(names)):
+            return list(ops.linears(x, layers))
+        for name, (weight, bias) in zip(names, layers, strict=True):
             adapter = None if self.unmerged else self.adapters.get(name)
             if adapter is None:
                 outputs.append(ops.linear(x, weight, bias, activation=activation))

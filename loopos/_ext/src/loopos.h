@@ -59,10 +59,24 @@ typedef struct {
     float *pre;
 } loopos_product;
 
+/* Rows of logits z [rows, columns], each scaled by `factor` (one over the temperature). The forward
+   writes logp of the targets, lse and, unless NULL, entropy. The gradient, given lse (and entropy
+   with dentropy, which may be NULL), replaces z by that of dlogp * logp + dentropy * entropy. */
+typedef struct {
+    long rows, columns;
+    float *z;
+    const int32_t *targets;
+    float factor;
+    float *logp, *lse, *entropy;
+    const float *dlogp, *dentropy;
+} loopos_loss_rows;
+
 typedef struct {
     const char *name;   /* of the instruction set */
     int vector_floats;  /* float32 lanes of a register */
     int (*product)(int threads, const loopos_product *p);
+    int (*loss_rows)(int threads, const loopos_loss_rows *p);
+    int (*loss_rows_gradient)(int threads, const loopos_loss_rows *p);
 } loopos_table;
 
 /* The table in use. */

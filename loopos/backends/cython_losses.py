@@ -1,0 +1,138 @@
+"""Losses over the vocabulary of the Cython backend: logits in chunks of rows, never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from loopos.backends.doorway import contiguous, integers, single
+from loopos.backends.numpy_backend import Array, NumpyBackend
+from loopos.backends.threads import get_num_threads
+
+#: Logits held at once, in elements: a weight is read once for each chunk of rows.
+_LOGIT_ELEMENTS = 1 << 25
+
+
+def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
+    """Cut rows into as few chunks as memory allows, of nearly one size."""
+    count = -(-rows * max(1, vocabulary) // _LOGIT_ELEMENTS)
+    for i in range(count):
+        yield slice(rows * i // count, rows * (i + 1) // count)
+
+
+class CythonLosses(NumpyBackend):
+    """What goes through the logits of a vocabulary."""
+
+    _kernels: Any
+
+    def linear_cross_entropy(
+        self,
+        h: Array,
+        w: Array,
+        targets: Array,
+        weights: Array | None = None,
+        b: Array | None = None,
+        *,
+        need_dh: bool = False,
+        need_dw: bool = False,
+        need_db: bool = False,
+    ) -> tuple[float, float, Array | None, Array | None, Array | None]:
+        """Summed negative log-likelihood; see :meth:`NumpyBackend.linear_cross_entropy`."""
+        if not single(h, w):
+            return super().linear_cross_entropy(
+                h, w, targets, weights, b, need_dh=need_dh, need_dw=need_dw, need_db=need_db
+            )
+        kernels, threads = self._kernels, get_num_threads()
+        weight = np.ones(len(h), np.float32)
+        if weights is not None:
+            weight[...] = weights
+        rows = np.flatnonzero(weight)
+        dh = kernels.empty(h.shape) if need_dh else None
+        if dh is not None and rows.size < len(h):
+            dh.fill(0)
+        dw = kernels.empty(w.shape) if need_dw else None
+        db = np.zeros(w.shape[0], np.float32) if need_db else None
+        total, accumulate = 0.0, False
+        for chunk in _chunks(rows.size, w.shape[0]):
+            at = rows[chunk]
+            states, scale = h[at], weight[at]
+            picked = integers(targets[at])
+            z = self.linear(states, w, b)[0]
+            logp, lse, _ = kernels.loss_rows(z, picked, 1.0, False, threads)
+            total -= float(np.sum(logp * scale, dtype=np.float64))
+            if not (need_dh or need_dw or need_db):
+                continue
+            kernels.loss_rows_gradient(z, picked, 1.0, -scale, lse, None, None, threads)
+            part = self.linear_backward(
+                z, states, w, dw=dw, db=db, accumulate=accumulate, need_dx=need_dh
+            )
+            if dh is not None:
+                dh[at] = part
+            accumulate = True
+        if dw is not None and not accumulate:
+            dw.fill(0)
+        return total, float(weight.sum(dtype=np.float64)), dh, dw, db
+
+    def linear_logprobs(
+        self, h: Array, w: Array, targets: Array, temperature: float = 1.0, b: Array | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Log-probability, entropy, log-sum-exp; see :meth:`NumpyBackend.linear_logprobs`."""
+        if not single(h, w):
+            return super().linear_logprobs(h, w, targets, temperature, b)
+        parts = [
+            self._kernels.loss_rows(
+                self.linear(h[chunk], w, b)[0],
+                integers(targets[chunk]),
+                1 / temperature,
+                True,
+                get_num_threads(),
+            )
+            for chunk in _chunks(len(h), w.shape[0])
+        ]
+        if not parts:
+            empty = np.empty(0, np.float32)
+            return empty, empty.copy(), empty.copy()
+        logp, lse, entropy = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return logp, entropy, lse
+
+    def linear_logprobs_backward(
+        self,
+        dlogp: Array,
+        dentropy: Array | None,
+        h: Array,
+        w: Array,
+        targets: Array,
+        entropy: Array,
+        lse: Array,
+        temperature: float = 1.0,
+        b: Array | None = None,
+        *,
+        dw: Array | None = None,
+        db: Array | None = None,
+        need_dh: bool = True,
+    ) -> Array | None:
+        """Gradient of ``h``; see :meth:`NumpyBackend.linear_logprobs_backward`."""
+        if not single(h, w, dlogp):
+            return super().linear_logprobs_backward(
+                dlogp, dentropy, h, w, targets, entropy, lse, temperature, b,
+                dw=dw, db=db, need_dh=need_dh,
+            )  # fmt: skip
+        dh = self._kernels.empty(h.shape) if need_dh else None
+        for chunk in _chunks(len(h), w.shape[0]):
+            z = self.linear(h[chunk], w, b)[0]
+            self._kernels.loss_rows_gradient(
+                z,
+                integers(targets[chunk]),
+                1 / temperature,
+                contiguous(dlogp[chunk]),
+                contiguous(lse[chunk]),
+                None if dentropy is None else contiguous(dentropy[chunk]),
+                contiguous(entropy[chunk]),
+                get_num_threads(),
+            )
+            part = self.linear_backward(z, h[chunk], w, dw=dw, db=db, need_dx=need_dh)
+            if dh is not None:
+                dh[chunk] = part
+        return dh
