@@ -77,7 +77,7 @@ static void keep_at_most(size_t bytes) {
 
 static block_t *fresh(size_t size, int class) {
     void *memory = NULL;
-    size_t total = size + 64, alignment = size >= 2 * HUGE_PAGE ? HUGE_PAGE : 64;
+    size_t total = size + 64, alignment = size >= HUGE_PAGE ? HUGE_PAGE : 64;
     if (posix_memalign(&memory, alignment, total)) return NULL;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     if (alignment == HUGE_PAGE) madvise(memory, total & ~(HUGE_PAGE - 1), MADV_HUGEPAGE);

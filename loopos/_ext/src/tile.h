@@ -4,6 +4,29 @@
 
 #include "simd.h"
 
+/* Cache lines that will be needed soon: `rows` rows of `row_bytes`, `stride` bytes apart. A product
+   asks for a few of them at a time while it computes, so that memory and arithmetic overlap. */
+typedef struct {
+    const char *row;
+    long at, row_bytes, stride, rows;
+} lines_ahead;
+
+/* Depth between two looks ahead, and lines asked for at each. */
+#define AHEAD_DEPTH 32
+#define AHEAD_LINES 8
+
+INLINE void look_ahead(lines_ahead *lines) {
+    for (int i = 0; i < AHEAD_LINES && lines->rows > 0; i++) {
+        __builtin_prefetch(lines->row + lines->at, 0, 2);
+        lines->at += 64;
+        if (lines->at >= lines->row_bytes) {
+            lines->at = 0;
+            lines->row += lines->stride;
+            lines->rows--;
+        }
+    }
+}
+
 /* acc[i][j] += sum over p < k, in order, of a[i * a_row + p * a_col] * b[p * b_row + lanes of j],
    for `rows` rows and `vectors` vectors, both constants where this is inlined. */
 INLINE void tile_multiply(int rows, int vectors, long k, const float *RESTRICT a, long a_row,
@@ -18,6 +41,17 @@ INLINE void tile_multiply(int rows, int vectors, long k, const float *RESTRICT a
         }
         a += a_col;
         b += b_row;
+    }
+}
+
+/* The same, looking ahead on the way. */
+INLINE void tile_multiply_ahead(int rows, int vectors, long k, const float *RESTRICT a, long a_row,
+                                long a_col, const float *RESTRICT b, long b_row,
+                                vec acc[TILE_ROWS][TILE_VECTORS], lines_ahead *lines) {
+    for (long p = 0; p < k; p += AHEAD_DEPTH) {
+        long depth = k - p < AHEAD_DEPTH ? k - p : AHEAD_DEPTH;
+        look_ahead(lines);
+        tile_multiply(rows, vectors, depth, a + p * a_col, a_row, a_col, b + p * b_row, b_row, acc);
     }
 }
 
