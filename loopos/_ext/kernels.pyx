@@ -174,3 +174,4 @@ def use_level(str name):
 
 
 include "products.pxi"
+include "attention.pxi"
