@@ -1,6 +1,6 @@
 """The kernels for other people's Cython; what they mean is said in loopos.h."""
 
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 cdef extern from "loopos.h" nogil:
     ctypedef void (*loopos_task)(void *context, long index, void *scratch) noexcept nogil
@@ -48,12 +48,71 @@ cdef extern from "loopos.h" nogil:
         const float *dlogp
         const float *dentropy
 
+    ctypedef struct loopos_attention:
+        long n
+        long heads
+        long kv_heads
+        long d
+        long sequences
+        const float *q
+        const float *k
+        const float *v
+        float *y
+        float *lse
+        const float *dy
+        float *dq
+        float *dk
+        float *dv
+        const int32_t *offsets
+        int causal
+        long window
+        float scale
+        uint64_t threshold
+        uint64_t key
+        float kept
+        const int64_t *samples
+
+    ctypedef struct loopos_cached:
+        long n
+        long heads
+        long kv_heads
+        long d
+        long sequences
+        long capacity
+        const float *q
+        const float *k
+        const float *v
+        float *y
+        const int32_t *offsets
+        const int32_t *slots
+        const int32_t *lengths
+        long window
+        float scale
+
+    ctypedef struct loopos_rope:
+        long n
+        long heads
+        long kv_heads
+        long d
+        long half
+        const float *q
+        const float *k
+        float *q_out
+        float *k_out
+        const int32_t *positions
+        const double *inv_freq
+        int inverse
+
     ctypedef struct loopos_table:
         const char *name
         int vector_floats
         int (*product)(int threads, const loopos_product *p) noexcept nogil
         int (*loss_rows)(int threads, const loopos_loss_rows *p) noexcept nogil
         int (*loss_rows_gradient)(int threads, const loopos_loss_rows *p) noexcept nogil
+        int (*attention)(int threads, const loopos_attention *p) noexcept nogil
+        int (*attention_backward)(int threads, const loopos_attention *p) noexcept nogil
+        int (*attention_cached)(int threads, const loopos_cached *p) noexcept nogil
+        int (*rope)(int threads, const loopos_rope *p) noexcept nogil
 
     const loopos_table *loopos_kernels() noexcept
     int loopos_levels(const loopos_table **levels, int capacity) noexcept

@@ -2,8 +2,135 @@
 
 from __future__ import annotations
 
-from loopos.backends.numpy_backend import NumpyBackend
+from typing import Any
+
+import numpy as np
+
+from loopos.backends.doorway import contiguous, integers, single
+from loopos.backends.numpy_backend import Array, NumpyBackend
+from loopos.backends.threads import get_num_threads
+
+
+def _samples(sample_ids: Array | None) -> Array | None:
+    return None if sample_ids is None else np.ascontiguousarray(sample_ids, dtype=np.int64)
 
 
 class CythonAttention(NumpyBackend):
     """Attention in blocks that stay in cache."""
+
+    _kernels: Any
+
+    def rope(self, q: Array, k: Array, positions: Array, inv_freq: Array) -> tuple[Array, Array]:
+        """Rotary position embedding; see :meth:`NumpyBackend.rope`."""
+        if not single(q, k):
+            return super().rope(q, k, positions, inv_freq)
+        return self._rope(q, k, positions, inv_freq, inverse=False)
+
+    def rope_backward(
+        self, dq: Array, dk: Array, positions: Array, inv_freq: Array
+    ) -> tuple[Array, Array]:
+        """The inverse rotation of both gradients."""
+        if not single(dq, dk):
+            return super().rope_backward(dq, dk, positions, inv_freq)
+        return self._rope(dq, dk, positions, inv_freq, inverse=True)
+
+    def _rope(
+        self, q: Array, k: Array, positions: Array, inv_freq: Array, inverse: bool
+    ) -> tuple[Array, Array]:
+        frequencies = np.ascontiguousarray(inv_freq, dtype=np.float64)
+        rotated: tuple[Array, Array] = self._kernels.rope(
+            contiguous(q),
+            contiguous(k),
+            integers(positions),
+            frequencies,
+            inverse,
+            get_num_threads(),
+        )
+        return rotated
+
+    def attention(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        offsets: Array,
+        causal: bool,
+        scale: float,
+        window: int | None = None,
+        dropout_rate: float = 0.0,
+        key: int = 0,
+        sample_ids: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Softmax attention of each sequence on itself; see :meth:`NumpyBackend.attention`."""
+        options = (causal, scale, window, dropout_rate, key)
+        if not single(q, k, v):
+            return super().attention(q, k, v, offsets, *options, sample_ids)
+        y, lse = self._kernels.attention(
+            contiguous(q),
+            contiguous(k),
+            contiguous(v),
+            integers(offsets),
+            *options,
+            _samples(sample_ids),
+            get_num_threads(),
+        )
+        return y, lse
+
+    def attention_backward(
+        self,
+        dy: Array,
+        q: Array,
+        k: Array,
+        v: Array,
+        y: Array,
+        lse: Array,
+        offsets: Array,
+        causal: bool,
+        scale: float,
+        window: int | None = None,
+        dropout_rate: float = 0.0,
+        key: int = 0,
+        sample_ids: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """Gradients of q, k, v; see :meth:`NumpyBackend.attention_backward`."""
+        options = (causal, scale, window, dropout_rate, key)
+        arrays = (dy, q, k, v, y, lse)
+        if not single(*arrays):
+            return super().attention_backward(*arrays, offsets, *options, sample_ids)
+        dq, dk, dv = self._kernels.attention_backward(
+            *(contiguous(a) for a in arrays),
+            integers(offsets),
+            *options,
+            _samples(sample_ids),
+            get_num_threads(),
+        )
+        return dq, dk, dv
+
+    def attention_cached(
+        self,
+        q: Array,
+        k_cache: Array,
+        v_cache: Array,
+        offsets: Array,
+        slots: Array,
+        lengths: Array,
+        scale: float,
+        window: int | None = None,
+    ) -> Array:
+        """Causal attention of new tokens; see :meth:`NumpyBackend.attention_cached`."""
+        if not single(q, k_cache, v_cache):
+            return super().attention_cached(
+                q, k_cache, v_cache, offsets, slots, lengths, scale, window
+            )
+        y: Array = self._kernels.attention_cached(
+            contiguous(q),
+            contiguous(k_cache),
+            contiguous(v_cache),
+            integers(offsets),
+            integers(slots),
+            integers(lengths),
+            scale,
+            window,
+            get_num_threads(),
+        )
+        return y

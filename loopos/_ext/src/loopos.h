@@ -71,12 +71,57 @@ typedef struct {
     const float *dlogp, *dentropy;
 } loopos_loss_rows;
 
+/* Softmax attention of ragged sequences on themselves: sequence b is the tokens offsets[b] up to
+   offsets[b + 1]; q, y and their gradients are [n, heads, d], k and v [n, kv_heads, d], lse (of the
+   scaled scores) [n, heads]. The forward writes y and lse, the backward reads them and writes dq,
+   dk, dv. Dropout of probabilities where `threshold` (rate * 2^32) is not 0. */
+typedef struct {
+    long n, heads, kv_heads, d, sequences;
+    const float *q, *k, *v;
+    float *y, *lse;
+    const float *dy;
+    float *dq, *dk, *dv;
+    const int32_t *offsets;
+    int causal;
+    long window; /* a query sees keys closer than this; 0: all */
+    float scale;
+    uint64_t threshold, key;
+    float kept;             /* factor of what is not dropped */
+    const int64_t *samples; /* [sequences]; NULL: numbered */
+} loopos_attention;
+
+/* Causal attention of new tokens (q, y: [n, heads, d]; sequence b's from offsets[b]) on the first
+   lengths[b] positions of slot slots[b] of a cache [slots, capacity, kv_heads, d], the last of
+   which are theirs. */
+typedef struct {
+    long n, heads, kv_heads, d, sequences, capacity;
+    const float *q, *k, *v;
+    float *y;
+    const int32_t *offsets, *slots, *lengths;
+    long window;
+    float scale;
+} loopos_cached;
+
+/* Rotation of the pairs (x[i], x[i + half]) of q and k by positions[n] * inv_freq[half]. */
+typedef struct {
+    long n, heads, kv_heads, d, half;
+    const float *q, *k;
+    float *q_out, *k_out;
+    const int32_t *positions;
+    const double *inv_freq;
+    int inverse;
+} loopos_rope;
+
 typedef struct {
     const char *name;   /* of the instruction set */
     int vector_floats;  /* float32 lanes of a register */
     int (*product)(int threads, const loopos_product *p);
     int (*loss_rows)(int threads, const loopos_loss_rows *p);
     int (*loss_rows_gradient)(int threads, const loopos_loss_rows *p);
+    int (*attention)(int threads, const loopos_attention *p);
+    int (*attention_backward)(int threads, const loopos_attention *p);
+    int (*attention_cached)(int threads, const loopos_cached *p);
+    int (*rope)(int threads, const loopos_rope *p);
 } loopos_table;
 
 /* The table in use. */
