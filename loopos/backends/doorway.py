@@ -10,8 +10,21 @@ Array = np.ndarray[Any, Any]
 
 
 def single(*arrays: Array | None) -> bool:
-    """Return whether the kernels take these: none is float64 (that is the oracle's)."""
-    return all(a is None or a.dtype != np.float64 for a in arrays)
+    """Return whether the kernels take these: none is float64 (that is the oracle's).
+
+    Raises
+    ------
+    TypeError
+        If one is no NumPy array, but a list or the array of another library.
+    """
+    for array in arrays:
+        if array is None:
+            continue
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"expected a NumPy array, found {type(array).__name__}")
+        if array.dtype == np.float64:
+            return False
+    return True
 
 
 @overload
@@ -22,7 +35,10 @@ def contiguous(array: None) -> None: ...
 def contiguous(array: Array | None) -> Array | None: ...
 def contiguous(array: Array | None) -> Array | None:
     """Return the array itself when its elements lie in C order and aligned, else a copy."""
-    if array is None or (array.flags.c_contiguous and array.flags.aligned):
+    if array is None:
+        return None
+    single(array)
+    if array.flags.c_contiguous and array.flags.aligned:
         return array
     return np.require(array, requirements=["C", "A"])
 

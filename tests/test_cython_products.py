@@ -1,0 +1,203 @@
+"""The products of the Cython backend: values, order of summation, what they refuse."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import loopos
+from loopos.backends.threads import thread_limit
+
+if "cython" not in loopos.available_backends():
+    pytest.skip("the compiled kernels are not there", allow_module_level=True)
+
+from loopos._ext import kernels
+from loopos.backends.cython_backend import CythonBackend
+
+LEVELS = kernels.levels()
+SHAPES = [(1, 1, 1), (5, 7, 3), (15, 384, 100), (16, 400, 13), (33, 385, 27), (64, 770, 130),
+          (65, 770, 33), (130, 1024, 20), (400, 800, 77), (30, 0, 4)]  # fmt: skip
+
+
+@pytest.fixture(params=LEVELS)
+def backend(request):
+    before = kernels.level()
+    chosen = CythonBackend()
+    chosen.use_level(request.param)
+    yield chosen
+    chosen.use_level(before)
+
+
+def array(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def close(found, expected, depth):
+    """A sum of `depth` products of numbers about 1 is right to a few units in the last place."""
+    assert found.dtype == np.float32
+    assert found.shape == expected.shape
+    limit = 4e-7 * (depth + 1) ** 0.5 * max(1.0, np.sqrt(depth))
+    assert np.abs(found - expected).max(initial=0) <= limit
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_three_products_of_a_linear_layer(backend, shape):
+    n, c, o = shape
+    x, w, b, dy = array(n, c), array(o, c, seed=1), array(o, seed=2), array(n, o, seed=3)
+    wide = x.astype(np.float64), w.astype(np.float64), dy.astype(np.float64)
+    close(backend.linear(x, w, b)[0], wide[0] @ wide[1].T + b, c)
+    dw, db = np.ones_like(w), np.zeros_like(b)
+    dx = backend.linear_backward(dy, x, w, dw=dw, db=db)
+    close(dx, wide[2] @ wide[1], o)
+    close(dw, 1 + wide[2].T @ wide[0], n)
+    close(db, wide[2].sum(axis=0), n)
+
+
+@given(st.integers(1, 70), st.integers(1, 500), st.integers(1, 90), st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_any_shape(n, c, o, threads):
+    backend = CythonBackend()
+    x, w, dy = array(n, c), array(o, c, seed=1), array(n, o, seed=3)
+    with thread_limit(threads):
+        close(backend.linear(x, w)[0], x.astype(np.float64) @ w.T.astype(np.float64), c)
+        dw = np.full_like(w, np.nan)
+        dx = backend.linear_backward(dy, x, w, dw=dw, accumulate=False)
+    close(dx, dy.astype(np.float64) @ w, o)
+    close(dw, dy.T.astype(np.float64) @ x, n)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu_tanh"])
+def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation):
+    c, o = 800, 130
+    w, b = array(o, c, seed=1), array(o, seed=2)
+    rows, dys = array(450, c), array(450, o, seed=3)
+    whole = backend.linear(rows, w, b, activation)
+    dx = backend.linear_backward(dys, None, w)
+    for part in (slice(0, 1), slice(7, 8), slice(3, 20), slice(100, 164), slice(40, 440)):
+        y, pre = backend.linear(rows[part], w, b, activation)
+        assert y.tobytes() == whole[0][part].tobytes()
+        if activation is not None:
+            assert pre.tobytes() == whole[1][part].tobytes()
+        assert backend.linear_backward(dys[part], None, w).tobytes() == dx[part].tobytes()
+
+
+def test_bytes_do_not_depend_on_threads(backend):
+    x, w, dy = array(500, 400), array(700, 400, seed=1), array(500, 700, seed=3)
+    found = []
+    for threads in (1, 2, 5):
+        with thread_limit(threads):
+            dw = np.ones_like(w)
+            dx = backend.linear_backward(dy, x, w, dw=dw)
+            few = backend.linear(x[:40], w)[0]
+            found.append([a.tobytes() for a in (backend.linear(x, w)[0], few, dx, dw)])
+    assert found[0] == found[1] == found[2]
+
+
+def test_gradients_add_up_or_overwrite_in_the_buffers_given(backend):
+    x, w, dy = array(9, 20), array(7, 20, seed=1), array(9, 7, seed=3)
+    dw, dx = np.full_like(w, 2), np.full_like(x, 3)
+    assert backend.linear_backward(dy, x, w, dw=dw, dx=dx) is dx
+    close(dw, 2 + dy.T.astype(np.float64) @ x, 9)
+    close(dx, 3 + dy.astype(np.float64) @ w, 7)
+    again = np.full_like(w, np.nan)
+    assert backend.linear_backward(dy, x, w, dw=again, accumulate=False, need_dx=False) is None
+    close(again, dy.T.astype(np.float64) @ x, 9)
+
+
+def test_nan_and_infinity_propagate_as_in_numpy(backend):
+    x, w = array(20, 50), array(30, 50, seed=1)
+    x[3, 7], x[5, 1], w[11, 4] = np.nan, np.inf, -np.inf
+    with np.errstate(invalid="ignore"):
+        expected = x @ w.T
+    found = backend.linear(x, w)[0]
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    np.testing.assert_array_equal(np.isinf(found), np.isinf(expected))
+    assert np.isnan(found[3]).all()
+
+
+def test_layouts_and_read_only_inputs(backend):
+    x, w = array(20, 60), array(30, 60, seed=1)
+    expected = backend.linear(x, w)[0]
+    x.flags.writeable = w.flags.writeable = False
+    assert backend.linear(x, w)[0].tobytes() == expected.tobytes()
+    spread = np.zeros((20, 120), np.float32)
+    spread[:, ::2] = x
+    turned = np.asfortranarray(w)
+    assert backend.linear(spread[:, ::2], turned)[0].tobytes() == expected.tobytes()
+    shifted = np.zeros(20 * 60 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(20, 60)
+    shifted[...] = x
+    assert backend.linear(shifted, w)[0].tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": np.zeros((4, 5), np.int64)}, TypeError, "x: expected an array of float32, found in"),
+        ({"w": np.zeros((3, 5), np.float16)}, TypeError, "w: expected an array of float32, found"),
+        ({"w": np.zeros((3, 6), np.float32)}, ValueError, r"w: expected shape \[any, 5\], found"),
+        ({"x": np.zeros(5, np.float32)}, ValueError, r"x: expected shape \[any, any\], found"),
+        ({"b": np.zeros(4, np.float32)}, ValueError, r"b: expected shape \[3\], found \[4\]"),
+        ({"b": [0.0, 0.0, 0.0]}, TypeError, "expected a NumPy array, found list"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, words):
+    given = {
+        "x": np.zeros((4, 5), np.float32),
+        "w": np.zeros((3, 5), np.float32),
+        "b": np.zeros(3, np.float32),
+    }
+    with pytest.raises(error, match=words):
+        CythonBackend().linear(**(given | change))
+
+
+def test_a_gradient_buffer_that_cannot_be_written_is_refused():
+    x, w, dy = array(4, 5), array(3, 5), array(4, 3)
+    frozen = np.zeros_like(w)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="dw: is read-only"):
+        CythonBackend().linear_backward(dy, x, w, dw=frozen)
+    with pytest.raises(ValueError, match="dw: expected a C-contiguous array"):
+        CythonBackend().linear_backward(dy, x, w, dw=np.zeros((3, 10), np.float32)[:, ::2])
+    with pytest.raises(ValueError, match=r"dw: expected shape \[3, 5\], found \[5, 3\]"):
+        CythonBackend().linear_backward(dy, x, w, dw=np.zeros((5, 3), np.float32))
+
+
+def test_targets_outside_the_vocabulary_are_refused():
+    h, w = array(3, 4), array(5, 4)
+    with pytest.raises(IndexError, match="targets: 5 is outside of 5 columns"):
+        CythonBackend().linear_cross_entropy(h, w, np.array([0, 5, 1], np.int32))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_losses_over_the_vocabulary(backend, rows):
+    h, w, b = array(rows, 24), array(333, 24, seed=1), array(333, seed=2)
+    targets = np.random.default_rng(4).integers(0, 333, rows).astype(np.int32)
+    weights = np.random.default_rng(5).uniform(size=rows).astype(np.float32)
+    weights[::3] = 0
+    oracle = loopos.backends.numpy_backend.NumpyBackend()
+    wide = [a.astype(np.float64) for a in (h, w, weights, b)]
+    every = {"need_dh": True, "need_dw": True, "need_db": True}
+    expected = oracle.linear_cross_entropy(wide[0], wide[1], targets, wide[2], wide[3], **every)
+    found = backend.linear_cross_entropy(h, w, targets, weights, b, **every)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[1] == pytest.approx(expected[1], rel=1e-6)
+    for value, reference in zip(found[2:], expected[2:], strict=True):
+        np.testing.assert_allclose(value, reference, atol=2e-6 * np.abs(reference).max(initial=1))
+    for temperature in (1.0, 0.7):
+        exact = oracle.linear_logprobs(wide[0], wide[1], targets, temperature, wide[3])
+        close_to = backend.linear_logprobs(h, w, targets, temperature, b)
+        for value, reference in zip(close_to, exact, strict=True):
+            np.testing.assert_allclose(value, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_have_the_same_bytes_at_any_number_of_threads(backend):
+    h, w = array(70, 64), array(2000, 64, seed=1)
+    targets = np.random.default_rng(4).integers(0, 2000, 70).astype(np.int32)
+    found = []
+    for threads in (1, 2, 5):
+        with thread_limit(threads):
+            total, _, dh, dw, _ = backend.linear_cross_entropy(
+                h, w, targets, need_dh=True, need_dw=True
+            )
+        found.append((total, dh.tobytes(), dw.tobytes()))
+    assert found[0] == found[1] == found[2]
