@@ -44,5 +44,20 @@ def contiguous(array: Array | None) -> Array | None:
 
 
 def integers(array: Array) -> Array:
-    """Return ids, offsets or rows as contiguous int32."""
-    return np.ascontiguousarray(array, dtype=np.int32)
+    """Return ids, offsets or rows as contiguous int32.
+
+    Raises
+    ------
+    TypeError
+        If they are no integers.
+    ValueError
+        If one does not fit into 32 bits.
+    """
+    if array.dtype == np.int32 and array.flags.c_contiguous and array.flags.aligned:
+        return array
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"expected an array of integers, found {array.dtype}")
+    limits = np.iinfo(np.int32)
+    if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
+        raise ValueError("integers: some do not fit into int32")
+    return np.require(array, np.int32, ["C", "A"])
