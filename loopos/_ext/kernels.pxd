@@ -103,6 +103,88 @@ cdef extern from "loopos.h" nogil:
         const double *inv_freq
         int inverse
 
+    enum loopos_map_op:
+        LOOPOS_MAP_ACTIVATION
+        LOOPOS_MAP_ACTIVATION_BACKWARD
+        LOOPOS_MAP_SWIGLU
+        LOOPOS_MAP_SWIGLU_BACKWARD
+        LOOPOS_MAP_ADD
+        LOOPOS_MAP_SCALE
+        LOOPOS_MAP_FILL
+        LOOPOS_MAP_FUNCTION
+
+    ctypedef struct loopos_map:
+        long n
+        int op
+        int kind
+        float factor
+        const float *a
+        const float *b
+        const float *c
+        float *y
+        float *z
+
+    ctypedef struct loopos_norm:
+        long rows
+        long columns
+        int layer
+        float eps
+        const float *x
+        const float *residual
+        const float *g
+        const float *b
+        float *y
+        float *s
+        float *mean
+        float *rstd
+        const float *dy
+        const float *ds
+        float *dx
+        float *dg
+        float *db
+
+    ctypedef struct loopos_rows:
+        long rows
+        long columns
+        float *x
+        float *table
+        const int32_t *ids
+        int scatter
+
+    ctypedef struct loopos_dropout:
+        long rows
+        long columns
+        const float *x
+        float *y
+        const int64_t *samples
+        const int64_t *positions
+        uint64_t key
+        uint64_t threshold
+        float kept
+
+    ctypedef struct loopos_tensor:
+        float *p
+        float *m
+        float *v
+        const float *g
+        long n
+        long first_task
+        float rate
+        float root
+        float shrink
+        float l2
+
+    ctypedef struct loopos_update:
+        const loopos_tensor *tensors
+        long count
+        long tasks
+        float grad_scale
+        float beta1
+        float beta2
+        float one_minus_beta1
+        float one_minus_beta2
+        float eps
+
     ctypedef struct loopos_table:
         const char *name
         int vector_floats
@@ -113,6 +195,15 @@ cdef extern from "loopos.h" nogil:
         int (*attention_backward)(int threads, const loopos_attention *p) noexcept nogil
         int (*attention_cached)(int threads, const loopos_cached *p) noexcept nogil
         int (*rope)(int threads, const loopos_rope *p) noexcept nogil
+        int (*map)(int threads, const loopos_map *p) noexcept nogil
+        int (*column_sums)(int threads, long rows, long columns, const float *x,
+                           float *into) noexcept nogil
+        int (*norm)(int threads, const loopos_norm *p) noexcept nogil
+        int (*norm_gradient)(int threads, const loopos_norm *p) noexcept nogil
+        int (*rows)(int threads, const loopos_rows *p) noexcept nogil
+        int (*dropout)(int threads, const loopos_dropout *p) noexcept nogil
+        int (*adamw)(int threads, const loopos_update *p) noexcept nogil
+        int (*sum_squares)(int threads, const loopos_update *p, double *total) noexcept nogil
 
     const loopos_table *loopos_kernels() noexcept
     int loopos_levels(const loopos_table **levels, int capacity) noexcept

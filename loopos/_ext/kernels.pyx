@@ -176,3 +176,4 @@ def use_level(str name):
 include "products.pxi"
 include "losses.pxi"
 include "attention.pxi"
+include "elementwise.pxi"

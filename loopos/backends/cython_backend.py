@@ -121,7 +121,7 @@ class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBacke
         if dw is not None:
             self._kernels.linear_dw(dz, contiguous(x), dw, accumulate, threads)
         if db is not None:
-            db += dz.sum(axis=0)
+            self._kernels.column_sums(dz, db, threads)
         if not need_dx:
             return None
         result: Array = self._kernels.linear_dx(dz, contiguous(w), dx, threads)

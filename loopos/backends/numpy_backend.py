@@ -26,10 +26,12 @@ import numpy as np
 
 from loopos.backends.numpy_attention import AttentionOps
 from loopos.backends.numpy_losses import LossOps
-from loopos.backends.numpy_updates import UpdateOps
+from loopos.backends.numpy_updates import AdamwTensor, UpdateOps
 from loopos.errors import BackendError, nearest
 
 Array = np.ndarray[Any, Any]
+
+__all__ = ["ACTIVATIONS", "AdamwTensor", "Array", "NumpyBackend"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 _SQRT_2_OVER_PI = 0.7978845608028654
@@ -128,6 +130,10 @@ class DenseOps:
             return dy @ w
         dx += dy @ w
         return dx
+
+    def add(self, a: Array, b: Array, scale: float = 1.0) -> Array:
+        """``a + scale b`` of one shape."""
+        return a + b if scale == 1.0 else a + a.dtype.type(scale) * b
 
     # -- embedding ---------------------------------------------------------------------------
 

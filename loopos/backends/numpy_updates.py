@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,18 @@ def _blocks(*arrays: Array | None) -> Iterator[tuple[Any, ...]]:
     size = next(a.size for a in flat if a is not None)
     for start in range(0, size, _BLOCK):
         yield tuple(None if a is None else a[start : start + _BLOCK] for a in flat)
+
+
+class AdamwTensor(NamedTuple):
+    """A parameter with its gradient, moments and own numbers; see :meth:`UpdateOps.adamw`."""
+
+    p: Array
+    g: Array
+    m: Array
+    v: Array
+    learning_rate: float
+    weight_decay: float
+    step: int
 
 
 class UpdateOps:
@@ -109,6 +121,22 @@ class UpdateOps:
             if weight_decay and decoupled:
                 pb *= f(1.0 - learning_rate * weight_decay)
             pb -= t
+
+    def adamw_many(
+        self,
+        tensors: Sequence[AdamwTensor],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        grad_scale: float = 1.0,
+        decoupled: bool = True,
+    ) -> None:
+        """One :meth:`adamw` step of every tensor."""
+        for t in tensors:
+            self.adamw(
+                t.p, t.g, t.m, t.v, t.learning_rate, beta1, beta2, eps, t.weight_decay, t.step,
+                grad_scale, decoupled,
+            )  # fmt: skip
 
     def sgd(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
+from loopos.backends.numpy_backend import ACTIVATIONS, AdamwTensor, NumpyBackend
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Any]
@@ -420,6 +420,41 @@ def adamw(shape: tuple[int, ...], step: int, decoupled: bool) -> OpCase:
     return OpCase("adamw", label, inputs, forward, in_place=("p", "m", "v"))
 
 
+def adamw_many(*shapes: tuple[int, ...]) -> OpCase:
+    """One optimizer step of several tensors, each with numbers of its own."""
+    numbers = range(len(shapes))
+
+    def inputs(rng: Rng) -> Inputs:
+        a = {f"{name}{i}": rng.normal(size=shapes[i]) for i in numbers for name in "pgm"}
+        return a | {f"v{i}": rng.uniform(0.01, 1, size=shapes[i]) for i in numbers}
+
+    def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
+        tensors = [
+            AdamwTensor(*(a[f"{name}{i}"] for name in "pgmv"), 1e-2 / (i + 1), 0.1 * i, i + 1)
+            for i in numbers
+        ]
+        be.adamw_many(tensors, 0.9, 0.999, 1e-8, 0.5)
+        return [a[f"{name}{i}"] for i in numbers for name in "pmv"]
+
+    changed = tuple(f"{name}{i}" for i in numbers for name in "pmv")
+    return OpCase("adamw_many", f"{len(shapes)} tensors", inputs, forward, in_place=changed)
+
+
+def add(n: int, c: int, scale: float) -> OpCase:
+    """Weighted sum of two arrays."""
+
+    def backward(be: NumpyBackend, a: Inputs, out: Sequence[Any], up: list[Array]) -> Inputs:
+        return {"a": up[0], "b": up[0] * up[0].dtype.type(scale)}
+
+    return OpCase(
+        "add",
+        f"{n}x{c},{scale}",
+        lambda rng: {"a": rng.normal(size=(n, c)), "b": rng.normal(size=(n, c))},
+        lambda be, a: [be.add(a["a"], a["b"], scale)],
+        backward,
+    )
+
+
 def sgd(shape: tuple[int, ...], nesterov: bool, first: bool) -> OpCase:
     """One step with momentum."""
 
@@ -513,7 +548,10 @@ CASES: list[OpCase] = [
     binary_cross_entropy(0, 5, 1.0),
     mse(13),
     dropout(RAGGED, 9, 0.3),
+    add(5, 7, 1.0),
+    add(70, 301, -0.3),
     adamw((7, 5), 1, True),
+    adamw_many((7, 5), (0, 3), (40001,), (3,)),
     adamw((40001,), 9, True),
     adamw((7, 5), 3, False),
     sgd((7, 5), False, True),

@@ -1,4 +1,4 @@
-"""Optimizers: in place on named parameters, one backend op per parameter and step.
+"""Optimizers: in place on named parameters, all of them in one op of the backend.
 
 ``step(scale=...)`` multiplies gradients by a factor on the way, so that a division by a count and
 clipping cost no pass over memory. Frozen parameters have no state and are never touched.
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from loopos.autograd import Array, Parameter
 from loopos.backends import get_backend
+from loopos.backends.numpy_updates import AdamwTensor
 from loopos.errors import CheckpointError, ConfigError
 
 __all__ = ["SGD", "Adam", "AdamW", "DecayGroups", "Optimizer", "gradient_norm"]
@@ -25,6 +26,16 @@ def gradient_norm(parameters: Iterable[Parameter]) -> float:
     """Return the global L2 norm of all gradients that are there."""
     grads = [p.grad for p in parameters if p.grad is not None]
     return float(np.sqrt(get_backend().sum_squares(grads)))
+
+
+class _Update(NamedTuple):
+    """A parameter that is due, with the learning rate and weight decay that are its own."""
+
+    name: str
+    data: Array
+    grad: Array
+    rate: float
+    decay: float
 
 
 class Optimizer(ABC):
@@ -101,17 +112,17 @@ class Optimizer(ABC):
                 # A backend walks the flat array: of any other it would update a copy, in silence.
                 raise ConfigError(f"parameter '{name}' is not a writeable, C-contiguous array")
         self.steps += 1
+        updates = []
         for name, parameter in due:
             assert parameter.grad is not None
             decay = self.weight_decay if name in self._decayed else 0.0
             own = rate * self.rate_factors.get(name, 1.0)
-            self._update(name, parameter, parameter.grad, scale, own, decay)
+            updates.append(_Update(name, parameter.data, parameter.grad, own, decay))
+        self._apply(updates, scale)
 
     @abstractmethod
-    def _update(
-        self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
-    ) -> None:
-        """Step one parameter."""
+    def _apply(self, updates: list[_Update], scale: float) -> None:
+        """Step these parameters."""
 
     def _slot(self, slot: str, name: str, like: Array) -> Array:
         arrays = self._state[slot]
@@ -194,14 +205,14 @@ class SGD(Optimizer):
         _require(not nesterov or momentum > 0, "nesterov", "a momentum beside it", nesterov)
         self.momentum, self.nesterov = momentum, nesterov
 
-    def _update(
-        self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
-    ) -> None:
-        first = name not in self._state["momentum"]
-        buffer = self._slot("momentum", name, parameter.data) if self.momentum else None
-        get_backend().sgd(
-            parameter.data, grad, buffer, rate, self.momentum, decay, self.nesterov, first, scale
-        )
+    def _apply(self, updates: list[_Update], scale: float) -> None:
+        for update in updates:
+            first = update.name not in self._state["momentum"]
+            buffer = self._slot("momentum", update.name, update.data) if self.momentum else None
+            get_backend().sgd(
+                update.data, update.grad, buffer, update.rate, self.momentum, update.decay,
+                self.nesterov, first, scale,
+            )  # fmt: skip
 
 
 class AdamW(Optimizer):
@@ -238,17 +249,18 @@ class AdamW(Optimizer):
         _require(eps > 0, "eps", "a positive number", eps)
         self.betas, self.eps = betas, eps
 
-    def _update(
-        self, name: str, parameter: Parameter, grad: Array, scale: float, rate: float, decay: float
-    ) -> None:
-        first, second = (self._slot(slot, name, parameter.data) for slot in self.slots)
-        updates = self._state["updates"].setdefault(name, np.zeros((), np.int64))
-        updates += 1
-        beta1, beta2 = self.betas
-        get_backend().adamw(
-            parameter.data, grad, first, second, rate, beta1, beta2, self.eps, decay, int(updates),
-            scale, self._decoupled,
-        )  # fmt: skip
+    def _apply(self, updates: list[_Update], scale: float) -> None:
+        tensors = []
+        for update in updates:
+            first, second = (self._slot(slot, update.name, update.data) for slot in self.slots)
+            count = self._state["updates"].setdefault(update.name, np.zeros((), np.int64))
+            count += 1
+            tensors.append(
+                AdamwTensor(
+                    update.data, update.grad, first, second, update.rate, update.decay, int(count)
+                )
+            )
+        get_backend().adamw_many(tensors, *self.betas, self.eps, scale, self._decoupled)
 
 
 class Adam(AdamW):

@@ -112,6 +112,72 @@ typedef struct {
     int inverse;
 } loopos_rope;
 
+/* y = op(a, b, c) element by element, n of each; `kind` is an activation (or, for MAP_FUNCTION, 0 exp,
+   1 tanh, 2 erf, 3 sigmoid). y and z may be inputs. */
+enum loopos_map_op {
+    LOOPOS_MAP_ACTIVATION,          /* y = act(a) */
+    LOOPOS_MAP_ACTIVATION_BACKWARD, /* y = b act'(a) */
+    LOOPOS_MAP_SWIGLU,              /* y = silu(a) b */
+    LOOPOS_MAP_SWIGLU_BACKWARD,     /* of c: y for a, z for b */
+    LOOPOS_MAP_ADD,                 /* y = a + factor b */
+    LOOPOS_MAP_SCALE,               /* y = factor a */
+    LOOPOS_MAP_FILL,                /* y = factor */
+    LOOPOS_MAP_FUNCTION
+};
+typedef struct {
+    long n;
+    int op, kind;
+    float factor;
+    const float *a, *b, *c;
+    float *y, *z;
+} loopos_map;
+
+/* Layer norm (layer 1) or RMS norm (0) of rows. Forward: x, residual (or NULL; then s = x +
+   residual is written) to y, mean, rstd. Gradient: x is s; dy and ds (or NULL) to dx (or NULL), and
+   added to dg and db (or NULL). */
+typedef struct {
+    long rows, columns;
+    int layer;
+    float eps;
+    const float *x, *residual, *g, *b;
+    float *y, *s, *mean, *rstd;
+    const float *dy, *ds;
+    float *dx, *dg, *db;
+} loopos_norm;
+
+/* x[r] = table[ids[r]], or with `scatter` table[ids[r]] += x[r] in order of r. */
+typedef struct {
+    long rows, columns;
+    float *x, *table;
+    const int32_t *ids;
+    int scatter;
+} loopos_rows;
+
+/* y = x times 0 or `kept`, by bits keyed by (key, sample, position, column). */
+typedef struct {
+    long rows, columns;
+    const float *x;
+    float *y;
+    const int64_t *samples, *positions; /* of each row */
+    uint64_t key, threshold;            /* rate * 2^32 */
+    float kept;
+} loopos_dropout;
+
+/* Tensors that are updated in one job of `tasks` tasks; each starts at its `first_task` and has one
+   for every 16384 elements. AdamW: m and v, then p = p shrink - rate m / (sqrt(v) root + eps), where
+   l2 p is added to the gradient first. */
+typedef struct {
+    float *p, *m, *v;
+    const float *g;
+    long n, first_task;
+    float rate, root, shrink, l2;
+} loopos_tensor;
+typedef struct {
+    const loopos_tensor *tensors;
+    long count, tasks;
+    float grad_scale, beta1, beta2, one_minus_beta1, one_minus_beta2, eps;
+} loopos_update;
+
 typedef struct {
     const char *name;   /* of the instruction set */
     int vector_floats;  /* float32 lanes of a register */
@@ -122,6 +188,14 @@ typedef struct {
     int (*attention_backward)(int threads, const loopos_attention *p);
     int (*attention_cached)(int threads, const loopos_cached *p);
     int (*rope)(int threads, const loopos_rope *p);
+    int (*map)(int threads, const loopos_map *p);
+    int (*column_sums)(int threads, long rows, long columns, const float *x, float *into);
+    int (*norm)(int threads, const loopos_norm *p);
+    int (*norm_gradient)(int threads, const loopos_norm *p);
+    int (*rows)(int threads, const loopos_rows *p);
+    int (*dropout)(int threads, const loopos_dropout *p);
+    int (*adamw)(int threads, const loopos_update *p);
+    int (*sum_squares)(int threads, const loopos_update *p, double *total);
 } loopos_table;
 
 /* The table in use. */
