@@ -82,12 +82,15 @@ class BuildKernels(build_ext):
         except Exception as error:  # compilers, linkers and Cython fail in ways of their own
             if "cython" in os.environ.get("LOOPOS_REQUIRE", ""):
                 raise
-            missing = isinstance(error, ImportError) and error.name
-            self._without(
-                f"{error.name} is not there to build with"
-                if missing
-                else f"{type(error).__name__}: {error}"
-            )
+            self._without(self._reason(error))
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, ImportError) and error.name:
+            return f"{error.name} is not there to build with"
+        if type(error).__name__ in ("CompileError", "LinkError"):  # the message is its command
+            program = (getattr(self.compiler, "compiler_so", None) or ["cc"])[0]
+            return f"the C compiler '{program}' failed; 'pip install -v' shows what it said"
+        return f"{type(error).__name__}: {error}"
 
     def _cythonise(self) -> None:
         import numpy

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loopos.version import __version__
 
 if TYPE_CHECKING:
+    from loopos._ext import get_include as get_include
     from loopos.autograd import Parameter as Parameter
     from loopos.autograd import Tensor as Tensor
     from loopos.autograd import no_grad as no_grad
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from loopos.training.optim import AdamW as AdamW
 
 _HOMES = {
+    "loopos._ext": ["get_include"],
     "loopos.autograd": ["Parameter", "Tensor", "no_grad"],
     "loopos.backends": ["available_backends", "get_backend", "set_backend", "use_backend"],
     "loopos.data.batch": ["Batch"],
