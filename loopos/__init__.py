@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from loopos.backends import get_backend as get_backend
     from loopos.backends import set_backend as set_backend
     from loopos.backends import use_backend as use_backend
+    from loopos.backends.threads import get_num_threads as get_num_threads
+    from loopos.backends.threads import set_num_threads as set_num_threads
     from loopos.data.batch import Batch as Batch
     from loopos.data.tokenizer import Tokenizer as Tokenizer
     from loopos.data.tokenizer import load_tokenizer as load_tokenizer
@@ -45,6 +47,7 @@ _HOMES = {
     "loopos._ext": ["get_include"],
     "loopos.autograd": ["Parameter", "Tensor", "no_grad"],
     "loopos.backends": ["available_backends", "get_backend", "set_backend", "use_backend"],
+    "loopos.backends.threads": ["get_num_threads", "set_num_threads"],
     "loopos.data.batch": ["Batch"],
     "loopos.data.tokenizer": ["Tokenizer", "load_tokenizer"],
     "loopos.errors": ["LooposError"],
