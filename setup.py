@@ -98,8 +98,7 @@ class BuildKernels(build_ext):
 
         extension = self.extensions[0]
         extension.include_dirs.append(numpy.get_include())
-        kernels = cythonize([extension], build_dir=self.build_temp, quiet=True)
-        self.extensions = self.distribution.ext_modules = kernels
+        self.extensions = cythonize([extension], build_dir=self.build_temp, quiet=True)
 
     def build_extension(self, ext: Extension) -> None:
         """Compile the kernels once per level, then the extension around them."""
@@ -132,7 +131,7 @@ class BuildKernels(build_ext):
         path.write_text(reason + "\n", encoding="utf-8")
         # What an earlier build left there is not what was asked for.
         Path(self.get_ext_fullpath("loopos._ext.kernels")).unlink(missing_ok=True)
-        self.extensions = self.distribution.ext_modules = []
+        self.extensions = []
 
 
 def kernels() -> Extension:
