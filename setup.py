@@ -13,6 +13,7 @@ import platform
 import re
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -103,19 +104,27 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Compile the kernels once per level, then the extension around them."""
         ext._needs_stub = False
-        for number, (level, flags) in enumerate(levels().items()):
+        (Path(self.build_temp) / SOURCES).mkdir(parents=True, exist_ok=True)
+
+        def compiled(level: str) -> list[str] | Exception:
             try:
-                objects = self.compiler.compile(
+                return self.compiler.compile(
                     [str(SOURCES / f"level_{level}.c")], output_dir=self.build_temp,
-                    include_dirs=ext.include_dirs, extra_postargs=[*FLAGS, *flags],
+                    include_dirs=ext.include_dirs, extra_postargs=[*FLAGS, *levels()[level]],
                 )  # fmt: skip
             except Exception as error:
-                if number == 0 or level == "v2":  # the least there is
-                    raise
-                print(f"loopos: no kernels for x86-64-{level}: {error}", file=sys.stderr)
-                continue
-            ext.extra_objects += objects
-            ext.define_macros.append((f"LOOPOS_HAVE_{level.upper()}", "1"))
+                return error
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            results = dict(zip(levels(), threads.map(compiled, levels()), strict=True))
+        for level, made in results.items():
+            if not isinstance(made, Exception):
+                ext.extra_objects += made
+                ext.define_macros.append((f"LOOPOS_HAVE_{level.upper()}", "1"))
+            elif level in ("generic", "v2"):  # the least there is
+                raise made
+            else:
+                print(f"loopos: no kernels for x86-64-{level}: {made}", file=sys.stderr)
         super().build_extension(ext)
         self._reason_file().unlink(missing_ok=True)
 

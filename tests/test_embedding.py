@@ -1,4 +1,4 @@
-"""Other people's C and Cython call the kernels: the examples of docs/embedding.md, built and run."""
+"""Other people's C and Cython call the kernels: the examples of docs/embedding.md run."""
 
 import importlib.util
 import os
