@@ -1,12 +1,19 @@
 """Build of loopos: metadata is in pyproject.toml, the version in one place, the kernels here.
 
 The kernels are one C source, compiled once per x86-64 level into one extension that chooses at run
-time. Where that cannot be built, loopos installs without it, and says why.
+time. Where that cannot be built, loopos installs without it, and says why: pip hides this output,
+so the reason is stored beside the kernels' place, where ``loopos info`` finds it.
+
+``LOOPOS_REQUIRE=cython`` makes a build without the kernels a failure, ``LOOPOS_SANITIZE=1`` builds
+them with the sanitizers for addresses and undefined behaviour.
 """
 
+import os
 import platform
 import re
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -18,17 +25,42 @@ SOURCES = KERNELS / "src"
 #: Why there are no kernels, for `loopos info`; written only when they could not be built.
 REASON_FILE = "not_built.txt"
 
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-#: Level and the compiler's flags for it. A compiler that does not know the later ones leaves them.
-LEVELS = (
-    [("v2", ["-march=x86-64-v2"]),
-     ("v3", ["-march=x86-64-v3"]),
-     ("v4", ["-march=x86-64-v4", "-mprefer-vector-width=512"])]
-    if X86 else [("generic", [])]
-)  # fmt: skip
 # Products may be fused with sums (FMA); nothing else of -ffast-math: NaN and infinity stay.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-         "-fvisibility=hidden", "-g0"]  # fmt: skip
+         "-fvisibility=hidden", "-g0", "-pthread", "-D_GNU_SOURCE"]  # fmt: skip
+LINK_FLAGS = ["-pthread"]
+if os.environ.get("LOOPOS_SANITIZE"):
+    _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    FLAGS += [*_SANITIZERS, "-fno-omit-frame-pointer", "-O1", "-g"]
+    LINK_FLAGS += _SANITIZERS
+#: Flags of each x86-64 level. A compiler that does not know the later ones leaves them out.
+X86_LEVELS = {
+    "v2": ["-march=x86-64-v2"],
+    "v3": ["-march=x86-64-v3"],
+    "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
+
+
+def architectures() -> set[str]:
+    """Return what is compiled for: on macOS perhaps two at once, elsewhere this machine."""
+    flags = os.environ.get("ARCHFLAGS") or sysconfig.get_config_var("CFLAGS") or ""
+    named = re.findall(r"-arch\s+(\S+)", flags) if sys.platform == "darwin" else []
+    machine = platform.machine().lower()
+    return set(named) or {"x86_64" if machine == "amd64" else machine}
+
+
+def levels() -> dict[str, list[str]]:
+    """Return the instruction sets to compile for, each with the compiler's flags, basic first."""
+    found = architectures()
+    if "x86_64" not in found:
+        return {"generic": []}
+    if found == {"x86_64"}:
+        return X86_LEVELS
+    chosen = {
+        level: [part for flag in flags for part in ("-Xarch_x86_64", flag)]
+        for level, flags in X86_LEVELS.items()
+    }
+    return {"generic": []} | chosen
 
 
 def version() -> str:
@@ -46,74 +78,90 @@ class BuildKernels(build_ext):
     def run(self) -> None:
         """Build, or note why not."""
         try:
-            if self.extensions[0].sources[0].endswith(".pyx") and not self._cythonised():
-                return
+            self._cythonise()
             super().run()
         except Exception as error:  # compilers, linkers and Cython fail in ways of their own
-            self._without(f"{type(error).__name__}: {error}")
+            if "cython" in os.environ.get("LOOPOS_REQUIRE", ""):
+                raise
+            self._without(self._reason(error))
 
-    def _cythonised(self) -> bool:
-        try:
-            import numpy
-            from Cython.Build import cythonize
-        except ImportError as error:
-            self._without(f"{error.name} is not there to build with")
-            return False
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, ImportError) and error.name:
+            return f"{error.name} is not there to build with"
+        if type(error).__name__ in ("CompileError", "LinkError"):  # the message is its command
+            program = (getattr(self.compiler, "compiler_so", None) or ["cc"])[0]
+            return f"the C compiler '{program}' failed; 'pip install -v' shows what it said"
+        return f"{type(error).__name__}: {error}"
+
+    def _cythonise(self) -> None:
+        import numpy
+        from Cython.Build import cythonize
+
         extension = self.extensions[0]
         extension.include_dirs.append(numpy.get_include())
-        kernels = cythonize([extension], build_dir=self.build_temp, quiet=True)
-        self.extensions = self.distribution.ext_modules = kernels
-        return True
+        self.extensions = cythonize([extension], build_dir=self.build_temp, quiet=True)
 
     def build_extension(self, ext: Extension) -> None:
         """Compile the kernels once per level, then the extension around them."""
         ext._needs_stub = False
-        macros = [("LOOPOS_X86", "1")] if X86 else []
-        for level, flags in LEVELS:
+        (Path(self.build_temp) / SOURCES).mkdir(parents=True, exist_ok=True)
+
+        def compiled(level: str) -> list[str] | Exception:
             try:
-                objects = self.compiler.compile(
+                return self.compiler.compile(
                     [str(SOURCES / f"level_{level}.c")], output_dir=self.build_temp,
-                    include_dirs=ext.include_dirs, extra_postargs=[*FLAGS, *flags],
+                    include_dirs=ext.include_dirs, extra_postargs=[*FLAGS, *levels()[level]],
                 )  # fmt: skip
             except Exception as error:
-                if level == LEVELS[0][0]:
-                    raise
-                print(f"loopos: no kernels for x86-64-{level}: {error}", file=sys.stderr)
-                continue
-            ext.extra_objects += objects
-            macros.append((f"LOOPOS_HAVE_{level.upper()}", "1"))
-        ext.define_macros += macros
-        super().build_extension(ext)
-        self._reason_file(ext).unlink(missing_ok=True)
+                return error
 
-    def _reason_file(self, ext: Extension) -> Path:
-        return Path(self.get_ext_fullpath(ext.name)).with_name(REASON_FILE)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            results = dict(zip(levels(), threads.map(compiled, levels()), strict=True))
+        for level, made in results.items():
+            if not isinstance(made, Exception):
+                ext.extra_objects += made
+                ext.define_macros.append((f"LOOPOS_HAVE_{level.upper()}", "1"))
+            elif level in ("generic", "v2"):  # the least there is
+                raise made
+            else:
+                print(f"loopos: no kernels for x86-64-{level}: {made}", file=sys.stderr)
+        super().build_extension(ext)
+        self._reason_file().unlink(missing_ok=True)
+
+    def _reason_file(self) -> Path:
+        return Path(self.get_ext_fullpath("loopos._ext.kernels")).with_name(REASON_FILE)
 
     def _without(self, reason: str) -> None:
         reason = " ".join(reason.split())
         print(f"loopos: built without its compiled kernels ({reason}); the other backends serve",
               file=sys.stderr)  # fmt: skip
-        path = self._reason_file(self.extensions[0])
+        path = self._reason_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(reason + "\n", encoding="utf-8")
-        self.extensions = self.distribution.ext_modules = []
+        # What an earlier build left there is not what was asked for.
+        Path(self.get_ext_fullpath("loopos._ext.kernels")).unlink(missing_ok=True)
+        self.extensions = []
 
 
-setup(
-    version=version(),
-    ext_modules=[
-        Extension(
-            "loopos._ext.kernels",
-            [
-                str(KERNELS / "kernels.pyx"),
-                *(str(SOURCES / f"{n}.c") for n in ("pool", "arena", "dispatch")),
-            ],
-            include_dirs=[str(SOURCES)],
-            define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-            extra_compile_args=[*FLAGS, "-pthread", "-D_GNU_SOURCE"],
-            extra_link_args=["-pthread"],
-            depends=[str(p) for p in sorted(SOURCES.glob("*"))],
-        )
-    ],
-    cmdclass={"build_ext": BuildKernels},
-)
+def kernels() -> Extension:
+    """Return the extension around the kernels; their levels are compiled beside it."""
+    return Extension(
+        "loopos._ext.kernels",
+        [
+            str(KERNELS / "kernels.pyx"),
+            *(str(SOURCES / f"{name}.c") for name in ("pool", "arena", "dispatch")),
+        ],
+        include_dirs=[str(SOURCES)],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
+        extra_compile_args=FLAGS,
+        extra_link_args=LINK_FLAGS,
+        depends=[
+            str(path.relative_to(HERE))
+            for pattern in ("src/*", "*.pxi", "*.pxd")
+            for path in sorted((HERE / KERNELS).glob(pattern))
+        ],
+    )
+
+
+if __name__ == "__main__":
+    setup(version=version(), ext_modules=[kernels()], cmdclass={"build_ext": BuildKernels})

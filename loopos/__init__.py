@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loopos.version import __version__
 
 if TYPE_CHECKING:
+    from loopos._ext import get_include as get_include
     from loopos.autograd import Parameter as Parameter
     from loopos.autograd import Tensor as Tensor
     from loopos.autograd import no_grad as no_grad
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from loopos.backends import get_backend as get_backend
     from loopos.backends import set_backend as set_backend
     from loopos.backends import use_backend as use_backend
+    from loopos.backends.threads import get_num_threads as get_num_threads
+    from loopos.backends.threads import set_num_threads as set_num_threads
     from loopos.data.batch import Batch as Batch
     from loopos.data.tokenizer import Tokenizer as Tokenizer
     from loopos.data.tokenizer import load_tokenizer as load_tokenizer
@@ -41,8 +44,10 @@ if TYPE_CHECKING:
     from loopos.training.optim import AdamW as AdamW
 
 _HOMES = {
+    "loopos._ext": ["get_include"],
     "loopos.autograd": ["Parameter", "Tensor", "no_grad"],
     "loopos.backends": ["available_backends", "get_backend", "set_backend", "use_backend"],
+    "loopos.backends.threads": ["get_num_threads", "set_num_threads"],
     "loopos.data.batch": ["Batch"],
     "loopos.data.tokenizer": ["Tokenizer", "load_tokenizer"],
     "loopos.errors": ["LooposError"],

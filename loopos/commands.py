@@ -78,9 +78,16 @@ def configs(
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a training step on every backend.")
+    ] = False,
 ) -> None:
     """Show versions, backends, memory, families and extras."""
     facts = _facts()
+    if measure:
+        from loopos.measure import measure_backends
+
+        facts["measured"] = vars(measure_backends(facts["backends"], facts["backend"]))
     if as_json:
         say(json.dumps(facts, indent=2))
         return
@@ -91,9 +98,13 @@ def info(
     for name, what in facts["backends"].items():
         chosen = " (in force)" if name == facts["backend"] else ""
         say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
-        say(f"             {len(what['native'])} ops native, {len(what['inherited'])} inherited")
+        say(f"             {_natives(what)}")
         if "products" in what:
             say(f"             matrix products: {what['products']}")
+        if "measured" in facts:
+            say(f"             {1000 * facts['measured']['seconds'][name]:.0f} ms a training step")
+    if "measured" in facts and facts["measured"]["advice"]:
+        say(f"advice       {facts['measured']['advice']}")
     for name, reason in facts["unavailable"].items():
         say(f"unavailable  {name}: {reason}")
     say(f"families     {', '.join(facts['families'])}")
@@ -101,6 +112,16 @@ def info(
     for name, version in facts["extras"].items():
         missing = f"not installed (pip install 'loopos[{name}]')"
         say(f"extra        {name}: {version or missing}")
+
+
+def _natives(what: dict[str, Any]) -> str:
+    """Say which ops a backend computes itself, and which NumPy's code computes for it."""
+    native, inherited = what["native"], what["inherited"]
+    counted = f"{len(native)} ops native, {len(inherited)} inherited"
+    if not inherited or not native:
+        return counted
+    fewer = min((native, "native"), (inherited, "inherited"), key=lambda pair: len(pair[0]))
+    return f"{counted} ({fewer[1]}: {', '.join(fewer[0])})"
 
 
 def _facts() -> dict[str, Any]:

@@ -96,7 +96,8 @@ def show_place(config: RunConfig) -> None:
     described = get_backend().describe()
     threads = described["threads"]
     say(
-        f"  backend {described['name']} ({threads} thread{'s' * (threads != 1)}), "
+        f"  backend {described['name']} on {described['isa']} "
+        f"({threads} thread{'s' * (threads != 1)}), "
         f"seed {config.computation.seed}"
     )
     say(f"  output in {config.output_dir}")

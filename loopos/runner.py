@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loopos.backends import use_backend
+from loopos.backends import get_backend, use_backend
 from loopos.backends.threads import thread_limit
 from loopos.config import RunConfig
 from loopos.data.readers import LabelledTexts, Texts, split
@@ -112,13 +112,16 @@ class Summary:
 def computing(config: RunConfig) -> Iterator[None]:
     """Compute inside the block with the backend and threads that the configuration names.
 
+    "auto" is the backend in force: ``LOOPOS_BACKEND`` and ``set_backend`` count.
+
     Raises
     ------
     BackendError
         If the backend is unknown or cannot run here, naming the key.
     """
-    backend = use_backend(config.computation.backend)
+    named = config.computation.backend
     try:
+        backend = use_backend(get_backend() if named == "auto" else named)
         backend.__enter__()
     except BackendError as error:
         raise BackendError(f"{config.where('computation.backend')}: {error}") from error

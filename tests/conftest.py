@@ -32,6 +32,19 @@ def _download(requirement: str, cache: Path) -> Path | None:
     return found()
 
 
+def pytest_configure(config):
+    """``LOOPOS_REQUIRE=cython,numba``: nothing is tested where one of them cannot run.
+
+    Tests run on the backends that there are, so a suite would pass without one that was lost.
+    """
+    from loopos.backends import available_backends, unavailable_backends
+
+    for name in filter(None, os.environ.get("LOOPOS_REQUIRE", "").replace(",", " ").split()):
+        if name not in available_backends():
+            reason = unavailable_backends().get(name, "there is no such backend")
+            raise pytest.UsageError(f"LOOPOS_REQUIRE: backend '{name}' is missing: {reason}")
+
+
 @pytest.fixture(scope="session")
 def package_file(tmp_path_factory):
     """Return a function ``(requirement, member) -> path`` for files that real packages carry.

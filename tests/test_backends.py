@@ -17,12 +17,24 @@ from loopos.backends.op_cases import BENCHMARK_CASES, CASES
 from loopos.errors import BackendError, ConfigError
 
 NAMES = backends.available_backends()
+#: Backends at each of their instruction sets, where they have several.
+VARIANTS = [(name, None) for name in NAMES]
+if "cython" in NAMES:
+    with backends.use_backend("cython") as _compiled:
+        LEVELS = _compiled.levels()
+    VARIANTS += [("cython", level) for level in LEVELS[1:]]
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=VARIANTS, ids=lambda variant: "-".join(filter(None, variant)))
 def backend(request):
-    with backends.use_backend(request.param) as chosen:
+    name, level = request.param
+    with backends.use_backend(name) as chosen:
+        if level is not None:
+            before = chosen.describe()["isa"]
+            chosen.use_level(level)
         yield chosen
+        if level is not None:
+            chosen.use_level(before)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -119,6 +131,8 @@ def second_backend(monkeypatch):
         for name, cls in (("second", "Second"), ("unable", "Unable"), ("gone", "Nowhere"))
     }
     monkeypatch.setattr(backends, "_entry_points", lambda: points)
+    numpy = {"numpy": backends._BUILT_IN["numpy"]}
+    monkeypatch.setattr(backends, "_BUILT_IN", numpy)  # whatever else can run here
     monkeypatch.setattr(backends, "_instances", {})
     monkeypatch.setattr(backends, "_default", None)
     return Second

@@ -245,9 +245,8 @@ def test_the_backend_is_the_one_that_is_named(configure):
     with computing(configure("computation.backend=numpy")):
         assert get_backend().describe()["name"] == "numpy"
     message = refused(run, configure("computation.backend=nunpy"), kind=BackendError)
-    assert message == (
-        "--set computation.backend: unknown backend 'nunpy'; did you mean 'numpy'? "
-        "(known: numpy, or 'auto')"
+    assert message.startswith(
+        "--set computation.backend: unknown backend 'nunpy'; did you mean 'numpy'? (known: numpy, "
     )
     assert not Path("out").exists()
 

@@ -1,15 +1,13 @@
-"""The kernels for other people's Cython; what they mean is said in loopos.h."""
+"""The kernels for other people's Cython; what they mean is said in loopos.h.
+
+``cimport loopos._ext.kernels`` finds the functions at the end at run time: nothing is linked, and
+``loopos.get_include()`` is the only directory that the build needs.
+"""
 
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 
 cdef extern from "loopos.h" nogil:
     ctypedef void (*loopos_task)(void *context, long index, void *scratch) noexcept nogil
-    int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task task,
-                        void *context) noexcept
-    void *loopos_take(size_t bytes) noexcept
-    void loopos_give(void *block) noexcept
-    void loopos_arena_state(size_t *used, size_t *kept, size_t *peak) noexcept
-    void loopos_arena_trim() noexcept
 
     enum loopos_activation:
         LOOPOS_NONE
@@ -205,6 +203,8 @@ cdef extern from "loopos.h" nogil:
         int (*adamw)(int threads, const loopos_update *p) noexcept nogil
         int (*sum_squares)(int threads, const loopos_update *p, double *total) noexcept nogil
 
-    const loopos_table *loopos_kernels() noexcept
-    int loopos_levels(const loopos_table **levels, int capacity) noexcept
-    int loopos_use_level(const char *name) noexcept
+cdef const loopos_table *kernels() noexcept nogil
+cdef int parallel(int threads, long count, size_t scratch_bytes, loopos_task task,
+                  void *context) noexcept nogil
+cdef void *take(size_t bytes) noexcept nogil
+cdef void give(void *block) noexcept nogil

@@ -6,11 +6,65 @@ shape or layout a ValueError, both naming the argument. Results lie in memory th
 """
 
 cimport numpy as cnp
+from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
 
 import numpy as np
 
 cnp.import_array()
+
+
+# -- what is hidden in this module, and how others reach it ----------------------------------------
+
+
+cdef extern from "loopos.h" nogil:
+    int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task task,
+                        void *context) noexcept
+    void *loopos_take(size_t bytes) noexcept
+    void loopos_give(void *block) noexcept
+    void loopos_arena_state(size_t *used, size_t *kept, size_t *peak) noexcept
+    void loopos_arena_trim() noexcept
+    const loopos_table *loopos_kernels() noexcept
+    int loopos_levels(const loopos_table **levels, int capacity) noexcept
+    int loopos_use_level(const char *name) noexcept
+
+
+cdef extern from "loopos_import.h":
+    int LOOPOS_API_VERSION
+    const char *LOOPOS_API_NAME
+    ctypedef struct loopos_api:
+        int version
+        size_t table_bytes
+        size_t product_bytes
+        int (*parallel)(int, long, size_t, loopos_task, void *) noexcept nogil
+        void *(*take)(size_t) noexcept nogil
+        void (*give)(void *) noexcept nogil
+        const loopos_table *(*kernels)() noexcept nogil
+
+
+cdef const loopos_table *kernels() noexcept nogil:
+    return loopos_kernels()
+
+
+cdef int parallel(int threads, long count, size_t scratch_bytes, loopos_task task,
+                  void *context) noexcept nogil:
+    return loopos_parallel(threads, count, scratch_bytes, task, context)
+
+
+cdef void *take(size_t bytes) noexcept nogil:
+    return loopos_take(bytes)
+
+
+cdef void give(void *block) noexcept nogil:
+    loopos_give(block)
+
+
+cdef loopos_api api
+api.version, api.table_bytes = LOOPOS_API_VERSION, sizeof(loopos_table)
+api.product_bytes = sizeof(loopos_product)
+api.parallel, api.take, api.give = loopos_parallel, loopos_take, loopos_give
+api.kernels = loopos_kernels
+_C_API = PyCapsule_New(&api, LOOPOS_API_NAME, NULL)
 
 ACTIVATION_CODES = {
     None: LOOPOS_NONE, "gelu": LOOPOS_GELU, "gelu_tanh": LOOPOS_GELU_TANH,
@@ -33,9 +87,11 @@ cdef class Block:
 
 cdef cnp.ndarray make(int ndim, cnp.npy_intp *shape):
     """Return an uninitialised float32 array."""
-    cdef size_t count = 1
+    cdef size_t count = 1, limit = <size_t>-1 // 2
     cdef int axis
     for axis in range(ndim):
+        if shape[axis] and count > limit // <size_t>shape[axis] // 4:
+            raise MemoryError(f"no memory for an array of shape {[shape[i] for i in range(ndim)]}")
         count *= <size_t>shape[axis]
     cdef Block block = Block.__new__(Block)
     block.memory = loopos_take(4 * count if count else 4)
@@ -164,7 +220,10 @@ def levels():
 
 def level():
     """Return the name of the instruction set in use."""
-    return loopos_kernels().name.decode()
+    cdef const loopos_table *table = loopos_kernels()
+    if table is NULL:
+        raise RuntimeError("this processor is older than x86-64-v2")
+    return table.name.decode()
 
 
 def use_level(str name):

@@ -39,20 +39,23 @@ class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBacke
         self._kernels: Any = importlib.import_module("loopos._ext.kernels")
         wanted = os.environ.get(LEVEL_VARIABLE)
         if wanted:
-            self.use_level(wanted)
+            try:
+                self.use_level(wanted)
+            except BackendError as error:
+                raise BackendError(f"{LEVEL_VARIABLE}: {error}") from error
 
     @classmethod
     def unavailable(cls) -> str | None:
         """Return why this backend cannot run here, or None when it can."""
         note = Path(loopos._ext.__file__).with_name("not_built.txt")
         try:
-            importlib.import_module("loopos._ext.kernels")
+            kernels = importlib.import_module("loopos._ext.kernels")
         except ImportError as error:
             if note.exists():
                 reason = note.read_text(encoding="utf-8").strip()
                 return f"its kernels were not built ({reason})"
             return f"its kernels are not there ({error})"
-        return None
+        return None if kernels.levels() else "this processor is older than x86-64-v2"
 
     def levels(self) -> list[str]:
         """Return the instruction sets that can run here, best first."""
@@ -69,7 +72,7 @@ class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBacke
         """
         if name not in self.levels():
             raise BackendError(
-                f"{LEVEL_VARIABLE}: '{name}' cannot run here, expected one of "
+                f"instruction set '{name}' cannot run here, expected one of "
                 f"{', '.join(self.levels())}"
             )
         self._kernels.use_level(name)

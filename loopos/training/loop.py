@@ -493,8 +493,11 @@ class _Run:
         if best is not None and (reason := damage(best)):  # not known only when the run is done
             _log.warning("the best checkpoint is lost, the next evaluation is the best: %s", reason)
             self.at = replace(self.at, best_value=None, best_step=None)
-        was, now = state["backend"]["name"], get_backend().describe()["name"]
-        if was != now:
+        now, was = (
+            f"{what['name']} ({what.get('isa', 'unknown')})"
+            for what in (get_backend().describe(), state["backend"])
+        )
+        if was != now:  # allowed, but not to the byte
             _log.warning("resumed on backend %s what ran on %s", now, was)
 
     def _interrupted(self) -> Interrupted:

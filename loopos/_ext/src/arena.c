@@ -7,6 +7,22 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
+/* The address sanitizer is told what of a block is nobody's. */
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(memory, bytes) ((void)(memory), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(memory, bytes) ((void)(memory), (void)(bytes))
+#endif
 
 /* Sizes are rounded up to eighths of powers of two, at most 12.5 % more than was asked for. */
 #define STEPS 8
@@ -55,12 +71,11 @@ static int class_of(size_t *bytes) {
     return class < CLASSES ? class : -1;
 }
 
-static block_t *unlink_block(block_t *block) {
+static void unlink_block(block_t *block) {
     block_t **newest = &arena.newest[block->class], **oldest = &arena.oldest[block->class];
     *(block->newer ? &block->newer->older : newest) = block->older;
     *(block->older ? &block->older->newer : oldest) = block->newer;
     arena.kept -= block->size;
-    return block;
 }
 
 /* Hand the blocks that waited longest to the system until so much is kept at most. */
@@ -71,7 +86,9 @@ static void keep_at_most(size_t bytes) {
             block_t *block = arena.oldest[class];
             if (block && (!first || block->given < first->given)) first = block;
         }
-        free(unlink_block(first));
+        unlink_block(first);
+        ASAN_UNPOISON_MEMORY_REGION((char *)first + 64, first->size);
+        free(first);
     }
 }
 
@@ -90,6 +107,7 @@ static block_t *fresh(size_t size, int class) {
 
 void *loopos_take(size_t bytes) {
     pthread_once(&once, initialise);
+    size_t asked = bytes;
     int class = class_of(&bytes);
     if (class < 0) return NULL;
     pthread_mutex_lock(&arena.lock);
@@ -112,11 +130,16 @@ void *loopos_take(size_t bytes) {
         if (arena.used > arena.peak) arena.peak = arena.used;
     }
     pthread_mutex_unlock(&arena.lock);
-    return block ? (char *)block + 64 : NULL;
+    if (!block) return NULL;
+    char *memory = (char *)block + 64;
+    ASAN_UNPOISON_MEMORY_REGION(memory, asked);
+    ASAN_POISON_MEMORY_REGION(memory + asked, bytes - asked);
+    return memory;
 }
 
 void loopos_give(void *memory) {
     block_t *block = (block_t *)((char *)memory - 64);
+    ASAN_POISON_MEMORY_REGION(memory, block->size);
     pthread_mutex_lock(&arena.lock);
     block->given = ++arena.clock;
     block->newer = NULL;
@@ -141,4 +164,7 @@ void loopos_arena_trim(void) {
     keep_at_most(0);
     arena.peak = arena.used;
     pthread_mutex_unlock(&arena.lock);
+#if defined(__GLIBC__)
+    malloc_trim(0); /* what lay on the heap is the C library's to hand on */
+#endif
 }

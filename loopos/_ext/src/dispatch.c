@@ -2,10 +2,13 @@
 #include "loopos.h"
 
 #include <string.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #define MOST 4
 
-#if defined(LOOPOS_X86)
+#if defined(__x86_64__)
 extern const loopos_table loopos_table_v2;
 #if defined(LOOPOS_HAVE_V3)
 extern const loopos_table loopos_table_v3;
@@ -19,24 +22,50 @@ extern const loopos_table loopos_table_generic;
 
 static const loopos_table *in_use;
 
+#if defined(__x86_64__)
+/* Bits that the compilers' run-time support has no name for, or not every compiler's: of v2 CX16
+   and LAHF, of v3 MOVBE, F16C and LZCNT. What needs the operating system is asked below. */
+static int has_bits(unsigned ecx_of_1, unsigned ecx_of_80000001) {
+    unsigned a, b, c = 0, d, more = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & ecx_of_1) != ecx_of_1) return 0;
+    __get_cpuid(0x80000001u, &a, &b, &more, &d);
+    return (more & ecx_of_80000001) == ecx_of_80000001;
+}
+
+/* Each level asks for all that its flags let the compiler use. The run-time support of the compiler
+   asks the operating system too (XGETBV). */
+static int has_v2(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("ssse3") &&
+           __builtin_cpu_supports("popcnt") && has_bits(1u << 13, 1u << 0);
+}
+#if defined(LOOPOS_HAVE_V3) || defined(LOOPOS_HAVE_V4)
+static int has_v3(void) {
+    return has_v2() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+           has_bits(1u << 22 | 1u << 29, 1u << 5);
+}
+#endif
+#if defined(LOOPOS_HAVE_V4)
+static int has_v4(void) {
+    return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl");
+}
+#endif
+#endif
+
 int loopos_levels(const loopos_table **levels, int capacity) {
     const loopos_table *found[MOST];
     int count = 0;
-#if defined(LOOPOS_X86)
-    /* The compiler's run-time support asks the operating system too (XGETBV). */
-    __builtin_cpu_init();
+#if defined(__x86_64__)
 #if defined(LOOPOS_HAVE_V4)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        found[count++] = &loopos_table_v4;
+    if (has_v4()) found[count++] = &loopos_table_v4;
 #endif
 #if defined(LOOPOS_HAVE_V3)
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("bmi2"))
-        found[count++] = &loopos_table_v3;
+    if (has_v3()) found[count++] = &loopos_table_v3;
 #endif
-    found[count++] = &loopos_table_v2;
+    if (has_v2()) found[count++] = &loopos_table_v2;
 #else
     found[count++] = &loopos_table_generic;
 #endif
@@ -48,7 +77,7 @@ const loopos_table *loopos_kernels(void) {
     const loopos_table *best;
     const loopos_table *chosen = __atomic_load_n(&in_use, __ATOMIC_ACQUIRE);
     if (chosen) return chosen;
-    loopos_levels(&best, 1);
+    if (!loopos_levels(&best, 1)) return NULL;
     __atomic_store_n(&in_use, best, __ATOMIC_RELEASE);
     return best;
 }

@@ -1,3 +1,5 @@
-/* x86-64-v3. */
+/* x86-64-v3; nothing for the other half of a universal binary. */
+#if defined(__x86_64__)
 #define LOOPOS_LEVEL v3
 #include "level.c.inc"
+#endif

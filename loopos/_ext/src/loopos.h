@@ -5,7 +5,10 @@
    when there was no memory for its scratch (nothing was written then that could be used).
 
    One table of kernels is compiled per instruction set; `loopos_kernels()` gives the best one that
-   processor and operating system support. */
+   processor and operating system support.
+
+   The functions declared here are hidden inside the extension module. Other modules reach them
+   without linking: C through loopos_import.h, Cython through `cimport loopos._ext.kernels`. */
 #ifndef LOOPOS_H
 #define LOOPOS_H
 
@@ -198,7 +201,7 @@ typedef struct {
     int (*sum_squares)(int threads, const loopos_update *p, double *total);
 } loopos_table;
 
-/* The table in use. */
+/* The table in use; NULL only on an x86-64 processor older than x86-64-v2. */
 const loopos_table *loopos_kernels(void);
 /* The tables that this machine can run, best first; returns how many there are. */
 int loopos_levels(const loopos_table **levels, int capacity);

@@ -3,6 +3,7 @@
 #include "loopos.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -11,20 +12,47 @@
 #define MAX_THREADS 256
 /* How long an idle worker looks for the next job before it sleeps. */
 #define SPIN_NS 100000
+/* Looks at a counter before the time slice is offered to others. */
+#define TURNS 4096
+
+/* Rounding and the treatment of subnormal numbers, as the calling thread has them. */
+#if defined(__x86_64__)
+typedef unsigned arithmetic_t;
+#define ARITHMETIC 0xffc0u /* of MXCSR; below are flags, which are each thread's own */
+static inline arithmetic_t get_arithmetic(void) { return __builtin_ia32_stmxcsr() & ARITHMETIC; }
+static inline void set_arithmetic(arithmetic_t to) {
+    unsigned now = __builtin_ia32_stmxcsr();
+    if ((now & ARITHMETIC) != to) __builtin_ia32_ldmxcsr((now & ~ARITHMETIC) | to);
+}
+#elif defined(__aarch64__)
+typedef unsigned long arithmetic_t;
+static inline arithmetic_t get_arithmetic(void) {
+    arithmetic_t now;
+    __asm__ __volatile__("mrs %0, fpcr" : "=r"(now));
+    return now;
+}
+static inline void set_arithmetic(arithmetic_t to) {
+    if (get_arithmetic() != to) __asm__ __volatile__("msr fpcr, %0" : : "r"(to));
+}
+#else
+typedef int arithmetic_t;
+static inline arithmetic_t get_arithmetic(void) { return 0; }
+static inline void set_arithmetic(arithmetic_t to) { (void)to; }
+#endif
 
 typedef struct {
     loopos_task task;
     void *context;
     long count;
     size_t scratch_bytes;
-    int threads; /* that may take part, the caller among them */
+    arithmetic_t arithmetic; /* a result must not depend on who computes it */
 } job_t;
 
 static struct {
     pthread_mutex_t busy;  /* held by the caller whose job it is */
-    pthread_mutex_t sleep; /* of `wake`, and of the counts of threads below */
+    pthread_mutex_t sleep; /* of `wake` and `sleepers` */
     pthread_cond_t wake;
-    int workers;  /* started, this process */
+    int workers;  /* started in this process; changed by who holds `busy` */
     int sleepers;
     job_t job;
     atomic_uint generation; /* odd: a job may be joined */
@@ -114,6 +142,7 @@ static void join(unsigned generation) {
     /* The caller closes the job first and then waits for `joined` to fall to 0. */
     if (atomic_load(&pool.generation) == generation && atomic_fetch_sub(&pool.seats, 1) > 0) {
         void *scratch = pool.job.scratch_bytes ? scratch_of_thread(pool.job.scratch_bytes) : NULL;
+        set_arithmetic(pool.job.arithmetic);
         if (scratch != NULL || pool.job.scratch_bytes == 0) take_tasks(&pool.job, scratch);
     }
     atomic_fetch_sub(&pool.joined, 1);
@@ -191,16 +220,19 @@ int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task t
         return -1;
     }
     hire(threads - 1);
-    pool.job = (job_t){task, context, count, scratch_bytes, threads};
+    pool.job = (job_t){task, context, count, scratch_bytes, get_arithmetic()};
     atomic_store(&pool.next, 0);
     atomic_store(&pool.seats, threads - 1);
     atomic_fetch_add(&pool.generation, 1); /* open */
     pthread_mutex_lock(&pool.sleep);
-    if (pool.sleepers) pthread_cond_broadcast(&pool.wake);
+    for (int i = 0; i < pool.sleepers && i < threads - 1; i++) pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.sleep);
     take_tasks(&pool.job, scratch);
     atomic_fetch_add(&pool.generation, 1); /* closed */
-    while (atomic_load(&pool.joined)) relax();
+    /* A worker may have lost its processor to somebody else: do not keep this one from it. */
+    for (unsigned turns = 1; atomic_load(&pool.joined); turns++)
+        if (turns % TURNS) relax();
+        else sched_yield();
     pthread_mutex_unlock(&pool.busy);
     return 0;
 }

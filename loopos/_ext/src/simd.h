@@ -86,14 +86,20 @@ INLINE float max_lanes(vec v) {
 #else
 #define LANE_LIST(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
 #endif
+/* GCC before 12 has the older of the two spellings only. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(low, high, f, s) __builtin_shufflevector(low, high, LANE_LIST(f, s))
+#else
+#define SHUFFLE(low, high, f, s) __builtin_shuffle(low, high, (ivec){LANE_LIST(f, s)})
+#endif
 #define LOW_LANE(e, s) ((e) & (s) ? LANES + (e) - (s) : (e))
 #define HIGH_LANE(e, s) ((e) & (s) ? LANES + (e) : (e) + (s))
 #define EXCHANGE(s) \
     _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) { \
         if (i & (s)) continue; \
         vec low = rows[i], high = rows[i + (s)]; \
-        rows[i] = __builtin_shufflevector(low, high, LANE_LIST(LOW_LANE, s)); \
-        rows[i + (s)] = __builtin_shufflevector(low, high, LANE_LIST(HIGH_LANE, s)); \
+        rows[i] = SHUFFLE(low, high, LOW_LANE, s); \
+        rows[i + (s)] = SHUFFLE(low, high, HIGH_LANE, s); \
     }
 
 /* Transpose a square of vectors in registers. */

@@ -1,0 +1,201 @@
+"""What is built runs on any x86-64-v2 machine and hides its symbols; what is not says why."""
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from loopos.backends import available_backends
+
+ROOT = Path(__file__).parents[1]
+COMPILER = os.environ.get("CC", "cc").split()[0]
+#: Registers of 256 or 512 bits, the masks of the latter, and whatever is encoded as VEX or EVEX.
+WIDE = re.compile(r"%[yz]mm\d|%k[0-7]\b|\t(?:\{vex\} )?v[a-z0-9]+ ")
+#: These begin with a v too, and are as old as x86-64.
+OLD = re.compile(r"\tver[rw] |\tvm[a-z]+ ")
+
+needs_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="about x86-64")
+needs_compiler = pytest.mark.skipif(not shutil.which(COMPILER), reason="there is no C compiler")
+needs_objdump = pytest.mark.skipif(not shutil.which("objdump"), reason="there is no objdump")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """``setup.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("loopos_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def compiled(source, target, flags, *include):
+    done = subprocess.run(
+        [COMPILER, "-c", "-fPIC", *flags, *(f"-I{path}" for path in include), str(source),
+         "-o", str(target)], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def instructions(path):
+    done = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    return [line for line in done.stdout.splitlines() if "\t" in line]
+
+
+def wide(path):
+    return [line for line in instructions(path) if WIDE.search(line) and not OLD.search(line)]
+
+
+@needs_x86
+@needs_compiler
+@needs_objdump
+def test_the_baseline_uses_no_wider_registers(build, tmp_path):
+    flags, macros = build.FLAGS, ["-DLOOPOS_HAVE_V2", "-DLOOPOS_HAVE_V3", "-DLOOPOS_HAVE_V4"]
+    target = tmp_path / "object.o"
+    for name in ("pool", "arena", "dispatch"):
+        compiled(build.SOURCES / f"{name}.c", target, [*flags, *macros], build.SOURCES)
+        assert len(instructions(target)) > 100
+        assert wide(target) == [], name
+    compiled(build.SOURCES / "level_v2.c", target, [*flags, *build.X86_LEVELS["v2"]], build.SOURCES)
+    assert len(instructions(target)) > 1000
+    assert wide(target) == []
+    compiled(build.SOURCES / "level_v3.c", target, [*flags, *build.X86_LEVELS["v3"]], build.SOURCES)
+    assert len(wide(target)) > 500  # so it would be seen
+    assert not any("%zmm" in line for line in wide(target))
+
+
+@needs_x86
+@needs_compiler
+@needs_objdump
+def test_the_door_uses_no_wider_registers(build, tmp_path):
+    pytest.importorskip("Cython")
+    import numpy as np
+
+    door = tmp_path / "kernels.c"
+    source = ROOT / build.KERNELS / "kernels.pyx"
+    command = [sys.executable, "-m", "cython", "-3", "-I", str(ROOT), str(source), "-o", str(door)]
+    subprocess.run(command, check=True)
+    include = (build.SOURCES, np.get_include(), sysconfig.get_path("include"))
+    compiled(door, tmp_path / "kernels.o", build.FLAGS, *include)
+    assert wide(tmp_path / "kernels.o") == []
+
+
+@needs_compiler
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_sources_compile_without_warnings(build, tmp_path, compiler, monkeypatch):
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler}")
+    monkeypatch.setitem(globals(), "COMPILER", compiler)
+    flags = [*build.FLAGS, "-Wall", "-Wextra", "-O1"]
+    macros = [f"-DLOOPOS_HAVE_{level.upper()}" for level in build.levels()]
+    for name in ("pool", "arena", "dispatch"):
+        source = build.SOURCES / f"{name}.c"
+        assert compiled(source, tmp_path / "o.o", [*flags, *macros], build.SOURCES) == ""
+    for level, its in build.levels().items():
+        source = build.SOURCES / f"level_{level}.c"
+        assert compiled(source, tmp_path / "o.o", [*flags, *its], build.SOURCES) == ""
+
+
+@pytest.mark.skipif("cython" not in available_backends(), reason="the kernels are not there")
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("nm"), reason="reads ELF with nm")
+def test_only_the_entry_of_the_module_is_seen():
+    from loopos._ext import kernels
+
+    done = subprocess.run(["nm", "-D", "--defined-only", kernels.__file__], check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    names = {line.split()[-1] for line in done.stdout.splitlines()}
+    # Older linkers name the ends of sections.
+    assert names - {"_init", "_fini", "__bss_start", "_edata", "_end"} == {"PyInit_kernels"}
+
+
+def test_universal_binaries_get_each_half_its_own_flags(build, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("ARCHFLAGS", "-arch arm64 -arch x86_64")
+    levels = build.levels()
+    assert list(levels) == ["generic", "v2", "v3", "v4"]
+    assert levels["v3"] == ["-Xarch_x86_64", "-march=x86-64-v3"]
+    monkeypatch.setenv("ARCHFLAGS", "-arch arm64")
+    assert build.levels() == {"generic": []}
+    monkeypatch.setenv("ARCHFLAGS", "-arch x86_64")
+    assert list(build.levels()) == ["v2", "v3", "v4"]
+
+
+# -- whole builds ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A copy of what a build needs, with little beside the kernels."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    unbuilt = shutil.ignore_patterns("*.so", "__pycache__", "not_built.txt", "kernels.c")
+    shutil.copytree(ROOT / "loopos" / "_ext", copy / "loopos" / "_ext", ignore=unbuilt)
+    for name in ("__init__.py", "version.py", "py.typed"):
+        shutil.copy(ROOT / "loopos" / name, copy / "loopos")
+    return copy
+
+
+def make(source, hook, **variables):
+    """Call one of the build backend's hooks, in a process; return what it made, and its output."""
+    pytest.importorskip("setuptools", "77")
+    pytest.importorskip("Cython")
+    env = {k: v for k, v in os.environ.items() if k not in ("LOOPOS_REQUIRE", "LOOPOS_SANITIZE",
+           "PYTHONSAFEPATH", "PYTHONPATH", "LD_PRELOAD")}  # fmt: skip
+    script = f"from setuptools import build_meta as b; print('made', b.{hook}('dist'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=source, env=env | variables,
+                          capture_output=True, text=True)  # fmt: skip
+    made = re.search(r"^made (.*)$", done.stdout, re.MULTILINE)
+    return made and source / "dist" / made[1], done.stdout + done.stderr
+
+
+def names_of(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if name.startswith("loopos/_ext/")}
+
+
+@needs_compiler
+def test_without_a_compiler_that_works_the_wheel_says_why_and_holds_no_old_kernels(source):
+    stale = source / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    stale = stale / "loopos" / "_ext" / f"kernels{sysconfig.get_config_var('EXT_SUFFIX')}"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier build")
+    wheel, output = make(source, "build_wheel", CC="false")
+    line = "loopos: built without its compiled kernels (the C compiler 'false' failed"
+    assert line in output
+    found = names_of(wheel)
+    assert "loopos/_ext/not_built.txt" in found
+    assert not any(name.endswith(".so") for name in found)
+    with zipfile.ZipFile(wheel) as archive:
+        reason = archive.read("loopos/_ext/not_built.txt").decode()
+    assert reason == "the C compiler 'false' failed; 'pip install -v' shows what it said\n"
+
+
+@needs_compiler
+def test_a_build_that_requires_the_kernels_fails_without_them(source):
+    wheel, output = make(source, "build_wheel", CC="false", LOOPOS_REQUIRE="cython")
+    assert wheel is None
+    assert "level_v2" in output or "level_generic" in output
+    assert "built without" not in output
+
+
+def test_the_source_distribution_holds_all_that_a_build_needs(source):
+    archive, output = make(source, "build_sdist")
+    assert archive is not None, output
+    import tarfile
+
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    kernels = source / "loopos" / "_ext"
+    needed = {str(p.relative_to(source)) for p in kernels.rglob("*") if p.is_file()}
+    assert needed <= names
+    assert not [name for name in names if name.endswith((".so", ".pyc", "not_built.txt"))]
