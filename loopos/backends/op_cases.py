@@ -430,7 +430,9 @@ def adamw_many(*shapes: tuple[int, ...]) -> OpCase:
 
     def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
         tensors = [
-            AdamwTensor(*(a[f"{name}{i}"] for name in "pgmv"), 1e-2 / (i + 1), 0.1 * i, i + 1)
+            AdamwTensor(
+                a[f"p{i}"], a[f"g{i}"], a[f"m{i}"], a[f"v{i}"], 1e-2 / (i + 1), 0.1 * i, i + 1
+            )
             for i in numbers
         ]
         be.adamw_many(tensors, 0.9, 0.999, 1e-8, 0.5)
