@@ -97,7 +97,8 @@ def info(
         say(f"{'memory':<12} {facts['memory_bytes'] / 2**30:.1f} GiB free")
     for name, what in facts["backends"].items():
         chosen = " (in force)" if name == facts["backend"] else ""
-        say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} threads")
+        plural = "" if what["threads"] == 1 else "s"
+        say(f"backend      {name}{chosen}: {what['isa']}, {what['threads']} thread{plural}")
         say(f"             {_natives(what)}")
         if "products" in what:
             say(f"             matrix products: {what['products']}")

@@ -40,6 +40,10 @@ def product(threads=2, x=X, w=W):
 EXPECTED = product(1)
 
 
+def _resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_results_do_not_depend_on_the_number_of_threads():
     np.testing.assert_allclose(EXPECTED, X @ W.T, rtol=0, atol=2e-4)
     for threads in (2, 3, 7, 64, 1000):
@@ -158,6 +162,43 @@ def test_other_python_threads_run_during_a_product():
         sys.setswitchinterval(interval)
         thread.join()
     assert moved
+
+
+def test_the_interpreter_ends_while_a_thread_computes():
+    script = """
+import threading, time
+import numpy as np
+from loopos._ext import kernels
+x = np.ones((400, 400), np.float32)
+started = threading.Event()
+def forever():
+    while True:
+        kernels.linear(x, x, None, None, 2)
+        started.set()
+for _ in range(2):
+    threading.Thread(target=forever, daemon=True).start()
+started.wait()
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+@LINUX
+def test_threads_that_end_leave_no_scratch_behind():
+    x = np.ones((400, 400), np.float32)
+
+    def one_thread():
+        thread = threading.Thread(target=kernels.linear_dw, args=(x, x, np.empty_like(x), False, 1))
+        thread.start()
+        thread.join()
+
+    for _ in range(20):
+        one_thread()
+    before = _resident()
+    for _ in range(200):
+        one_thread()
+    assert _resident() - before < 30e6  # each had more than 500 kB
 
 
 # -- what the host sees --------------------------------------------------------------------------
@@ -313,17 +354,14 @@ def test_arrays_are_given_back_counted_and_used_again():
 
 @LINUX
 def test_what_is_trimmed_goes_back_to_the_system():
-    def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
     arrays = [kernels.empty((400, 1000)) for _ in range(100)]  # 160 MB in all
     for array in arrays:
         array[:] = 1
-    full = resident()
+    full = _resident()
     arrays.clear()
     del array
     kernels.arena_trim()
-    assert full - resident() > 120e6
+    assert full - _resident() > 120e6
 
 
 def test_what_is_kept_is_bounded():
