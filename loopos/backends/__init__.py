@@ -32,7 +32,10 @@ __all__ = [
 ENTRY_POINT_GROUP = "loopos.backends"
 
 #: Backends of this package, slowest first: "auto" takes the last one that can run.
-_BUILT_IN = {"numpy": "loopos.backends.numpy_backend:NumpyBackend"}
+_BUILT_IN = {
+    "numpy": "loopos.backends.numpy_backend:NumpyBackend",
+    "numba": "loopos.backends.numba_backend:NumbaBackend",
+}
 
 _instances: dict[str, NumpyBackend] = {}
 _default: NumpyBackend | None = None
