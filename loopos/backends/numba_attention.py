@@ -1,7 +1,7 @@
 """Attention in loops for numba: online softmax by blocks of queries and keys, never T x T.
 
-Plain Python until compiled, like ``numba_kernels``. The products are sums of rows times numbers,
-four rows at a time, which becomes SIMD code along the rows.
+Plain Python until compiled, like ``numba_kernels``. Blocks are copied together and padded with zeros
+to multiples of 16, so that products need no special ends and become SIMD code along the rows.
 """
 
 from __future__ import annotations
@@ -40,36 +40,72 @@ def rotate(x: Array, cos: Array, sin: Array, y: Array, sign: Any, lo: int, hi: i
                 out[i] = row[i]
 
 
-def add_rows_times(
-    out: Array, factors: Array, rows: Array, first: int, middle: int, count: int
-) -> None:
-    """``out += sum_r factors[r] rows[first + r, middle]`` for r below `count`."""
-    whole = count - count % 4
-    for r in range(0, whole, 4):
-        a, b, c, d = factors[r], factors[r + 1], factors[r + 2], factors[r + 3]
-        row_a, row_b = rows[first + r, middle], rows[first + r + 1, middle]
-        row_c, row_d = rows[first + r + 2, middle], rows[first + r + 3, middle]
-        for i in range(out.size):
-            out[i] += a * row_a[i] + b * row_b[i] + c * row_c[i] + d * row_d[i]
-    for r in range(whole, count):
-        a, row_a = factors[r], rows[first + r, middle]
-        for i in range(out.size):
-            out[i] += a * row_a[i]
+def multiply_add(out: Array, factors: Array, rows: Array, outputs: int, count: int, n: int) -> None:
+    """``out[i, :n] += sum_r factors[i, r] rows[r, :n]`` for i < `outputs`, r < `count`.
+
+    Both are multiples of 4: four rows of both make sixteen products of twelve loads and stores.
+    """
+    for i in range(0, outputs, 4):
+        out_0, out_1, out_2, out_3 = out[i, :n], out[i + 1, :n], out[i + 2, :n], out[i + 3, :n]
+        for r in range(0, count, 4):
+            row_0, row_1, row_2, row_3 = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+            a0, a1, a2, a3 = (
+                factors[i, r], factors[i, r + 1], factors[i, r + 2], factors[i, r + 3],
+            )  # fmt: skip
+            b0, b1, b2, b3 = (
+                factors[i + 1, r], factors[i + 1, r + 1], factors[i + 1, r + 2],
+                factors[i + 1, r + 3],
+            )  # fmt: skip
+            c0, c1, c2, c3 = (
+                factors[i + 2, r], factors[i + 2, r + 1], factors[i + 2, r + 2],
+                factors[i + 2, r + 3],
+            )  # fmt: skip
+            d0, d1, d2, d3 = (
+                factors[i + 3, r], factors[i + 3, r + 1], factors[i + 3, r + 2],
+                factors[i + 3, r + 3],
+            )  # fmt: skip
+            for j in range(out_0.size):
+                x, y, z, w = row_0[j], row_1[j], row_2[j], row_3[j]
+                out_0[j] += a0 * x + a1 * y + a2 * z + a3 * w
+                out_1[j] += b0 * x + b1 * y + b2 * z + b3 * w
+                out_2[j] += c0 * x + c1 * y + c2 * z + c3 * w
+                out_3[j] += d0 * x + d1 * y + d2 * z + d3 * w
 
 
-def transpose(x: Array, first: int, middle: int, count: int, into: Array) -> None:
-    """``into[d, 0, r] = x[first + r, middle, d]``."""
-    for r in range(count):
-        row = x[first + r, middle]
-        for d in range(row.size):
-            into[d, 0, r] = row[d]
+def pad(n: int) -> int:
+    """The next multiple of 16."""
+    return (n + 15) // 16 * 16
 
 
-def products(row: Array, transposed: Array, out: Array) -> None:
-    """``out[r] = sum_d row[d] transposed[d, 0, r]``."""
-    for r in range(out.size):
-        out[r] = 0
-    add_rows_times(out, row, transposed, 0, 0, row.size)
+def gather(x: Array, first: int, head: int, count: int, into: Array) -> None:
+    """``into[r] = x[first + r, head]``, and zeros up to the next multiple of 16 rows."""
+    zero = x.dtype.type(0)
+    for r in range(pad(count)):
+        row = into[r]
+        if r < count:
+            source = x[first + r, head]
+            for d in range(source.size):
+                row[d] = source[d]
+        else:
+            for d in range(row.size):
+                row[d] = zero
+
+
+def transpose(rows: Array, count: int, into: Array) -> None:
+    """``into[d, r] = rows[r, d]`` for `count` rows."""
+    for d in range(rows.shape[1]):
+        out = into[d]
+        for r in range(count):
+            out[r] = rows[r, d]
+
+
+def clear(x: Array, rows: int, n: int) -> None:
+    """``x[:rows, :n] = 0``."""
+    zero = x.dtype.type(0)
+    for r in range(rows):
+        row = x[r, :n]
+        for i in range(row.size):
+            row[i] = zero
 
 
 def row_state(key: Any, sample: int, position: int) -> Any:
@@ -88,32 +124,39 @@ def attention(
     first query, sample). `threshold` is 0 without dropout.
     """
     zero, group, width = q.dtype.type(0), q.shape[1] // k.shape[1], q.shape[2]
-    packed = np.empty((width, 1, KEYS), q.dtype)
-    scores = np.empty((QUERIES, KEYS), q.dtype)
-    sums = np.empty((QUERIES, width), q.dtype)
-    tops, totals = np.empty(QUERIES, q.dtype), np.empty(QUERIES, q.dtype)
-    lanes = np.empty(LANES, q.dtype)
+    padded = pad(width)
+    queries, rows = np.zeros((QUERIES, padded), q.dtype), np.zeros((KEYS, padded), q.dtype)
+    packed, scores = np.zeros((padded, KEYS), q.dtype), np.zeros((QUERIES, KEYS), q.dtype)
+    sums, lanes = np.zeros((QUERIES, padded), q.dtype), np.empty(LANES, q.dtype)
+    tops, totals = np.zeros(QUERIES, q.dtype), np.zeros(QUERIES, q.dtype)
     for item in range(lo, hi):
         row0, count, head, key0 = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
         length, position0, sample = items[item, 4], items[item, 5], items[item, 6]
         kv, last = head // group, position0 + count - 1
-        sums[:] = zero
+        gather(q, row0, head, count, queries)
+        clear(sums, pad(count), padded)
         tops[:] = -np.inf
         totals[:] = zero
         stop = min(length, last + 1 if causal else last + window)
         for start in range(max(0, position0 - window + 1), stop, KEYS):
             cols = min(KEYS, stop - start)
-            transpose(k, key0 + start, kv, cols, packed)
+            gather(k, key0 + start, kv, cols, rows)
+            transpose(rows, pad(cols), packed)
+            gather(v, key0 + start, kv, cols, rows)
+            clear(scores, pad(count), pad(cols))
+            multiply_add(scores, queries, packed, pad(count), padded, pad(cols))
             for i in range(count):
                 position = position0 + i
                 a = max(start, position - window + 1) - start
                 b = min(start + cols, position + 1 if causal else position + window) - start
+                row, total = scores[i, : pad(cols)], zero
                 if b <= a:
+                    row[:] = zero
                     continue
-                products(q[row0 + i, head], packed, scores[i, :cols])
-                row, total = scores[i, a:b], zero
                 for j in range(row.size):
                     row[j] *= scale
+                row[:a] = -np.inf
+                row[b:] = -np.inf
                 top = row_max(row, lanes)
                 top = top if top > tops[i] else tops[i]
                 shrink = exp(tops[i] - top)
@@ -124,19 +167,38 @@ def attention(
                 tops[i], totals[i] = top, totals[i] * shrink + total
                 if threshold:
                     state = row_state(key, sample, position)
-                    channel = (uint64(head) << _S32) + uint64(start + a) + _ONE
+                    channel = (uint64(head) << _S32) + uint64(start) + _ONE
                     for j in range(row.size):
                         bits = mix(state + (channel + uint64(j)) * _GOLDEN)
                         row[j] *= kept if (bits >> _S32) >= threshold else zero
                 out = sums[i]
-                for d in range(width):
+                for d in range(out.size):
                     out[d] *= shrink
-                add_rows_times(out, row, v, key0 + start + a, kv, b - a)
+            multiply_add(sums, scores, rows, pad(count), pad(cols), width)
         for i in range(count):
             out, summed = y[row0 + i, head], sums[i]
-            for d in range(width):
+            for d in range(out.size):
                 out[d] = summed[d] / totals[i]
             lse[row0 + i, head] = tops[i] + math.log(totals[i])
+
+
+def probabilities(
+    p: Array, dp: Array, lse: Any, delta: Any, scale: Any, a: int, b: int, state: Any,
+    channel: Any, threshold: Any, kept: Any,
+) -> None:  # fmt: skip
+    """One row: products with keys become probabilities, those with values gradients of scores."""
+    zero = p.dtype.type(0)
+    for j in range(p.size):
+        share, keep = exp(p[j] * scale - lse), kept
+        if threshold:
+            bits = mix(state + (channel + uint64(j)) * _GOLDEN)
+            keep = kept if (bits >> _S32) >= threshold else zero
+        dp[j] = (dp[j] * keep - delta) * share * scale
+        p[j] = share * keep
+    p[:a] = zero
+    p[b:] = zero
+    dp[:a] = zero
+    dp[b:] = zero
 
 
 def attention_backward(
@@ -146,68 +208,66 @@ def attention_backward(
 ) -> None:  # fmt: skip
     """One head of one sequence an item: (first row, length, head, sample).
 
-    `dq`, `dk` and `dv` are zero before; `dk` and `dv` have a row for each query head.
+    `dq` is zero before; `dk` and `dv` have a row for each query head.
     """
     zero, group, width = q.dtype.type(0), q.shape[1] // k.shape[1], q.shape[2]
-    packed_k = np.empty((width, 1, KEYS), q.dtype)
-    packed_v = np.empty((width, 1, KEYS), q.dtype)
-    p = np.empty((QUERIES, KEYS), q.dtype)
-    dp = np.empty((QUERIES, KEYS), q.dtype)
+    padded = pad(width)
+    queries, ups = np.zeros((QUERIES, padded), q.dtype), np.zeros((QUERIES, padded), q.dtype)
+    p, dp = np.zeros((QUERIES, KEYS), q.dtype), np.zeros((QUERIES, KEYS), q.dtype)
+    rows, dqs = np.zeros((KEYS, padded), q.dtype), np.zeros((QUERIES, padded), q.dtype)
+    dks, dvs = np.zeros((KEYS, padded), q.dtype), np.zeros((KEYS, padded), q.dtype)
+    packed_k, packed_v = np.zeros((padded, KEYS), q.dtype), np.zeros((padded, KEYS), q.dtype)
     for item in range(lo, hi):
         row0, length, head, sample = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
-        kv = head // group
-        delta = np.empty(length, q.dtype)
+        kv, delta = head // group, np.empty(length, q.dtype)
         for i in range(length):
             up, out, total = dy[row0 + i, head], y[row0 + i, head], zero
-            for d in range(width):
+            for d in range(up.size):
                 total += up[d] * out[d]
             delta[i] = total
         for start in range(0, length, KEYS):
             cols = min(KEYS, length - start)
-            transpose(k, row0 + start, kv, cols, packed_k)
-            transpose(v, row0 + start, kv, cols, packed_v)
+            gather(v, row0 + start, kv, cols, rows)
+            transpose(rows, pad(cols), packed_v)
+            gather(k, row0 + start, kv, cols, rows)
+            transpose(rows, pad(cols), packed_k)
+            clear(dks, pad(cols), padded)
+            clear(dvs, pad(cols), padded)
             first = start if causal else max(0, start - window + 1)
             for block in range(first, min(length, start + cols - 1 + window), QUERIES):
                 count = min(QUERIES, length - block)
+                seen = min(cols, block + count - start) if causal else cols
+                size, across = pad(count), pad(seen)
+                gather(q, row0 + block, head, count, queries)
+                gather(dy, row0 + block, head, count, ups)
+                clear(p, size, across)
+                clear(dp, size, across)
+                multiply_add(p, queries, packed_k, size, padded, across)
+                multiply_add(dp, ups, packed_v, size, padded, across)
                 for i in range(count):
-                    position = block + i
-                    a = max(start, position - window + 1) - start
-                    b = min(start + cols, position + 1 if causal else position + window) - start
-                    p_row, dp_row = p[i, :cols], dp[i, :cols]
-                    if b <= a:
-                        p_row[:] = zero
-                        dp_row[:] = zero
-                        continue
-                    products(q[row0 + position, head], packed_k, p_row)
-                    products(dy[row0 + position, head], packed_v, dp_row)
-                    p_row[:a] = zero
-                    p_row[b:] = zero
-                    dp_row[:a] = zero
-                    dp_row[b:] = zero
-                    p_seen, dp_seen = p[i, a:b], dp[i, a:b]
-                    middle, mean = lse[row0 + position, head], delta[position]
-                    if threshold:
-                        state = row_state(key, sample, position)
-                        channel = (uint64(head) << _S32) + uint64(start + a) + _ONE
-                        for j in range(p_seen.size):
-                            bits = mix(state + (channel + uint64(j)) * _GOLDEN)
-                            keep = kept if (bits >> _S32) >= threshold else zero
-                            share = exp(p_seen[j] * scale - middle)
-                            dp_seen[j] = (dp_seen[j] * keep - mean) * share * scale
-                            p_seen[j] = share * keep
-                    else:
-                        for j in range(p_seen.size):
-                            share = exp(p_seen[j] * scale - middle)
-                            dp_seen[j] = (dp_seen[j] - mean) * share * scale
-                            p_seen[j] = share
-                    add_rows_times(
-                        dq[row0 + position, head], dp_seen, k, row0 + start + a, kv, b - a
-                    )
-                for j in range(cols):
-                    into = row0 + start + j
-                    add_rows_times(dv[into, head], p[:count, j], dy, row0 + block, head, count)
-                    add_rows_times(dk[into, head], dp[:count, j], q, row0 + block, head, count)
+                    at = block + i
+                    a = max(start, at - window + 1) - start
+                    b = min(start + seen, at + 1 if causal else at + window) - start
+                    state = row_state(key, sample, at)
+                    channel = (uint64(head) << _S32) + uint64(start) + _ONE
+                    probabilities(
+                        p[i, :across], dp[i, :across], lse[row0 + at, head], delta[at], scale,
+                        min(a, across), max(b, 0), state, channel, threshold, kept,
+                    )  # fmt: skip
+                multiply_add(dvs, p.T, ups, across, size, width)
+                multiply_add(dks, dp.T, queries, across, size, width)
+                clear(dqs, size, padded)
+                multiply_add(dqs, dp, rows, size, across, width)
+                for i in range(count):
+                    out, part = dq[row0 + block + i, head], dqs[i]
+                    for d in range(out.size):
+                        out[d] += part[d]
+            for j in range(cols):
+                out_k, out_v = dk[row0 + start + j, head], dv[row0 + start + j, head]
+                for d in range(out_k.size):
+                    out_k[d] = dks[j, d]
+                    out_v[d] = dvs[j, d]
 
 
-HELPERS = (add_rows_times, transpose, products, row_state)
+HELPERS = (multiply_add, pad, gather, transpose, clear, row_state, probabilities)
 KERNELS = (rotate, attention, attention_backward)

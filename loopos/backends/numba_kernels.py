@@ -35,7 +35,7 @@ ELEMENTS = 1 << 14
 #: Rows per block of the norms: their sums over rows are made block by block.
 ROWS = 16
 #: Maxima kept side by side, so that the search for the largest element becomes SIMD code.
-LANES = 32
+LANES = 16
 
 _GOLDEN = uint64(0x9E3779B97F4A7C15)
 _MIX_1, _MIX_2 = uint64(0xBF58476D1CE4E5B9), uint64(0x94D049BB133111EB)
