@@ -1,7 +1,7 @@
 """Attention in loops for numba: online softmax by blocks of queries and keys, never T x T.
 
-Plain Python until compiled, like ``numba_kernels``. Blocks are copied together and padded with zeros
-to multiples of 16, so that products need no special ends and become SIMD code along the rows.
+Plain Python until compiled, like ``numba_kernels``. Blocks are copied together and padded with
+zeros to multiples of 16, so that products need no special ends and become SIMD code.
 """
 
 from __future__ import annotations

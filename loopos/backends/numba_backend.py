@@ -20,7 +20,14 @@ import numpy as np
 from loopos.backends import numba_compile
 from loopos.backends.numba_losses import NumbaLosses
 from loopos.backends.numba_pool import POOL
-from loopos.backends.numba_support import as_input, attention_items, groups_of_rows, int64, one_of
+from loopos.backends.numba_support import (
+    as_input,
+    attention_items,
+    dropout_bits,
+    groups_of_rows,
+    int64,
+    one_of,
+)
 from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
 
 Array = np.ndarray[Any, Any]
@@ -52,7 +59,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         numba_compile.compiled()
         kept = numba_compile.cache_directory
         return super().describe() | {
-            "isa": f"numba {numba.__version__} ({numba.config.CPU_NAME or _host_cpu()})",
+            "isa": f"numba {numba.__version__} ({numba_compile.target_cpu()})",
             "threads": POOL.width(),
             "threading": "threads of loopos; numba's threading layer is not used",
             "cache": kept or "none (no directory can be written): compiled again in each process",
@@ -116,7 +123,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         y = np.empty(x.shape, x.dtype)
         POOL.run(
             kernels.dropout, -(-len(x) // kernels.ROWS), 4 * x.size,
-            as_input(x), y, samples, positions, *_dropout(rate, key, x.dtype),
+            as_input(x), y, samples, positions, *dropout_bits(rate, key, x.dtype),
         )  # fmt: skip
         return y
 
@@ -217,7 +224,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         """Add ``dy[n]`` to ``dtable[ids[n]]``, rows of one id in the order in which they stand."""
         if ids.size == 0:
             return
-        fits = dtable.ndim == 2 and dtable.flags.c_contiguous and one_of(dy, dtable)
+        fits = dtable.ndim == 2 and dtable.flags.carray and one_of(dy, dtable)
         if not fits or ids.min() < 0 or ids.max() >= len(dtable):
             super().embedding_backward(dy, ids, dtable)  # complains where it must
             return
@@ -243,9 +250,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
             return super().segment_mean_backward(dy, offsets)
         kernels, _ = numba_compile.compiled()
         dx = np.empty((int(offsets[-1]), dy.shape[1]), dy.dtype)
-        POOL.run(
-            kernels.segment_mean_backward, len(dy), dx.size, as_input(dy), int64(offsets), dx
-        )
+        POOL.run(kernels.segment_mean_backward, len(dy), dx.size, as_input(dy), int64(offsets), dx)
         return dx
 
     def discounted_sum(self, x: Array, offsets: Array, gamma: float) -> Array:
@@ -355,7 +360,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
 
     def scale(self, x: Array, factor: float) -> None:
         """Multiply `x` by `factor` in place."""
-        if not (x.flags.c_contiguous and x.flags.writeable and one_of(x)):
+        if not (x.flags.carray and one_of(x)):
             super().scale(x, factor)
             return
         kernels, _ = numba_compile.compiled()
@@ -417,7 +422,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         POOL.run(
             kernels.attention, len(items), work,
             as_input(q), as_input(k), as_input(v), y, lse, items, q.dtype.type(scale), bool(causal),
-            window or _NO_WINDOW, *_dropout(dropout_rate, key, q.dtype),
+            window or _NO_WINDOW, *dropout_bits(dropout_rate, key, q.dtype),
         )  # fmt: skip
         return y, lse
 
@@ -453,7 +458,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         POOL.run(
             kernels.attention_backward, len(items), work,
             *arrays, dq, dk, dv, np.ascontiguousarray(items), q.dtype.type(scale), bool(causal),
-            window or _NO_WINDOW, *_dropout(dropout_rate, key, q.dtype),
+            window or _NO_WINDOW, *dropout_bits(dropout_rate, key, q.dtype),
         )  # fmt: skip
         if q.shape[1] != k.shape[1]:  # heads that share a key head add up
             shape = (len(k), k.shape[1], -1, k.shape[2])
@@ -473,7 +478,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
     ) -> Array:
         """Causal attention of new tokens against a cache of keys and values."""
         capacity = k_cache.shape[1]
-        inside = slots.size and 0 <= slots.min() and slots.max() < len(k_cache)
+        inside = slots.size and slots.min() >= 0 and slots.max() < len(k_cache)
         new = np.diff(int64(offsets))
         fits = offsets[-1] == len(q) and (lengths >= new).all() and (lengths <= capacity).all()
         if not (inside and fits and one_of(q, k_cache, v_cache)):
@@ -490,19 +495,6 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         POOL.run(
             kernels.attention, len(items), int((new * totals).sum()) * q.shape[1] * q.shape[2],
             as_input(q), as_input(k_cache).reshape(shape), as_input(v_cache).reshape(shape), y, lse,
-            items, q.dtype.type(scale), True, window or _NO_WINDOW, *_dropout(0.0, 0, q.dtype),
+            items, q.dtype.type(scale), True, window or _NO_WINDOW, *dropout_bits(0.0, 0, q.dtype),
         )  # fmt: skip
         return y
-
-
-def _dropout(rate: float, key: int, dtype: Any) -> tuple[Any, Any, Any]:
-    """Return what a kernel needs: the key, the threshold of the bits, the factor of what stays."""
-    threshold = np.uint64(round(rate * 2**32))
-    return np.uint64(key), threshold, np.dtype(dtype).type(1.0 / (1.0 - rate))
-
-
-def _host_cpu() -> str:
-    from llvmlite.binding import get_host_cpu_name
-
-    name: str = get_host_cpu_name()
-    return name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -47,8 +48,7 @@ def _jit(function: Callable[..., Any], cached: bool = False) -> Any:
     import numba
 
     global cache_directory
-    options = {"nogil": True, "fastmath": _SUMS, "error_model": "numpy"}
-    dispatcher = numba.njit(**options)(function)
+    dispatcher: Any = numba.njit(nogil=True, fastmath=_SUMS, error_model="numpy")(function)
     if cached:
         try:
             dispatcher.enable_caching()
@@ -57,6 +57,14 @@ def _jit(function: Callable[..., Any], cached: bool = False) -> Any:
         else:
             cache_directory = dispatcher.stats.cache_path
     return dispatcher
+
+
+def target_cpu() -> str:
+    """Return the name of the CPU that numba compiles for."""
+    import numba
+
+    forced = getattr(numba.config, "CPU_NAME", None)
+    return str(forced or import_module("llvmlite.binding").get_host_cpu_name())
 
 
 def _replace_scalars() -> None:

@@ -445,9 +445,7 @@ def kl_rows(z: Array, reference: Array, kl: Array, lo: int, hi: int) -> None:
         kl[n] = total
 
 
-def kl_rows_backward(
-    z: Array, reference: Array, kl: Array, up: Array, lo: int, hi: int
-) -> None:
+def kl_rows_backward(z: Array, reference: Array, kl: Array, up: Array, lo: int, hi: int) -> None:
     """Logits become their gradients: ``up p (log p - log p_ref - kl)``."""
     lanes = np.empty(LANES, z.dtype)
     for n in range(lo, hi):

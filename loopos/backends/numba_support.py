@@ -42,6 +42,12 @@ def one_of(*arrays: Array | None) -> bool:
     return len(kinds) == 1 and kinds.pop() in _FLOATS
 
 
+def dropout_bits(rate: float, key: int, dtype: Any) -> tuple[Any, Any, Any]:
+    """Return what a kernel needs: the key, the threshold of the bits, the factor of what stays."""
+    threshold = np.uint64(round(rate * 2**32))
+    return np.uint64(key), threshold, np.dtype(dtype).type(1.0 / (1.0 - rate))
+
+
 def groups_of_rows(ids: Array) -> tuple[Array, Array]:
     """Return rows sorted by id (stable), and where each id begins among them, and the end."""
     order = np.argsort(ids, kind="stable")
