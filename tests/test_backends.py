@@ -119,6 +119,7 @@ def second_backend(monkeypatch):
         for name, cls in (("second", "Second"), ("unable", "Unable"), ("gone", "Nowhere"))
     }
     monkeypatch.setattr(backends, "_entry_points", lambda: points)
+    monkeypatch.setattr(backends, "_BUILT_IN", {"numpy": backends._BUILT_IN["numpy"]})
     monkeypatch.setattr(backends, "_instances", {})
     monkeypatch.setattr(backends, "_default", None)
     return Second

@@ -27,12 +27,11 @@ from loopos.backends.numba_support import (
     groups_of_rows,
     int64,
     one_of,
+    reach,
 )
 from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
 
 Array = np.ndarray[Any, Any]
-
-_NO_WINDOW = 1 << 40
 
 
 class NumbaBackend(NumbaLosses, NumpyBackend):
@@ -54,12 +53,10 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
 
         ``threading`` says whose threads they are, ``cache`` where compiled code is kept.
         """
-        import numba
-
         numba_compile.compiled()
         kept = numba_compile.cache_directory
         return super().describe() | {
-            "isa": f"numba {numba.__version__} ({numba_compile.target_cpu()})",
+            "isa": numba_compile.target(),
             "threads": POOL.width(),
             "threading": "threads of loopos; numba's threading layer is not used",
             "cache": kept or "none (no directory can be written): compiled again in each process",
@@ -422,7 +419,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         POOL.run(
             kernels.attention, len(items), work,
             as_input(q), as_input(k), as_input(v), y, lse, items, q.dtype.type(scale), bool(causal),
-            window or _NO_WINDOW, *dropout_bits(dropout_rate, key, q.dtype),
+            reach(window), *dropout_bits(dropout_rate, key, q.dtype),
         )  # fmt: skip
         return y, lse
 
@@ -458,7 +455,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         POOL.run(
             kernels.attention_backward, len(items), work,
             *arrays, dq, dk, dv, np.ascontiguousarray(items), q.dtype.type(scale), bool(causal),
-            window or _NO_WINDOW, *dropout_bits(dropout_rate, key, q.dtype),
+            reach(window), *dropout_bits(dropout_rate, key, q.dtype),
         )  # fmt: skip
         if q.shape[1] != k.shape[1]:  # heads that share a key head add up
             shape = (len(k), k.shape[1], -1, k.shape[2])
@@ -495,6 +492,6 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         POOL.run(
             kernels.attention, len(items), int((new * totals).sum()) * q.shape[1] * q.shape[2],
             as_input(q), as_input(k_cache).reshape(shape), as_input(v_cache).reshape(shape), y, lse,
-            items, q.dtype.type(scale), True, window or _NO_WINDOW, *dropout_bits(0.0, 0, q.dtype),
+            items, q.dtype.type(scale), True, reach(window), *dropout_bits(0.0, 0, q.dtype),
         )  # fmt: skip
         return y

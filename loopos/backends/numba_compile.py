@@ -59,12 +59,13 @@ def _jit(function: Callable[..., Any], cached: bool = False) -> Any:
     return dispatcher
 
 
-def target_cpu() -> str:
-    """Return the name of the CPU that numba compiles for."""
+def target() -> str:
+    """Return numba's version and the CPU that it compiles for."""
     import numba
 
     forced = getattr(numba.config, "CPU_NAME", None)
-    return str(forced or import_module("llvmlite.binding").get_host_cpu_name())
+    cpu = forced or import_module("llvmlite.binding").get_host_cpu_name()
+    return f"numba {numba.__version__} ({cpu})"
 
 
 def _replace_scalars() -> None:

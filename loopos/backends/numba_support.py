@@ -48,6 +48,14 @@ def dropout_bits(rate: float, key: int, dtype: Any) -> tuple[Any, Any, Any]:
     return np.uint64(key), threshold, np.dtype(dtype).type(1.0 / (1.0 - rate))
 
 
+def reach(window: int | None) -> int:
+    """Return the window of an attention as a number: larger than any sequence where there is none.
+
+    It is added to positions, so it is far from the largest integer too.
+    """
+    return 1 << 40 if window is None else window
+
+
 def groups_of_rows(ids: Array) -> tuple[Array, Array]:
     """Return rows sorted by id (stable), and where each id begins among them, and the end."""
     order = np.argsort(ids, kind="stable")
