@@ -86,6 +86,25 @@ def test_losses_of_a_large_vocabulary():
     )
 
 
+def test_gradients_of_weights_are_added_to_what_stands(monkeypatch):
+    rng = np.random.default_rng(8)
+    x, dy, w = (rng.normal(size=shape) for shape in ((70, 33), (70, 41), (41, 33)))
+    targets, weights = rng.integers(0, 41, 70), (np.arange(70) % 3).astype(float)
+    standing, results = (rng.normal(size=(41, 33)), rng.normal(size=41)), []
+    for backend in (NUMBA, NUMPY):
+        dw, db = (a.copy() for a in standing)
+        dx = backend.linear_backward(dy, x, w, dw=dw, db=db)
+        results.append([dx, dw, db])
+    close(*results, 1e-12)
+    monkeypatch.setattr("loopos.backends.numpy_losses._LOGIT_ELEMENTS", 16 * 41)  # three chunks
+    need = {"need_dh": True, "need_dw": True, "need_db": True}
+    for chosen in (weights, np.zeros(70)):
+        found, expected = (
+            b.linear_cross_entropy(x, w, targets, chosen, **need) for b in (NUMBA, NUMPY)
+        )
+        close(found[2:], expected[2:], 1e-12)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_dropout_has_the_bits_of_the_reference(dtype):
     x = np.random.default_rng(2).normal(size=(70, 33)).astype(dtype)

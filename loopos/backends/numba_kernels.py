@@ -228,6 +228,15 @@ def scale(x: Array, factor: Any, lo: int, hi: int) -> None:
             xb[i] *= factor
 
 
+def add(x: Array, y: Array, lo: int, hi: int) -> None:
+    """``x += y``."""
+    for block in range(lo, hi):
+        xb = x[block * ELEMENTS : (block + 1) * ELEMENTS]
+        yb = y[block * ELEMENTS : (block + 1) * ELEMENTS]
+        for i in range(xb.size):
+            xb[i] += yb[i]
+
+
 # -- norms ---------------------------------------------------------------------------------------
 
 
@@ -459,6 +468,6 @@ def kl_rows_backward(z: Array, reference: Array, kl: Array, up: Array, lo: int, 
 HELPERS = (mix, row_max, log_sum_exp)
 KERNELS = (
     activation, activation_backward, swiglu, swiglu_backward, dropout, adamw, sgd, sum_squares,
-    scale, norm, norm_backward, add_rows, segment_mean, segment_mean_backward, discounted_sum, gae,
-    cross_entropy_rows, logprob_rows, logprob_rows_backward, kl_rows, kl_rows_backward,
+    scale, add, norm, norm_backward, add_rows, segment_mean, segment_mean_backward, discounted_sum,
+    gae, cross_entropy_rows, logprob_rows, logprob_rows_backward, kl_rows, kl_rows_backward,
 )  # fmt: skip

@@ -1,4 +1,7 @@
-"""Losses over the vocabulary: logits by BLAS in chunks of rows, softmax and gradient by numba."""
+"""Losses over the vocabulary: logits by BLAS in chunks of rows, softmax and gradient by numba.
+
+And the backward of a linear map, which shares the sum of gradients of weights with them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ import numpy as np
 from loopos.backends import numba_compile
 from loopos.backends.numba_pool import POOL
 from loopos.backends.numba_support import as_input, int64, one_of
-from loopos.backends.numpy_losses import LossOps, _add_head_gradients, _chunks, _logits
+from loopos.backends.numpy_backend import DenseOps
+from loopos.backends.numpy_losses import LossOps, _chunks, _logits
 
 Array = np.ndarray[Any, Any]
 
@@ -22,8 +26,58 @@ def _targets(targets: Array, vocabulary: int) -> Array:
     return int64(targets)
 
 
-class NumbaLosses(LossOps):
+def _add_product(into: Array, left: Array, right: Array, fresh: bool = False) -> None:
+    """``into += left^T right``: the product by BLAS, the sum on all threads.
+
+    `fresh` says that `into` holds nothing yet; then the product goes straight there.
+    """
+    if fresh:
+        np.matmul(left.T, right, out=into)
+        return
+    product = left.T @ right
+    fits = product.flags.carray and into.flags.carray and one_of(into, product)
+    if not fits or product.shape != into.shape:
+        into += product
+        return
+    kernels, _ = numba_compile.compiled()
+    blocks = -(-into.size // kernels.ELEMENTS)
+    POOL.run(kernels.add, blocks, into.size // 2, into.reshape(-1), product.reshape(-1))
+
+
+def _add_head_gradients(
+    dz: Array, h: Array, w: Array, dw: Array | None, db: Array | None, need_dh: bool,
+    fresh: bool = False,
+) -> Array | None:  # fmt: skip
+    """The backward of ``z = h w^T + b`` for one chunk."""
+    if dw is not None:
+        _add_product(dw, dz, h, fresh)
+    if db is not None:
+        db += dz.sum(axis=0)
+    return dz @ w if need_dh else None
+
+
+class NumbaLosses(DenseOps, LossOps):
     """The losses of ``numpy_losses`` whose loops are worth compiling."""
+
+    def linear_backward(
+        self,
+        dy: Array,
+        x: Array | None,
+        w: Array,
+        pre: Array | None = None,
+        activation: str | None = None,
+        *,
+        dw: Array | None = None,
+        db: Array | None = None,
+        need_dx: bool = True,
+    ) -> Array | None:
+        """``dx = dz w``, ``dw += dz^T x``, ``db += sum_n dz`` with ``dz = dy act'(pre)``."""
+        if activation is not None and pre is not None:
+            dy = self.activation_backward(dy, pre, activation)
+        if dw is not None:
+            assert x is not None
+            _add_product(dw, dy, x)
+        return super().linear_backward(dy, None, w, db=db, need_dx=need_dx)
 
     def linear_cross_entropy(
         self,
@@ -46,7 +100,8 @@ class NumbaLosses(LossOps):
         weight = np.ones(len(h), h.dtype) if weights is None else np.asarray(weights, h.dtype)
         rows, wanted = np.flatnonzero(weight), need_dh or need_dw or need_db
         dh = np.zeros_like(h, order="C") if need_dh else None
-        dw = np.zeros_like(w, order="C") if need_dw else None
+        make = np.empty_like if rows.size else np.zeros_like  # the first chunk fills it
+        dw = make(w, order="C") if need_dw else None
         db = np.zeros(w.shape[0], dtype=w.dtype) if need_db else None
         total = 0.0
         for chunk in _chunks(rows.size, w.shape[0]):
@@ -60,7 +115,8 @@ class NumbaLosses(LossOps):
             POOL.run(kernels.cross_entropy_rows, at.size, z.size, *args)
             total -= float(np.sum(logp * scale, dtype=np.float64))
             if wanted:
-                part = _add_head_gradients(z, states, w, dw, db, need_dh)
+                fresh = chunk.start == 0
+                part = _add_head_gradients(z, states, w, dw, db, need_dh, fresh)
                 if dh is not None and part is not None:
                     dh[at] = part
         return total, float(weight.sum(dtype=np.float64)), dh, dw, db
