@@ -34,6 +34,7 @@ ENTRY_POINT_GROUP = "loopos.backends"
 #: Backends of this package, slowest first: "auto" takes the last one that can run.
 _BUILT_IN = {
     "numpy": "loopos.backends.numpy_backend:NumpyBackend",
+    "numba": "loopos.backends.numba_backend:NumbaBackend",
     "cython": "loopos.backends.cython_backend:CythonBackend",
 }
 

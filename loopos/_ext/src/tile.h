@@ -32,7 +32,7 @@ INLINE void look_ahead(lines_ahead *lines) {
 INLINE void tile_multiply(int rows, int vectors, long k, const float *RESTRICT a, long a_row,
                           long a_col, const float *RESTRICT b, long b_row,
                           vec acc[TILE_ROWS][TILE_VECTORS]) {
-    for (long p = 0; p < k; p++) {
+    _Pragma("GCC unroll 4") for (long p = 0; p < k; p++) {
         vec right[TILE_VECTORS];
         _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++) right[j] = load(b + j * LANES);
         _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {
@@ -44,13 +44,21 @@ INLINE void tile_multiply(int rows, int vectors, long k, const float *RESTRICT a
     }
 }
 
-/* The same, looking ahead on the way. */
+/* The same, looking ahead on the way: first to where the tile will be stored, then to `lines`. */
 INLINE void tile_multiply_ahead(int rows, int vectors, long k, const float *RESTRICT a, long a_row,
                                 long a_col, const float *RESTRICT b, long b_row,
-                                vec acc[TILE_ROWS][TILE_VECTORS], lines_ahead *lines) {
+                                vec acc[TILE_ROWS][TILE_VECTORS], const float *c, long c_row,
+                                lines_ahead *lines) {
+    int fetched = 0;
     for (long p = 0; p < k; p += AHEAD_DEPTH) {
         long depth = k - p < AHEAD_DEPTH ? k - p : AHEAD_DEPTH;
-        look_ahead(lines);
+        if (fetched < rows)
+            for (int i = 0; i < AHEAD_LINES / 2 && fetched < rows; i++, fetched++) {
+                __builtin_prefetch(c + fetched * c_row, 1, 3);
+                __builtin_prefetch(c + fetched * c_row + TILE_COLUMNS - 1, 1, 3);
+            }
+        else
+            look_ahead(lines);
         tile_multiply(rows, vectors, depth, a + p * a_col, a_row, a_col, b + p * b_row, b_row, acc);
     }
 }
