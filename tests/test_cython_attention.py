@@ -45,7 +45,8 @@ def compare(found, expected):
     for name, value, reference in zip(
         ("y", "lse", "dq", "dk", "dv"), found, expected, strict=False
     ):
-        assert value.shape == reference.shape and value.dtype == np.float32
+        assert value.shape == reference.shape
+        assert value.dtype == np.float32
         if value.size:
             error = np.abs(value - reference).max() / max(1.0, np.abs(reference).max())
             assert error <= TOLERANCE, f"{name}: {error:.3g}"
@@ -54,9 +55,7 @@ def compare(found, expected):
 def check(backend, lengths, heads, kv_heads, d, **options):
     arrays, offsets = make(lengths, heads, kv_heads, d)
     exact = [a.astype(np.float64) for a in arrays]
-    compare(
-        run(backend, arrays, offsets, **options), run(REFERENCE, exact, offsets, **options)
-    )
+    compare(run(backend, arrays, offsets, **options), run(REFERENCE, exact, offsets, **options))
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -156,7 +155,8 @@ def test_what_is_not_a_number_stays_so_and_does_not_spread(backend):
         with np.errstate(invalid="ignore"):
             exact = [a.astype(np.float64) for a in (dy, q, k, v)]
             expected, _, *exact_gradients = run(REFERENCE, exact, offsets, scale=0.2)
-        assert np.isnan(y[25]).any() and np.isnan(expected[25]).any()
+        assert np.isnan(y[25]).any()
+        assert np.isnan(expected[25]).any()
         np.testing.assert_array_equal(np.isnan(y[26:40]), np.isnan(expected[26:40]))
         np.testing.assert_array_equal(y[40:], clean[40:])
         gradients = backend.attention_backward(dy, q, k, v, y, lse, offsets, True, 0.2)
@@ -299,9 +299,9 @@ def test_bad_arguments(backend, change, error, message):
 def test_bad_arguments_of_cached(backend, change, message):
     q, k, v, offsets, slots, lengths, scale = make_cached((2, 1), (3, 5), 4, 2, 8)
     k, v = np.zeros((2, 4, 10, 2, 8), np.float32)
-    arguments = dict(
-        q=q, k_cache=k, v_cache=v, offsets=offsets, slots=slots, lengths=lengths, scale=scale
-    )
+    names = ("q", "k_cache", "v_cache", "offsets", "slots", "lengths", "scale")
+    values = (q, k, v, offsets, slots, lengths, scale)
+    arguments = dict(zip(names, values, strict=True))
     with pytest.raises(ValueError, match=message):
         backend.attention_cached(**arguments | change)
 

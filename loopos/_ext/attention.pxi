@@ -106,7 +106,9 @@ def attention_backward(
     return dq, dk, dv
 
 
-cdef float *cache(object array, str name, long slots, long capacity, long heads, long d) except? NULL:
+cdef float *cache(
+    object array, str name, long slots, long capacity, long heads, long d
+) except? NULL:
     """The data of a float32 array [slots, capacity, heads, d] (-1: any)."""
     cdef float *data = floats(array, name)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(<cnp.ndarray>array)
