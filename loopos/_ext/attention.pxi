@@ -56,8 +56,8 @@ cdef attention_arguments(
     p.n, p.heads, p.d = size_of(q, 0), size_of(q, 1), size_of(q, 2)
     p.k = tokens(k, "k", p.n, -1, p.d)
     p.kv_heads = size_of(k, 1)
-    p.v = tokens(v, "v", p.n, p.kv_heads, p.d)
     check_groups(p.heads, p.kv_heads)
+    p.v = tokens(v, "v", p.n, p.kv_heads, p.d)
     p.offsets = offsets_of(offsets, p.n)
     p.sequences = size_of(offsets, 0) - 1
     p.causal, p.scale, p.window = causal, scale, window_of(window)
@@ -106,7 +106,9 @@ def attention_backward(
     return dq, dk, dv
 
 
-cdef float *cache(object array, str name, long slots, long capacity, long heads, long d) except? NULL:
+cdef float *cache(
+    object array, str name, long slots, long capacity, long heads, long d
+) except? NULL:
     """The data of a float32 array [slots, capacity, heads, d] (-1: any)."""
     cdef float *data = floats(array, name)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(<cnp.ndarray>array)

@@ -69,6 +69,8 @@ class NumbaLosses(DenseOps, LossOps):
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
+        dx: Array | None = None,
         need_dx: bool = True,
     ) -> Array | None:
         """``dx = dz w``, ``dw += dz^T x``, ``db += sum_n dz`` with ``dz = dy act'(pre)``."""
@@ -76,8 +78,8 @@ class NumbaLosses(DenseOps, LossOps):
             dy = self.activation_backward(dy, pre, activation)
         if dw is not None:
             assert x is not None
-            _add_product(dw, dy, x)
-        return super().linear_backward(dy, None, w, db=db, need_dx=need_dx)
+            _add_product(dw, dy, x, not accumulate)
+        return super().linear_backward(dy, None, w, db=db, dx=dx, need_dx=need_dx)
 
     def linear_cross_entropy(
         self,

@@ -32,14 +32,17 @@ INLINE void look_ahead(lines_ahead *lines) {
 INLINE void tile_multiply(int rows, int vectors, long k, const float *RESTRICT a, long a_row,
                           long a_col, const float *RESTRICT b, long b_row,
                           vec acc[TILE_ROWS][TILE_VECTORS]) {
+    /* Every third row has a pointer: few enough for the registers, with a_row as the index. */
+    const float *base[(TILE_ROWS + 2) / 3];
+    _Pragma("GCC unroll 4") for (int i = 0; i < (TILE_ROWS + 2) / 3; i++) base[i] = a + 3 * i * a_row;
     _Pragma("GCC unroll 4") for (long p = 0; p < k; p++) {
         vec right[TILE_VECTORS];
         _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++) right[j] = load(b + j * LANES);
         _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {
-            vec left = splat(a[i * a_row]);
+            vec left = splat(base[i / 3][i % 3 * a_row]);
             _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++) acc[i][j] += left * right[j];
         }
-        a += a_col;
+        _Pragma("GCC unroll 4") for (int i = 0; i < (TILE_ROWS + 2) / 3; i++) base[i] += a_col;
         b += b_row;
     }
 }
