@@ -159,7 +159,7 @@ class CythonElementwise(NumpyBackend):
             return
         width = int(np.prod(dtable.shape[1:]))
         self._kernels.add_rows(
-            contiguous(dy).reshape(len(ids), width), _rows(ids, len(dtable)),
+            contiguous(dy).reshape(len(dy), int(np.prod(dy.shape[1:]))), _rows(ids, len(dtable)),
             dtable.reshape(len(dtable), width), get_num_threads(),
         )  # fmt: skip
 

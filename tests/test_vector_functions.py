@@ -1,0 +1,72 @@
+"""Vectorised exp, tanh, erf and sigmoid against exact values, over every exponent of float32."""
+
+import numpy as np
+import pytest
+from scipy import special
+
+import loopos
+
+if "cython" not in loopos.available_backends():
+    pytest.skip("the compiled kernels are not there", allow_module_level=True)
+
+from loopos._ext import kernels
+
+#: The largest error stated in math.h.inc, in units in the last place, and the exact function.
+FUNCTIONS = {
+    "exp": (1.0, np.exp),
+    "tanh": (2.0, np.tanh),
+    "erf": (2.0, special.erf),
+    "sigmoid": (3.0, special.expit),
+}
+
+
+@pytest.fixture(params=kernels.levels())
+def level(request):
+    before = kernels.level()
+    kernels.use_level(request.param)
+    yield request.param
+    kernels.use_level(before)
+
+
+def every_exponent(mantissas=4096):
+    """Every sign and exponent with random mantissas, the smallest and the largest one."""
+    exponents = np.arange(255, dtype=np.uint32)[:, None] << 23
+    drawn = np.random.default_rng(0).integers(0, 1 << 23, (255, mantissas), dtype=np.uint32)
+    drawn[:, 0], drawn[:, 1] = 0, (1 << 23) - 1
+    values = (exponents | drawn).ravel().view(np.float32)
+    return np.concatenate([values, -values])
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_errors_are_within_what_is_stated(level, name):
+    limit, exact = FUNCTIONS[name]
+    # Where results change, more of them than the exponents alone would give.
+    x = np.concatenate([every_exponent(), np.linspace(-110, 110, 400_001, dtype=np.float32)])
+    with np.errstate(over="ignore", under="ignore"):
+        expected = exact(x.astype(np.float64))
+        rounded = expected.astype(np.float32)
+    found = kernels.vector_function(name, x, 1)
+    finite = np.isfinite(rounded)
+    np.testing.assert_array_equal(found[~finite], rounded[~finite])
+    unit = np.spacing(np.abs(rounded[finite])).astype(np.float64)
+    error = np.abs(found[finite].astype(np.float64) - expected[finite]) / unit
+    assert error.max() <= limit, (x[finite][error.argmax()], error.max())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_special_values(level, name):
+    x = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0], np.float32)
+    with np.errstate(all="ignore"):
+        expected = FUNCTIONS[name][1](x.astype(np.float64)).astype(np.float32)
+    found = kernels.vector_function(name, x, 1)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(np.signbit(found[1:]), np.signbit(expected[1:]))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_value_has_the_same_bytes_at_any_place(level, name):
+    x = np.linspace(-9, 9, 1003, dtype=np.float32)
+    whole = kernels.vector_function(name, x, 1)
+    for start in (0, 1, 5, 998):
+        part = kernels.vector_function(name, x[start : start + 7].copy(), 1)
+        assert part.tobytes() == whole[start : start + 7].tobytes()
