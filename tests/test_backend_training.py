@@ -1,0 +1,73 @@
+"""Training on every backend: the losses of the reference, and the same bytes on any threads."""
+
+import resource
+
+import numpy as np
+import pytest
+
+import loopos
+from loopos.backends.threads import thread_limit
+
+SIZE = {"vocab_size": 101, "d_model": 24, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+GPT2 = SIZE | {"dropout": 0.1}
+LLAMA = SIZE | {"num_kv_heads": 2, "norm": "rms_norm", "activation": "swiglu", "positions": "rope"}
+BERT = SIZE | {"norm_placement": "post", "embedding_norm": True, "activation": "gelu"}
+OTHERS = [name for name in loopos.available_backends() if name != "numpy"]
+
+
+def train(name, options, steps=20, lengths=(9, 40, 2)):
+    """Return (losses, the last weights' bytes)."""
+    rng = np.random.default_rng(6)
+    with loopos.use_backend(name):
+        model = loopos.Transformer(loopos.TransformerConfig(**options), seed=0)
+        optimizer = loopos.AdamW(model.parameters(), learning_rate=3e-3)
+        losses = []
+        for step in range(steps):
+            rows = [rng.integers(0, options["vocab_size"], n) for n in lengths]
+            batch = loopos.Batch.from_sequences(rows)
+            loss, count = model.next_token_loss(batch, loopos.DropoutKeys(5, step))
+            losses.append(float(loss.data) / count)
+            loss.backward()
+            optimizer.step(scale=1 / count)
+            optimizer.zero_grad()
+    return losses, [p.data.tobytes() for p in model.parameters().values()]
+
+
+@pytest.mark.parametrize("options", [GPT2, LLAMA, BERT], ids=["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_twenty_steps_agree_with_the_reference(name, options):
+    expected, _ = train("numpy", options)
+    found, _ = train(name, options)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert len(set(expected)) == 20  # every step changed something
+
+
+@pytest.mark.parametrize("options", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.skipif("cython" not in OTHERS, reason="the compiled kernels are not there")
+def test_a_trained_model_has_the_same_bytes_at_any_number_of_threads(options):
+    # Large enough that every kernel has several tasks.
+    large = options | {"vocab_size": 1501, "d_model": 120, "d_ff": 400}
+    found = []
+    for threads in (1, 2, 5):
+        with thread_limit(threads):
+            found.append(train("cython", large, steps=4, lengths=(70, 3, 200, 129)))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.skipif("cython" not in OTHERS, reason="the compiled kernels are not there")
+def test_no_page_faults_after_the_second_step():
+    options = SIZE | {"vocab_size": 5000, "d_model": 192, "d_ff": 768}
+    rows = [np.arange(250) for _ in range(6)]
+    with loopos.use_backend("cython"), thread_limit(1):
+        model = loopos.Transformer(loopos.TransformerConfig(**options), seed=0)
+        optimizer = loopos.AdamW(model.parameters(), learning_rate=3e-3)
+        batch, faults = loopos.Batch.from_sequences(rows), []
+        for _ in range(6):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            loss, count = model.next_token_loss(batch)
+            loss.backward()
+            optimizer.step(scale=1 / count)
+            optimizer.zero_grad()
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    assert faults[0] > 1000  # what a step takes from the system
+    assert max(faults[3:]) < 100, faults
