@@ -155,7 +155,7 @@ def norm_backward(dy, s, g, mean, rstd, ds, dg, db, bint need_dx, int threads):
     return dx
 
 
-cdef row_numbers(loopos_rows *p, ids, long limit):
+cdef set_rows(loopos_rows *p, ids, long limit):
     """Set the ids; one outside of the table is an IndexError."""
     cdef long r
     p.ids = integers(ids, "ids", -1)
@@ -171,7 +171,7 @@ def take_rows(table, ids, int threads):
     cdef int status
     p.table = matrix(table, "table", -1, -1)
     p.columns, p.scatter = size_of(table, 1), 0
-    row_numbers(&p, ids, size_of(table, 0))
+    set_rows(&p, ids, size_of(table, 0))
     y = make2(p.rows, p.columns)
     p.x = floats(y, "y")
     with nogil:
@@ -186,7 +186,7 @@ def add_rows(x, ids, table, int threads):
     cdef int status
     p.table = matrix(table, "table", -1, -1, True)
     p.columns, p.scatter = size_of(table, 1), 1
-    row_numbers(&p, ids, size_of(table, 0))
+    set_rows(&p, ids, size_of(table, 0))
     p.x = matrix(x, "x", p.rows, p.columns)
     with nogil:
         status = loopos_kernels().rows(threads, &p)

@@ -208,6 +208,64 @@ cdef done(int status):
         raise MemoryError("no memory for the scratch of a kernel")
 
 
+# -- what stands between any array and a kernel -----------------------------------------------------
+
+
+def single(*arrays):
+    """Return whether the kernels take these: none is float64 (those are the reference's).
+
+    One that is no NumPy array, but a list or the array of another library, is a TypeError.
+    """
+    for array in arrays:
+        if array is None:
+            continue
+        if not isinstance(array, cnp.ndarray):
+            raise TypeError(f"expected a NumPy array, found {type(array).__name__}")
+        if cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.NPY_FLOAT64:
+            return False
+    return True
+
+
+def contiguous(array):
+    """Return the array itself when its elements lie in C order and aligned, else a copy."""
+    if array is None:
+        return None
+    if not isinstance(array, cnp.ndarray):
+        raise TypeError(f"expected a NumPy array, found {type(array).__name__}")
+    if cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array) and cnp.PyArray_ISALIGNED(<cnp.ndarray>array):
+        return array
+    return np.require(array, requirements=["C", "A"])
+
+
+def all_contiguous(*arrays):
+    """Return what `contiguous` gives for each."""
+    return [contiguous(array) for array in arrays]
+
+
+def as_int32(array):
+    """Return ids, offsets or rows as contiguous int32.
+
+    What is no integer is a TypeError, what does not fit into 32 bits a ValueError.
+    """
+    if not isinstance(array, cnp.ndarray):
+        raise TypeError(f"expected a NumPy array of integers, found {type(array).__name__}")
+    if cnp.PyArray_TYPE(<cnp.ndarray>array) != cnp.NPY_INT32:
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"expected an array of integers, found {array.dtype}")
+        limits = np.iinfo(np.int32)
+        if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
+            raise ValueError("integers: some do not fit into int32")
+    return np.require(array, np.int32, ["C", "A"])
+
+
+def row_numbers(array, long limit):
+    """Return row numbers as int32; negative ones count from the end, as in NumPy."""
+    rows = as_int32(array)
+    if rows.size and rows.min() < 0:
+        rows = np.where(rows < 0, rows + np.int32(limit), rows)
+    return rows
+
+
 # -- instruction sets ------------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from loopos.backends.doorway import contiguous, integers, single
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 
@@ -22,7 +21,7 @@ class CythonAttention(NumpyBackend):
 
     def rope(self, q: Array, k: Array, positions: Array, inv_freq: Array) -> tuple[Array, Array]:
         """Rotary position embedding; see :meth:`NumpyBackend.rope`."""
-        if not single(q, k):
+        if not self._kernels.single(q, k):
             return super().rope(q, k, positions, inv_freq)
         return self._rope(q, k, positions, inv_freq, inverse=False)
 
@@ -30,7 +29,7 @@ class CythonAttention(NumpyBackend):
         self, dq: Array, dk: Array, positions: Array, inv_freq: Array
     ) -> tuple[Array, Array]:
         """The inverse rotation of both gradients."""
-        if not single(dq, dk):
+        if not self._kernels.single(dq, dk):
             return super().rope_backward(dq, dk, positions, inv_freq)
         return self._rope(dq, dk, positions, inv_freq, inverse=True)
 
@@ -39,9 +38,9 @@ class CythonAttention(NumpyBackend):
     ) -> tuple[Array, Array]:
         frequencies = np.ascontiguousarray(inv_freq, dtype=np.float64)
         rotated: tuple[Array, Array] = self._kernels.rope(
-            contiguous(q),
-            contiguous(k),
-            integers(positions),
+            self._kernels.contiguous(q),
+            self._kernels.contiguous(k),
+            self._kernels.as_int32(positions),
             frequencies,
             inverse,
             get_num_threads(),
@@ -63,13 +62,13 @@ class CythonAttention(NumpyBackend):
     ) -> tuple[Array, Array]:
         """Softmax attention of each sequence on itself; see :meth:`NumpyBackend.attention`."""
         options = (causal, scale, window, dropout_rate, key)
-        if not single(q, k, v):
+        if not self._kernels.single(q, k, v):
             return super().attention(q, k, v, offsets, *options, sample_ids)
         y, lse = self._kernels.attention(
-            contiguous(q),
-            contiguous(k),
-            contiguous(v),
-            integers(offsets),
+            self._kernels.contiguous(q),
+            self._kernels.contiguous(k),
+            self._kernels.contiguous(v),
+            self._kernels.as_int32(offsets),
             *options,
             _samples(sample_ids),
             get_num_threads(),
@@ -95,11 +94,11 @@ class CythonAttention(NumpyBackend):
         """Gradients of q, k, v; see :meth:`NumpyBackend.attention_backward`."""
         options = (causal, scale, window, dropout_rate, key)
         arrays = (dy, q, k, v, y, lse)
-        if not single(*arrays):
+        if not self._kernels.single(*arrays):
             return super().attention_backward(*arrays, offsets, *options, sample_ids)
         dq, dk, dv = self._kernels.attention_backward(
-            *(contiguous(a) for a in arrays),
-            integers(offsets),
+            *(self._kernels.contiguous(a) for a in arrays),
+            self._kernels.as_int32(offsets),
             *options,
             _samples(sample_ids),
             get_num_threads(),
@@ -118,17 +117,17 @@ class CythonAttention(NumpyBackend):
         window: int | None = None,
     ) -> Array:
         """Causal attention of new tokens; see :meth:`NumpyBackend.attention_cached`."""
-        if not single(q, k_cache, v_cache):
+        if not self._kernels.single(q, k_cache, v_cache):
             return super().attention_cached(
                 q, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
         y: Array = self._kernels.attention_cached(
-            contiguous(q),
-            contiguous(k_cache),
-            contiguous(v_cache),
-            integers(offsets),
-            integers(slots),
-            integers(lengths),
+            self._kernels.contiguous(q),
+            self._kernels.contiguous(k_cache),
+            self._kernels.contiguous(v_cache),
+            self._kernels.as_int32(offsets),
+            self._kernels.as_int32(slots),
+            self._kernels.as_int32(lengths),
             scale,
             window,
             get_num_threads(),

@@ -15,7 +15,6 @@ import loopos._ext
 from loopos.backends.cython_attention import CythonAttention
 from loopos.backends.cython_elementwise import CythonElementwise
 from loopos.backends.cython_losses import CythonLosses
-from loopos.backends.doorway import contiguous, single
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 from loopos.errors import BackendError
@@ -91,10 +90,14 @@ class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBacke
         self, x: Array, w: Array, b: Array | None = None, activation: str | None = None
     ) -> tuple[Array, Array | None]:
         """``y = act(x w^T + b)``; see :meth:`NumpyBackend.linear`."""
-        if not single(x, w):
+        if not self._kernels.single(x, w):
             return super().linear(x, w, b, activation)
         y, pre = self._kernels.linear(
-            contiguous(x), contiguous(w), contiguous(b), activation, get_num_threads()
+            self._kernels.contiguous(x),
+            self._kernels.contiguous(w),
+            self._kernels.contiguous(b),
+            activation,
+            get_num_threads(),
         )
         return y, pre
 
@@ -113,19 +116,19 @@ class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBacke
         need_dx: bool = True,
     ) -> Array | None:
         """Gradients of :meth:`linear`; see :meth:`NumpyBackend.linear_backward`."""
-        if not single(dy, w):
+        if not self._kernels.single(dy, w):
             return super().linear_backward(
                 dy, x, w, pre, activation,
                 dw=dw, db=db, accumulate=accumulate, dx=dx, need_dx=need_dx,
             )  # fmt: skip
-        threads, dz = get_num_threads(), contiguous(dy)
+        threads, dz = get_num_threads(), self._kernels.contiguous(dy)
         if activation is not None and pre is not None:
             dz = self.activation_backward(dz, pre, activation)
         if dw is not None:
-            self._kernels.linear_dw(dz, contiguous(x), dw, accumulate, threads)
+            self._kernels.linear_dw(dz, self._kernels.contiguous(x), dw, accumulate, threads)
         if db is not None:
             self._kernels.column_sums(dz, db, threads)
         if not need_dx:
             return None
-        result: Array = self._kernels.linear_dx(dz, contiguous(w), dx, threads)
+        result: Array = self._kernels.linear_dx(dz, self._kernels.contiguous(w), dx, threads)
         return result

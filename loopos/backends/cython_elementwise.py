@@ -7,17 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from loopos.backends.doorway import contiguous, integers, single
 from loopos.backends.numpy_backend import ACTIVATIONS, AdamwTensor, Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
-
-
-def _rows(ids: Array, limit: int) -> Array:
-    """Return row numbers for a kernel; negative ones count from the end, as in NumPy."""
-    rows = integers(ids)
-    if rows.size and rows.min() < 0:
-        rows = np.where(rows < 0, rows + np.int32(limit), rows)
-    return rows
 
 
 class CythonElementwise(NumpyBackend):
@@ -29,41 +20,48 @@ class CythonElementwise(NumpyBackend):
 
     def activation(self, x: Array, kind: str) -> Array:
         """See :meth:`NumpyBackend.activation`."""
-        if not single(x) or kind not in ACTIVATIONS:
+        if not self._kernels.single(x) or kind not in ACTIVATIONS:
             return super().activation(x, kind)
-        y: Array = self._kernels.activation(contiguous(x), kind, get_num_threads())
+        y: Array = self._kernels.activation(self._kernels.contiguous(x), kind, get_num_threads())
         return y
 
     def activation_backward(self, dy: Array, x: Array, kind: str) -> Array:
         """See :meth:`NumpyBackend.activation_backward`."""
-        if not single(dy, x) or kind not in ACTIVATIONS:
+        if not self._kernels.single(dy, x) or kind not in ACTIVATIONS:
             return super().activation_backward(dy, x, kind)
         dx: Array = self._kernels.activation_backward(
-            contiguous(dy), contiguous(x), kind, get_num_threads()
+            self._kernels.contiguous(dy), self._kernels.contiguous(x), kind, get_num_threads()
         )
         return dx
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """See :meth:`NumpyBackend.swiglu`."""
-        if not single(gate, up):
+        if not self._kernels.single(gate, up):
             return super().swiglu(gate, up)
-        y: Array = self._kernels.swiglu(contiguous(gate), contiguous(up), get_num_threads())
+        y: Array = self._kernels.swiglu(
+            self._kernels.contiguous(gate), self._kernels.contiguous(up), get_num_threads()
+        )
         return y
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
         """See :meth:`NumpyBackend.swiglu_backward`."""
-        if not single(dy, gate, up):
+        if not self._kernels.single(dy, gate, up):
             return super().swiglu_backward(dy, gate, up)
         dgate, dup = self._kernels.swiglu_backward(
-            contiguous(dy), contiguous(gate), contiguous(up), get_num_threads()
+            self._kernels.contiguous(dy),
+            self._kernels.contiguous(gate),
+            self._kernels.contiguous(up),
+            get_num_threads(),
         )
         return dgate, dup
 
     def add(self, a: Array, b: Array, scale: float = 1.0) -> Array:
         """See :meth:`NumpyBackend.add`."""
-        if not single(a, b):
+        if not self._kernels.single(a, b):
             return super().add(a, b, scale)
-        y: Array = self._kernels.add(contiguous(a), contiguous(b), scale, None, get_num_threads())
+        y: Array = self._kernels.add(
+            self._kernels.contiguous(a), self._kernels.contiguous(b), scale, None, get_num_threads()
+        )
         return y
 
     # -- norms -------------------------------------------------------------------------------
@@ -72,10 +70,10 @@ class CythonElementwise(NumpyBackend):
         self, x: Array, g: Array, b: Array | None, eps: float, residual: Array | None = None
     ) -> tuple[Array, Array, Array, Array]:
         """See :meth:`NumpyBackend.layer_norm`."""
-        if not single(x, g, b, residual):
+        if not self._kernels.single(x, g, b, residual):
             return super().layer_norm(x, g, b, eps, residual)
         y, s, mean, rstd = self._kernels.norm(
-            contiguous(x), contiguous(residual), contiguous(g), contiguous(b), True, eps,
+            self._kernels.contiguous(x), self._kernels.contiguous(residual), self._kernels.contiguous(g), self._kernels.contiguous(b), True, eps,
             get_num_threads(),
         )  # fmt: skip
         return y, s, mean, rstd
@@ -94,7 +92,7 @@ class CythonElementwise(NumpyBackend):
         need_dx: bool = True,
     ) -> Array | None:
         """See :meth:`NumpyBackend.layer_norm_backward`."""
-        if not single(dy, s, g, ds):
+        if not self._kernels.single(dy, s, g, ds):
             return super().layer_norm_backward(
                 dy, s, g, mean, rstd, ds, dg=dg, db=db, need_dx=need_dx
             )
@@ -104,10 +102,10 @@ class CythonElementwise(NumpyBackend):
         self, x: Array, g: Array, eps: float, residual: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """See :meth:`NumpyBackend.rms_norm`."""
-        if not single(x, g, residual):
+        if not self._kernels.single(x, g, residual):
             return super().rms_norm(x, g, eps, residual)
         y, s, _, rstd = self._kernels.norm(
-            contiguous(x), contiguous(residual), contiguous(g), None, False, eps,
+            self._kernels.contiguous(x), self._kernels.contiguous(residual), self._kernels.contiguous(g), None, False, eps,
             get_num_threads(),
         )  # fmt: skip
         return y, s, rstd
@@ -124,7 +122,7 @@ class CythonElementwise(NumpyBackend):
         need_dx: bool = True,
     ) -> Array | None:
         """See :meth:`NumpyBackend.rms_norm_backward`."""
-        if not single(dy, s, g, ds):
+        if not self._kernels.single(dy, s, g, ds):
             return super().rms_norm_backward(dy, s, g, rstd, ds, dg=dg, need_dx=need_dx)
         return self._norm_backward(dy, s, g, None, rstd, ds, dg, None, need_dx)
 
@@ -141,8 +139,8 @@ class CythonElementwise(NumpyBackend):
         need_dx: bool,
     ) -> Array | None:
         dx: Array | None = self._kernels.norm_backward(
-            contiguous(dy), contiguous(s), contiguous(g), contiguous(mean), contiguous(rstd),
-            contiguous(ds), dg, db, need_dx, get_num_threads(),
+            self._kernels.contiguous(dy), self._kernels.contiguous(s), self._kernels.contiguous(g), self._kernels.contiguous(mean), self._kernels.contiguous(rstd),
+            self._kernels.contiguous(ds), dg, db, need_dx, get_num_threads(),
         )  # fmt: skip
         return dx
 
@@ -152,45 +150,50 @@ class CythonElementwise(NumpyBackend):
         """See :meth:`NumpyBackend.embedding`."""
         return self.gather_rows(table, ids)
 
-    def embedding_backward(self, dy: Array, ids: Array, dtable: Array) -> None:
+    def embedding_backward(
+        self, dy: Array, ids: Array, dtable: Array, accumulate: bool = True
+    ) -> None:
         """See :meth:`NumpyBackend.embedding_backward`."""
-        if not single(dy, dtable):
-            super().embedding_backward(dy, ids, dtable)
+        if not self._kernels.single(dy, dtable):
+            super().embedding_backward(dy, ids, dtable, accumulate)
             return
+        if not accumulate:
+            self._kernels.fill(dtable, 0.0, get_num_threads())
         width = int(np.prod(dtable.shape[1:]))
         self._kernels.add_rows(
-            contiguous(dy).reshape(len(dy), int(np.prod(dy.shape[1:]))), _rows(ids, len(dtable)),
+            self._kernels.contiguous(dy).reshape(len(dy), int(np.prod(dy.shape[1:]))), self._kernels.row_numbers(ids, len(dtable)),
             dtable.reshape(len(dtable), width), get_num_threads(),
         )  # fmt: skip
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
         """See :meth:`NumpyBackend.gather_rows`."""
-        if not single(x) or x.ndim < 2:
+        if not self._kernels.single(x) or x.ndim < 2:
             return super().gather_rows(x, rows)
-        flat = contiguous(x).reshape(len(x), int(np.prod(x.shape[1:])))
-        taken: Array = self._kernels.take_rows(flat, _rows(rows, len(x)), get_num_threads())
+        flat = self._kernels.contiguous(x).reshape(len(x), int(np.prod(x.shape[1:])))
+        taken: Array = self._kernels.take_rows(
+            flat, self._kernels.row_numbers(rows, len(x)), get_num_threads()
+        )
         return taken.reshape(len(taken), *x.shape[1:])
 
     def gather_rows_backward(self, dy: Array, rows: Array, num_rows: int) -> Array:
         """See :meth:`NumpyBackend.gather_rows_backward`."""
-        if not single(dy):
+        if not self._kernels.single(dy):
             return super().gather_rows_backward(dy, rows, num_rows)
         dx: Array = self._kernels.empty((num_rows, *dy.shape[1:]))
-        self._kernels.fill(dx, 0.0, get_num_threads())
-        self.embedding_backward(dy, rows, dx)
+        self.embedding_backward(dy, rows, dx, accumulate=False)
         return dx
 
     # -- dropout -----------------------------------------------------------------------------
 
     def dropout(self, x: Array, rate: float, key: int, offsets: Array, sample_ids: Array) -> Array:
         """See :meth:`NumpyBackend.dropout`."""
-        if not single(x):
+        if not self._kernels.single(x):
             return super().dropout(x, rate, key, offsets, sample_ids)
         lengths = np.diff(offsets)
         positions = np.arange(len(x), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
         samples = np.repeat(np.asarray(sample_ids, np.int64), lengths)
         y: Array = self._kernels.dropout(
-            contiguous(x), rate, key, samples, positions, get_num_threads()
+            self._kernels.contiguous(x), rate, key, samples, positions, get_num_threads()
         )
         return y
 
@@ -206,9 +209,9 @@ class CythonElementwise(NumpyBackend):
         decoupled: bool = True,
     ) -> None:
         """See :meth:`NumpyBackend.adamw_many`; one pass over all of them."""
-        wide = [t for t in tensors if not single(t.p, t.g, t.m, t.v)]
+        wide = [t for t in tensors if not self._kernels.single(t.p, t.g, t.m, t.v)]
         super().adamw_many(wide, beta1, beta2, eps, grad_scale, decoupled)
-        narrow = [t for t in tensors if single(t.p, t.g, t.m, t.v)]
+        narrow = [t for t in tensors if self._kernels.single(t.p, t.g, t.m, t.v)]
         self._kernels.adamw(narrow, beta1, beta2, eps, grad_scale, decoupled, get_num_threads())
 
     def adamw(
@@ -227,25 +230,27 @@ class CythonElementwise(NumpyBackend):
         decoupled: bool = True,
     ) -> None:
         """See :meth:`NumpyBackend.adamw`."""
-        if not single(p, g, m, v):
+        if not self._kernels.single(p, g, m, v):
             super().adamw(
                 p, g, m, v, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale,
                 decoupled,
             )  # fmt: skip
             return
-        tensor = AdamwTensor(p, contiguous(g), m, v, learning_rate, weight_decay, step)
+        tensor = AdamwTensor(
+            p, self._kernels.contiguous(g), m, v, learning_rate, weight_decay, step
+        )
         self._kernels.adamw([tensor], beta1, beta2, eps, grad_scale, decoupled, get_num_threads())
 
     def sum_squares(self, arrays: Sequence[Array]) -> float:
         """See :meth:`NumpyBackend.sum_squares`; one pass over all of them."""
-        narrow = [contiguous(a) for a in arrays if single(a)]
-        wide = [a for a in arrays if not single(a)]
+        narrow = [self._kernels.contiguous(a) for a in arrays if self._kernels.single(a)]
+        wide = [a for a in arrays if not self._kernels.single(a)]
         total: float = self._kernels.sum_squares(narrow, get_num_threads())
         return total + (super().sum_squares(wide) if wide else 0.0)
 
     def scale(self, x: Array, factor: float) -> None:
         """See :meth:`NumpyBackend.scale`."""
-        if not single(x) or not x.flags.c_contiguous:
+        if not self._kernels.single(x) or not x.flags.c_contiguous:
             super().scale(x, factor)
             return
         self._kernels.scale(x, factor, x, get_num_threads())

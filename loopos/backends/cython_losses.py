@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from loopos.backends.doorway import contiguous, integers, single
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 
@@ -40,7 +39,7 @@ class CythonLosses(NumpyBackend):
         need_db: bool = False,
     ) -> tuple[float, float, Array | None, Array | None, Array | None]:
         """Summed negative log-likelihood; see :meth:`NumpyBackend.linear_cross_entropy`."""
-        if not single(h, w):
+        if not self._kernels.single(h, w):
             return super().linear_cross_entropy(
                 h, w, targets, weights, b, need_dh=need_dh, need_dw=need_dw, need_db=need_db
             )
@@ -58,7 +57,7 @@ class CythonLosses(NumpyBackend):
         for chunk in _chunks(rows.size, w.shape[0]):
             at = rows[chunk]
             states, scale = h[at], weight[at]
-            picked = integers(targets[at])
+            picked = self._kernels.as_int32(targets[at])
             z = self.linear(states, w, b)[0]
             logp, lse, _ = kernels.loss_rows(z, picked, 1.0, False, threads)
             total -= float(np.sum(logp * scale, dtype=np.float64))
@@ -79,12 +78,12 @@ class CythonLosses(NumpyBackend):
         self, h: Array, w: Array, targets: Array, temperature: float = 1.0, b: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """Log-probability, entropy, log-sum-exp; see :meth:`NumpyBackend.linear_logprobs`."""
-        if not single(h, w):
+        if not self._kernels.single(h, w):
             return super().linear_logprobs(h, w, targets, temperature, b)
         parts = [
             self._kernels.loss_rows(
                 self.linear(h[chunk], w, b)[0],
-                integers(targets[chunk]),
+                self._kernels.as_int32(targets[chunk]),
                 1 / temperature,
                 True,
                 get_num_threads(),
@@ -114,7 +113,7 @@ class CythonLosses(NumpyBackend):
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; see :meth:`NumpyBackend.linear_logprobs_backward`."""
-        if not single(h, w, dlogp):
+        if not self._kernels.single(h, w, dlogp):
             return super().linear_logprobs_backward(
                 dlogp, dentropy, h, w, targets, entropy, lse, temperature, b,
                 dw=dw, db=db, need_dh=need_dh,
@@ -124,12 +123,12 @@ class CythonLosses(NumpyBackend):
             z = self.linear(h[chunk], w, b)[0]
             self._kernels.loss_rows_gradient(
                 z,
-                integers(targets[chunk]),
+                self._kernels.as_int32(targets[chunk]),
                 1 / temperature,
-                contiguous(dlogp[chunk]),
-                contiguous(lse[chunk]),
-                None if dentropy is None else contiguous(dentropy[chunk]),
-                contiguous(entropy[chunk]),
+                self._kernels.contiguous(dlogp[chunk]),
+                self._kernels.contiguous(lse[chunk]),
+                None if dentropy is None else self._kernels.contiguous(dentropy[chunk]),
+                self._kernels.contiguous(entropy[chunk]),
                 get_num_threads(),
             )
             part = self.linear_backward(z, h[chunk], w, dw=dw, db=db, need_dx=need_dh)

@@ -217,8 +217,12 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
 
     # -- rows and sequences ------------------------------------------------------------------------
 
-    def embedding_backward(self, dy: Array, ids: Array, dtable: Array) -> None:
+    def embedding_backward(
+        self, dy: Array, ids: Array, dtable: Array, accumulate: bool = True
+    ) -> None:
         """Add ``dy[n]`` to ``dtable[ids[n]]``, rows of one id in the order in which they stand."""
+        if not accumulate:
+            dtable.fill(0)
         if ids.size == 0:
             return
         fits = dtable.ndim == 2 and dtable.flags.carray and one_of(dy, dtable)

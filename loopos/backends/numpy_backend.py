@@ -141,8 +141,15 @@ class DenseOps:
         """Rows of ``table[V, C]`` at ``ids[N]``: ``[N, C]``."""
         return np.take(table, ids, axis=0)
 
-    def embedding_backward(self, dy: Array, ids: Array, dtable: Array) -> None:
-        """Add ``dy[n]`` to ``dtable[ids[n]]``, rows of one id in the order in which they stand."""
+    def embedding_backward(
+        self, dy: Array, ids: Array, dtable: Array, accumulate: bool = True
+    ) -> None:
+        """Add ``dy[n]`` to ``dtable[ids[n]]``, rows of one id in the order in which they stand.
+
+        Without `accumulate` the other rows become 0.
+        """
+        if not accumulate:
+            dtable.fill(0)
         if ids.size == 0:
             return
         order = np.argsort(ids, kind="stable")

@@ -31,7 +31,7 @@
 #define HUGE_PAGE ((size_t)2 << 20)
 /* What may be kept beyond the most that was in use at once, as a share of that and in bytes. */
 #define SLACK_SHARE 4
-#define SLACK_BYTES ((size_t)64 << 20)
+#define SLACK_BYTES ((size_t)16 << 20)
 
 typedef struct block {
     size_t size; /* usable bytes */
