@@ -261,7 +261,7 @@ def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, A
 
     with choosing(few):
         run(rehearsed, callbacks=[clock], on_prepared=shorten)
-    ended, share = time.time(), shares[-1]
+    ended, share, peak = time.time(), shares[-1], peak_bytes()  # before anything else is loaded
     evaluations = _due(options.eval_steps, few) if share else set()
     # Every evaluation may be the best so far, and then it is saved.
     saves = evaluations | _due(options.save_steps, few)
@@ -274,7 +274,7 @@ def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, A
     if share:  # the end of the run evaluates once more, here on a part
         total_s += evaluation_s * (1 - share)
     return {
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak,
         "total_s": total_s,
         "step_s": training_s / few.total_steps,
         "evaluation_s": evaluation_s,

@@ -38,30 +38,24 @@ class CythonElementwise(NumpyBackend):
         """See :meth:`NumpyBackend.swiglu`."""
         if not self._kernels.single(gate, up):
             return super().swiglu(gate, up)
-        y: Array = self._kernels.swiglu(
-            self._kernels.contiguous(gate), self._kernels.contiguous(up), get_num_threads()
-        )
+        gate, up = self._kernels.all_contiguous(gate, up)
+        y: Array = self._kernels.swiglu(gate, up, get_num_threads())
         return y
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
         """See :meth:`NumpyBackend.swiglu_backward`."""
         if not self._kernels.single(dy, gate, up):
             return super().swiglu_backward(dy, gate, up)
-        dgate, dup = self._kernels.swiglu_backward(
-            self._kernels.contiguous(dy),
-            self._kernels.contiguous(gate),
-            self._kernels.contiguous(up),
-            get_num_threads(),
-        )
+        dy, gate, up = self._kernels.all_contiguous(dy, gate, up)
+        dgate, dup = self._kernels.swiglu_backward(dy, gate, up, get_num_threads())
         return dgate, dup
 
     def add(self, a: Array, b: Array, scale: float = 1.0) -> Array:
         """See :meth:`NumpyBackend.add`."""
         if not self._kernels.single(a, b):
             return super().add(a, b, scale)
-        y: Array = self._kernels.add(
-            self._kernels.contiguous(a), self._kernels.contiguous(b), scale, None, get_num_threads()
-        )
+        a, b = self._kernels.all_contiguous(a, b)
+        y: Array = self._kernels.add(a, b, scale, None, get_num_threads())
         return y
 
     # -- norms -------------------------------------------------------------------------------
@@ -72,10 +66,8 @@ class CythonElementwise(NumpyBackend):
         """See :meth:`NumpyBackend.layer_norm`."""
         if not self._kernels.single(x, g, b, residual):
             return super().layer_norm(x, g, b, eps, residual)
-        y, s, mean, rstd = self._kernels.norm(
-            self._kernels.contiguous(x), self._kernels.contiguous(residual), self._kernels.contiguous(g), self._kernels.contiguous(b), True, eps,
-            get_num_threads(),
-        )  # fmt: skip
+        x, residual, g, b = self._kernels.all_contiguous(x, residual, g, b)
+        y, s, mean, rstd = self._kernels.norm(x, residual, g, b, True, eps, get_num_threads())
         return y, s, mean, rstd
 
     def layer_norm_backward(
@@ -104,10 +96,8 @@ class CythonElementwise(NumpyBackend):
         """See :meth:`NumpyBackend.rms_norm`."""
         if not self._kernels.single(x, g, residual):
             return super().rms_norm(x, g, eps, residual)
-        y, s, _, rstd = self._kernels.norm(
-            self._kernels.contiguous(x), self._kernels.contiguous(residual), self._kernels.contiguous(g), None, False, eps,
-            get_num_threads(),
-        )  # fmt: skip
+        x, residual, g = self._kernels.all_contiguous(x, residual, g)
+        y, s, _, rstd = self._kernels.norm(x, residual, g, None, False, eps, get_num_threads())
         return y, s, rstd
 
     def rms_norm_backward(
@@ -138,10 +128,10 @@ class CythonElementwise(NumpyBackend):
         db: Array | None,
         need_dx: bool,
     ) -> Array | None:
+        dy, s, g, mean, rstd, ds = self._kernels.all_contiguous(dy, s, g, mean, rstd, ds)
         dx: Array | None = self._kernels.norm_backward(
-            self._kernels.contiguous(dy), self._kernels.contiguous(s), self._kernels.contiguous(g), self._kernels.contiguous(mean), self._kernels.contiguous(rstd),
-            self._kernels.contiguous(ds), dg, db, need_dx, get_num_threads(),
-        )  # fmt: skip
+            dy, s, g, mean, rstd, ds, dg, db, need_dx, get_num_threads()
+        )
         return dx
 
     # -- rows --------------------------------------------------------------------------------
@@ -159,11 +149,10 @@ class CythonElementwise(NumpyBackend):
             return
         if not accumulate:
             self._kernels.fill(dtable, 0.0, get_num_threads())
-        width = int(np.prod(dtable.shape[1:]))
-        self._kernels.add_rows(
-            self._kernels.contiguous(dy).reshape(len(dy), int(np.prod(dy.shape[1:]))), self._kernels.row_numbers(ids, len(dtable)),
-            dtable.reshape(len(dtable), width), get_num_threads(),
-        )  # fmt: skip
+        rows = self._kernels.row_numbers(ids, len(dtable))
+        dy = self._kernels.contiguous(dy).reshape(len(dy), int(np.prod(dy.shape[1:])))
+        table = dtable.reshape(len(dtable), int(np.prod(dtable.shape[1:])))
+        self._kernels.add_rows(dy, rows, table, get_num_threads())
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
         """See :meth:`NumpyBackend.gather_rows`."""
