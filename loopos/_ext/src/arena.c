@@ -30,8 +30,8 @@
 #define CLASSES (40 * STEPS)
 #define HUGE_PAGE ((size_t)2 << 20)
 /* What may be kept beyond the most that was in use at once, as a share of that and in bytes. */
-#define SLACK_SHARE 4
-#define SLACK_BYTES ((size_t)16 << 20)
+#define SLACK_SHARE 8
+#define SLACK_BYTES ((size_t)8 << 20)
 
 typedef struct block {
     size_t size; /* usable bytes */
