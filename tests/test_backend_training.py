@@ -71,3 +71,17 @@ def test_no_page_faults_after_the_second_step():
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     assert faults[0] > 1000  # what a step takes from the system
     assert max(faults[3:]) < 100, faults
+
+
+@pytest.mark.skipif("cython" not in OTHERS, reason="the compiled kernels are not there")
+def test_a_fine_tuned_classifier_has_the_same_bytes_at_any_number_of_threads():
+    words = ["good", "bad", "a wonderful film", "two hours of my life", "boring", "superb"] * 6
+    rows = [{"text": " ".join(words[i : i + 7]), "label": "yn"[i % 2]} for i in range(24)]
+    found = []
+    for threads in (1, 2, 5):
+        with loopos.use_backend("cython"), thread_limit(threads):
+            tuner = loopos.FineTuner(loopos.builtin("base_model"))
+            result = tuner.fit(rows, num_epochs=1, batch_size=8, learning_rate=1e-3)
+            losses = [record["loss"] for record in result.history]
+            found.append((losses, [p.data.tobytes() for p in tuner.classifier.parameters().values()]))
+    assert found[0] == found[1] == found[2]
