@@ -11,7 +11,7 @@
 
 #define MAX_THREADS 256
 /* How long an idle worker looks for the next job before it sleeps. */
-#define SPIN_NS 100000
+#define SPIN_NS 1000000
 /* Looks at a counter before the time slice is offered to others. */
 #define TURNS 4096
 
