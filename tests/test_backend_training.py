@@ -83,5 +83,6 @@ def test_a_fine_tuned_classifier_has_the_same_bytes_at_any_number_of_threads():
             tuner = loopos.FineTuner(loopos.builtin("base_model"))
             result = tuner.fit(rows, num_epochs=1, batch_size=8, learning_rate=1e-3)
             losses = [record["loss"] for record in result.history]
-            found.append((losses, [p.data.tobytes() for p in tuner.classifier.parameters().values()]))
+            weights = tuner.classifier.parameters().values()
+            found.append((losses, [p.data.tobytes() for p in weights]))
     assert found[0] == found[1] == found[2]
