@@ -30,6 +30,7 @@ from loopos.backends.numba_support import (
     reach,
 )
 from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
+from loopos.backends.threads import get_num_threads
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +58,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         kept = numba_compile.cache_directory
         return super().describe() | {
             "isa": numba_compile.target(),
-            "threads": POOL.width(),
+            "threads": get_num_threads(),
             "threading": "threads of loopos; numba's threading layer is not used",
             "cache": kept or "none (no directory can be written): compiled again in each process",
         }

@@ -11,19 +11,16 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
 
-from loopos.backends import threads
+from loopos.backends.threads import get_num_threads
 
 #: Work below this (in elements touched, about a nanosecond each) is not worth waking a thread.
 SMALL_WORK = 1 << 16
 #: Pieces a thread gets on average: more of them balance better, fewer cost less.
 _PIECES = 4
-#: How long the number of CPUs is believed; asking for it reads a file.
-_CPUS_AGE_S = 1.0
 
 
 class _Job:
@@ -67,17 +64,6 @@ class Pool:
         self._lock = threading.Lock()
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._helpers = 0
-        self._cpus, self._cpus_until = 1, 0.0
-
-    def width(self) -> int:
-        """Return how many threads may compute now."""
-        asked = threads._asked
-        if asked is not None:
-            return asked
-        now = time.monotonic()
-        if now >= self._cpus_until:
-            self._cpus, self._cpus_until = threads.available_cpus(), now + _CPUS_AGE_S
-        return self._cpus
 
     def run(self, kernel: Callable[..., Any], count: int, work: int, *args: Any) -> None:
         """Call ``kernel(*args, start, stop)`` over all of ``range(count)``, in pieces.
@@ -91,7 +77,7 @@ class Pool:
         work : int
             Elements touched in all; little work stays in this thread.
         """
-        width = min(self.width(), count) if work >= SMALL_WORK else 1
+        width = min(get_num_threads(), count) if work >= SMALL_WORK else 1
         if width <= 1:
             if count:
                 kernel(*args, 0, count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,10 @@ from loopos.errors import ConfigError
 
 #: What was asked for by `set_num_threads`; None follows the machine.
 _asked: int | None = None
+#: What :func:`available_cpus` said, and until when it is believed; asking costs about as much as a
+#: small kernel, and the answer hardly ever changes.
+_found, _found_until = 1, 0.0
+_FOUND_AGE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,16 @@ def available_cpus() -> int:
 def get_num_threads() -> int:
     """Return how many threads the kernels of loopos use.
 
-    What :func:`set_num_threads` asked for, else :func:`available_cpus`. The threads of NumPy's BLAS
-    are the host program's; this number says nothing of them.
+    What :func:`set_num_threads` asked for, else what :func:`available_cpus` said at most a second
+    ago. The threads of NumPy's BLAS are the host program's; this number says nothing of them.
     """
-    return available_cpus() if _asked is None else _asked
+    global _found, _found_until
+    if _asked is not None:
+        return _asked
+    now = time.monotonic()
+    if now >= _found_until:
+        _found, _found_until = available_cpus(), now + _FOUND_AGE_S
+    return _found
 
 
 def set_num_threads(num_threads: int | None) -> None:
@@ -81,9 +92,9 @@ def set_num_threads(num_threads: int | None) -> None:
     ConfigError
         If the number is not positive.
     """
-    global _asked
+    global _asked, _found_until
     _check(num_threads)
-    _asked = num_threads
+    _asked, _found_until = num_threads, 0.0
 
 
 def _check(num_threads: int | None) -> None:
