@@ -32,7 +32,7 @@ from loopos.config_files import (
 from loopos.config_sections import Computation, Data, ModelKeys, at_least
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
 from loopos.hub import is_hub_name
-from loopos.methods import METHODS, PLANNED
+from loopos.methods import DATA_KEYS, METHODS, PLANNED
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
 from loopos.models.rope import RopeScaling
 from loopos.training.options import TrainingOptions
@@ -94,6 +94,11 @@ class RunConfig:
     def method(self) -> types.ModuleType:
         """The module of the method."""
         return importlib.import_module(METHODS[self.computation.mode, self.computation.method])
+
+    @property
+    def data_key(self) -> str:
+        """Which key of the ``data`` section names the rows to train on."""
+        return DATA_KEYS.get(self.computation.method, "training_data")
 
     @property
     def output_dir(self) -> Path:
@@ -262,6 +267,8 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
         options = importlib.import_module(methods[asked]).Options
         training = _section("training", options, sections["training"], faults)
     data = _section("data", Data, sections["data"], faults)
+    if data is not None and isinstance(asked, str) and asked in methods:
+        _check_rows(asked, data, faults)
     if model is not None and data is not None:
         _check_sizes(model, data, faults)
     if training is not None and data is not None:
@@ -357,6 +364,16 @@ def _check_validation(training: TrainingOptions, data: Data, faults: Faults) -> 
                 f"training.{name}",
                 "there is no validation, as data.validation_fraction is 0",
             )
+
+
+def _check_rows(method: str, data: Data, faults: Faults) -> None:
+    """Find that there is nothing to train on, or rows under the key of another method."""
+    wanted = DATA_KEYS.get(method, "training_data")
+    for key in {"training_data", *DATA_KEYS.values()} - {wanted}:
+        if getattr(data, key) is not None:
+            faults.add(f"data.{key}", f"the method '{method}' reads data.{wanted}")
+    if getattr(data, wanted) is None:
+        faults.add(f"data.{wanted}", "is needed")
 
 
 def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:

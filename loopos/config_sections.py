@@ -73,8 +73,11 @@ class Data:
 
     Attributes
     ----------
-    training_data : str or list of str
-        File of rows, or a pattern such as ``data/*.jsonl``, or a list of them.
+    training_data : str, list of str or None
+        File of rows, or a pattern such as ``data/*.jsonl``, or a list of them; needed, but for
+        methods that have a key of their own.
+    reasoning_examples : str, list of str or None
+        The same for the method "chain_of_thought": problems with their steps and answers.
     validation_data : str, list of str or None
         Rows to evaluate on, named as `training_data`; None splits some off the training data.
     validation_fraction : float
@@ -94,7 +97,8 @@ class Data:
         Directory of the run; None means ``outputs/<method>``.
     """
 
-    training_data: str | list[str]
+    training_data: str | list[str] | None = None
+    reasoning_examples: str | list[str] | None = None
     validation_data: str | list[str] | None = None
     validation_fraction: float = 0.1
     pretrained_weights: str | None = None
@@ -107,7 +111,8 @@ class Data:
         for name in (f.name for f in dataclasses.fields(self)):
             value = getattr(self, name)
             if value == []:
-                raise ConfigError(f"data.{name}: expected text or a list of texts, found []")
+                expected = "text or a list of texts or null"
+                raise ConfigError(f"data.{name}: expected {expected}, found []")
             for text in value if isinstance(value, list) else [value]:
                 if isinstance(text, str) and (not text.strip() or "\0" in text):
                     kind = "the name of a field" if name.endswith("_field") else "a path"

@@ -19,7 +19,7 @@ from typing import Any
 from loopos.backends import get_backend, use_backend
 from loopos.backends.threads import thread_limit
 from loopos.config import RunConfig
-from loopos.data.readers import LabelledTexts, Texts, split
+from loopos.data.readers import Texts, split
 from loopos.data.report import DataReport
 from loopos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from loopos.errors import (
@@ -31,6 +31,7 @@ from loopos.errors import (
     MissingFileError,
 )
 from loopos.files import atomic_directory, locked_directory, read_json, tidy, write_json
+from loopos.methods import DATA_KEYS
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_config, load_model
@@ -48,12 +49,11 @@ _MAY_CHANGE = {
     "computation.backend",
     "computation.num_threads",
     "data.training_data",
+    *(f"data.{key}" for key in DATA_KEYS.values()),
     "data.validation_data",
     "data.output_dir",
     *(f"training.{name}" for name in MAY_CHANGE),
 }
-#: Labels that are written out at once.
-_LABELS = 10_000
 #: What a run leaves in its directory.
 _OUTPUTS = (
     "config.json",
@@ -170,7 +170,7 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
         One sentence for whatever does not fit, naming the key, or file and line.
     """
     data, seed = config.data, config.computation.seed
-    whole = _read(config, "training_data")
+    whole = _read(config, config.data_key)
     training, validation = whole, None
     if data.validation_data is not None:
         validation = _read(config, "validation_data", like=whole)
@@ -263,7 +263,7 @@ def _tokenizer(
         return load_tokenizer(run_dir / "tokenizer")
     if config.data.tokenizer is None and config.data.pretrained_weights is None:
         with _located(config, "model.vocab_size"):
-            return train_bpe(training.texts, size)
+            return train_bpe(training.corpus, size)
     key = "pretrained_weights" if config.data.tokenizer is None else "tokenizer"
     source = config.model_source(key)
     with _named(config, f"data.{key}"):
@@ -406,24 +406,13 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
     """Return what must be the same when a run is continued, beside its options."""
     digest = hashlib.sha256()
     for data in (prepared.training, prepared.validation):
-        for text in () if data is None else data.texts:
-            digest.update(text.encode("utf-8") + b"\0")
-        if isinstance(data, LabelledTexts):
-            for part in _label_texts(data):
-                digest.update(part.encode("utf-8"))
+        for part in () if data is None else data.parts():
+            digest.update(part.encode("utf-8"))
         digest.update(b"\1")
     return {
         "data_sha256": digest.hexdigest(),
         "transformer": dataclasses.asdict(prepared.model.config),
     }
-
-
-def _label_texts(data: LabelledTexts) -> Iterator[str]:
-    """Yield ``repr((label_names, labels))`` in parts, so that it never is whole."""
-    yield f"({data.label_names!r}, ["
-    for start in range(0, len(data.labels), _LABELS):
-        yield ", " * bool(start) + repr(data.labels[start : start + _LABELS].tolist())[1:-1]
-    yield "])"
 
 
 def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) -> None:
@@ -449,7 +438,7 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
                 )
     if was.get("data_sha256") != now["data_sha256"]:
         raise CheckpointError(
-            f"{config.where('data.training_data')}: the data is not that of the run to be "
+            f"{config.where(f'data.{config.data_key}')}: the data is not that of the run to be "
             f"continued ({checkpoint.parent.parent})"
         )
 

@@ -441,3 +441,30 @@ def test_workers_see_the_context_of_the_caller():
 def test_negative_numbers_are_refused(depth, workers):
     with pytest.raises(ConfigError, match="expected 0 at least, found -1"):
         next(prefetch([lambda: 0], depth, workers))
+
+
+def test_loss_weights_say_how_much_each_next_token_counts():
+    batch = Batch.from_sequences([[5, 6, 7], [8, 9]], loss_weights=[[9, 0, 0.5], [1, 2]])
+    targets, weights = batch.next_token_targets()
+    assert targets[[0, 1, 3]].tolist() == [6, 7, 9]
+    assert weights.tolist() == [0, 0.5, 0, 2, 0]
+    assert batch.loss_mask.tolist() == [True, False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([[1, 1]], "expected loss_weights for 2 sequences, found 1"),
+        ([[1, 1], [1]], "sequence 0: expected 3 loss weights, found 2"),
+        ([[1, -1, 1], [1, 1]], "sequence 0: expected finite loss weights of at least 0"),
+        ([[1, 1, 1], [1, float("nan")]], "sequence 1: expected finite loss weights of at least 0"),
+    ],
+)
+def test_loss_weights_that_do_not_fit_are_named(weights, message):
+    with pytest.raises(DataError, match=message):
+        Batch.from_sequences([[5, 6, 7], [8, 9]], loss_weights=weights)
+
+
+def test_loss_weights_and_masks_together_are_refused():
+    with pytest.raises(DataError, match="found both"):
+        Batch.from_sequences([[5, 6]], loss_masks=[[1, 1]], loss_weights=[[1, 1]])

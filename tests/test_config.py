@@ -186,7 +186,7 @@ WRONG = {
     "training.optimizer": ['"adamax"', "null"],
     "training.betas": ["[0.9]", "0.9", '["0.9", 0.99]'],
     "training.train": ['"body"', "1.5", "true"],
-    "data.training_data": ["null", "3", "[]"],
+    "data.training_data": ["3", "[]"],
     "data.validation_fraction": ['"0.1"', "true", "null"],
     "data.text_field": ["null", "3"],
 }
@@ -205,7 +205,7 @@ EXPECTED = {
     "training.optimizer": "one of 'adamw', 'adam', 'sgd'",
     "training.betas": "a list of 2 numbers",
     "training.train": "one of 'all', 'head' or an integer",
-    "data.training_data": "text or a list of texts",
+    "data.training_data": "text or a list of texts or null",
     "data.validation_fraction": "a number",
     "data.text_field": "text",
 }
@@ -337,8 +337,6 @@ def test_a_key_far_from_any_other_has_no_suggestion(refused, base):
         ("training.output_dir", "it belongs to the section 'data'"),
         ("computation.text_field", "it belongs to the section 'data'"),
         ("training.sequence_length", "it belongs to the method 'autoregressive'"),
-        ("data.reasoning_examples",
-         "it belongs to the method 'chain_of_thought', which this version does not have"),
         ("data.preference_data",
          "it belongs to the method 'rlhf', which this version does not have"),
     ],
@@ -347,6 +345,12 @@ def test_a_key_in_the_wrong_place_names_its_home(refused, base, key, home):
     section, name = key.split(".")
     base[section][name] = 1
     assert refused(base) == f"run.json:{line_of(base, key)}: {key}: unknown key here; {home}"
+
+
+def test_rows_under_the_key_of_another_method_are_refused(refused, base):
+    base["data"]["reasoning_examples"] = "t.jsonl"
+    where = f"run.json:{line_of(base, 'data.reasoning_examples')}: data.reasoning_examples"
+    assert refused(base) == f"{where}: the method 'fine_tuning' reads data.training_data"
 
 
 def test_options_of_fine_tuning_are_not_those_of_pretraining(refused, base):

@@ -418,9 +418,9 @@ def test_data_that_a_configuration_names_in_vain_is_said_with_its_key():
         f"{place}: expected one path, found 2"
     )
     for value, message in (
-        ([], "expected text or a list of texts, found []"),
+        ([], "expected text or a list of texts or null, found []"),
         (["a.jsonl", " "], "expected a path, found ' '"),
-        ([3], "expected text or a list of texts, found [3]"),
+        ([3], "expected text or a list of texts or null, found [3]"),
     ):
         with pytest.raises(ConfigError, match="^run.json:") as caught:
             configure(value)

@@ -45,8 +45,8 @@ GROUPS: dict[str, dict[str, str]] = {
     "fine_tuning": {"": "train pooling max_length problem class_weights label_smoothing"},
     "autoregressive": {"": "sequence_length"},
     "data": {
-        "": "training_data validation_data validation_fraction text_field label_field "
-        "pretrained_weights tokenizer output_dir"
+        "": "training_data reasoning_examples validation_data validation_fraction "
+        "text_field label_field pretrained_weights tokenizer output_dir"
     },
 }
 #: Objects in a section, each with a table of its own.

@@ -27,6 +27,8 @@ class Batch:
         Index of each sequence in the whole effective batch (keys dropout).
     loss_mask : ndarray bool [N]
         True: this token counts as a target.
+    loss_weights : ndarray float32 [N] or None
+        How much each token counts as a target, 0 where the mask is False; None counts each as 1.
     labels : ndarray [B] or None
     token_types : ndarray int32 [N] or None
     """
@@ -37,6 +39,7 @@ class Batch:
     loss_mask: Array
     labels: Array | None = None
     token_types: Array | None = None
+    loss_weights: Array | None = None
 
     @classmethod
     def from_sequences(
@@ -45,6 +48,7 @@ class Batch:
         labels: Any = None,
         loss_masks: Sequence[Any] | None = None,
         sample_ids: Any = None,
+        loss_weights: Sequence[Any] | None = None,
     ) -> Batch:
         """Make a batch of lists of token ids.
 
@@ -57,6 +61,8 @@ class Batch:
             True or 1 where a token counts, one value a token; by default every token counts.
         sample_ids : array_like of int [B], optional
             By default the place in this batch.
+        loss_weights : sequence of float sequences, optional
+            How much each token counts, from 0, in place of masks.
 
         Raises
         ------
@@ -68,7 +74,12 @@ class Batch:
         lengths = np.array([a.size for a in arrays], dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
         tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int32)
-        if loss_masks is None:
+        weights = None if loss_weights is None else _joined_weights(loss_weights, lengths)
+        if weights is not None:
+            if loss_masks is not None:
+                raise DataError("expected loss_masks or loss_weights, found both")
+            mask = weights > 0
+        elif loss_masks is None:
             mask = np.ones(tokens.size, dtype=bool)
         else:
             mask = _joined_masks(loss_masks, lengths)
@@ -80,7 +91,7 @@ class Batch:
                 raise DataError(f"expected {name} for {len(arrays)} sequences, found {found}")
         if ids.size and (ids.ndim != 1 or ids.dtype.kind not in "iu"):
             raise DataError(f"expected integers as sample_ids, found {ids.dtype}{list(ids.shape)}")
-        return cls(tokens, offsets, ids.astype(np.int32), mask, marks)
+        return cls(tokens, offsets, ids.astype(np.int32), mask, marks, loss_weights=weights)
 
     @cached_property
     def lengths(self) -> Array:
@@ -111,12 +122,13 @@ class Batch:
         targets : ndarray int32 [N]
             The next token of the same sequence; meaningless where the weight is 0.
         weights : ndarray float32 [N]
-            The loss mask of the next token; 0 at the last token of each sequence.
+            The loss mask, or loss weight, of the next token; 0 at the last token of each sequence.
         """
         targets = np.zeros_like(self.tokens)
         weights = np.zeros(self.tokens.size, dtype=np.float32)
         targets[:-1] = self.tokens[1:]
-        weights[:-1] = self.loss_mask[1:]
+        counts = self.loss_mask if self.loss_weights is None else self.loss_weights
+        weights[:-1] = counts[1:]
         weights[self.offsets[1:] - 1] = 0
         return targets, weights
 
@@ -138,6 +150,21 @@ def _token_ids(index: int, sequence: Any) -> Array:
     if array.min() < bounds.min or array.max() > bounds.max:
         raise DataError(f"sequence {index}: a token id does not fit 32 bits")
     return array.astype(np.int32, copy=False)
+
+
+def _joined_weights(weights: Sequence[Any], lengths: Array) -> Array:
+    """Return the weights of all sequences, float32 [N]."""
+    if len(weights) != lengths.size:
+        raise DataError(f"expected loss_weights for {lengths.size} sequences, found {len(weights)}")
+    arrays = [np.asarray(values, dtype=np.float32) for values in weights]
+    for index, (values, length) in enumerate(zip(arrays, lengths, strict=True)):
+        if values.shape != (length,):
+            raise DataError(
+                f"sequence {index}: expected {length} loss weights, found {values.size}"
+            )
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise DataError(f"sequence {index}: expected finite loss weights of at least 0")
+    return np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.float32)
 
 
 def _joined_masks(masks: Sequence[Any], lengths: Array) -> Array:

@@ -8,7 +8,7 @@ temporary file.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +42,9 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 
+#: Labels that are written out at once.
+_LABELS = 10_000
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -60,6 +63,16 @@ class Texts:
     def take(self, indices: Sequence[int] | Array) -> Texts:
         """Return the texts at `indices`; of stored texts a view."""
         return Texts(taken(self.texts, indices), taken(self.where, indices), dropped=self.dropped)
+
+    @property
+    def corpus(self) -> Sequence[str]:
+        """All text that is trained on, for making a tokenizer."""
+        return self.texts
+
+    def parts(self) -> Iterator[str]:
+        """Yield all that is trained on, in parts; two sets are the same if their parts are."""
+        for text in self.texts:
+            yield text + "\0"
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,14 @@ class LabelledTexts(Texts):
         texts, where = taken(self.texts, indices), taken(self.where, indices)
         labels = self.labels[np.asarray(indices, dtype=np.int64)]
         return replace(self, texts=texts, where=where, labels=labels)
+
+    def parts(self) -> Iterator[str]:
+        """Yield texts, names and labels, in parts."""
+        yield from super().parts()
+        yield f"({self.label_names!r}, ["
+        for start in range(0, len(self.labels), _LABELS):
+            yield ", " * bool(start) + repr(self.labels[start : start + _LABELS].tolist())[1:-1]
+        yield "])"
 
     def with_label_names(self, label_names: Sequence[str]) -> LabelledTexts:
         """Return the rows with their classes numbered as `label_names` says, matched by name.

@@ -9,5 +9,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("pretraining", "autoregressive"): "loopos.methods.pretraining",
 }
 
+#: Which key of the ``data`` section names a method's rows, where it is not ``training_data``.
+DATA_KEYS = {"chain_of_thought": "reasoning_examples"}
+
 #: Methods of the seed that this version does not have yet, and the data key that each reads.
 PLANNED = {"chain_of_thought": "reasoning_examples", "rlhf": "preference_data"}

@@ -216,6 +216,7 @@ def fit(
     options: TrainingOptions,
     *,
     labels: Array | None = None,
+    loss_weights: Sequence[Array] | None = None,
     seed: int,
     evaluate: Callable[[], dict[str, Any]] | None,
     run: RunArguments,
@@ -234,6 +235,8 @@ def fit(
     options : TrainingOptions
     labels : ndarray [n, ...], optional
         Of the samples.
+    loss_weights : sequence of ndarray float32, optional
+        How much each token of each sample counts as a target.
     seed : int
     evaluate : callable or None
     run : RunArguments
@@ -242,7 +245,10 @@ def fit(
     def make_batch(indices: Array, sample_ids: Array) -> Batch:
         sequences = [tokens[i] for i in indices]
         marks = None if labels is None else labels[indices]
-        return Batch.from_sequences(sequences, labels=marks, sample_ids=sample_ids)
+        weights = None if loss_weights is None else [loss_weights[i] for i in indices]
+        return Batch.from_sequences(
+            sequences, labels=marks, sample_ids=sample_ids, loss_weights=weights
+        )
 
     model.gradient_checkpointing = options.gradient_checkpointing
     decay = options.layerwise_lr_decay

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from loopos.autograd import Tensor, no_grad
-from loopos.data.batch import Batch
 from loopos.data.readers import Texts, read_texts
 from loopos.data.report import DataReport
 from loopos.data.store import TokenStore, TokenStoreBuilder
@@ -24,15 +22,17 @@ from loopos.errors import ConfigError, DataError
 from loopos.methods.common import (
     encode_all,
     fit,
-    in_order,
-    require_finite,
     train_only,
     trained_body,
     with_adapters,
     with_overrides,
 )
+from loopos.methods.language_model import (
+    NextTokenObjective,
+    next_token_evaluator,
+    require_language_model,
+)
 from loopos.models.transformer import Transformer
-from loopos.ops import DropoutKeys
 from loopos.training.loop import TrainingOptions, TrainResult
 from loopos.training.trackers import Callback
 
@@ -59,21 +59,6 @@ class Options(TrainingOptions):
             )
 
 
-class _Objective:
-    """Next-token cross-entropy over the tokens that count."""
-
-    def __init__(self, model: Transformer):
-        self._model = model
-
-    def counts(self, batch: Batch) -> dict[str, float]:
-        """Return how many tokens of the batch count as targets."""
-        return {"loss": float(batch.next_token_targets()[1].sum(dtype=np.float64))}
-
-    def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
-        """Return the summed loss of the batch."""
-        return {"loss": self._model.next_token_loss(batch, dropout)[0]}
-
-
 class Pretrainer:
     """Trains a language model on plain text.
 
@@ -92,13 +77,7 @@ class Pretrainer:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 0):
-        if not model.config.causal or not model.config.lm_head:
-            raise ConfigError("pretraining needs a causal model with a language-model head")
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, "
-                f"more than the model's vocab_size {model.config.vocab_size}"
-            )
+        require_language_model(model, tokenizer, "pretraining")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
 
     def fit(
@@ -129,13 +108,15 @@ class Pretrainer:
         pieces = self._pieces(_texts(training_data), options)
         evaluate = None
         if validation_data is not None:
-            evaluate = self._evaluator(self._pieces(_texts(validation_data), options))
+            evaluate = next_token_evaluator(
+                self.model, self._pieces(_texts(validation_data), options)
+            )
         self.model = with_adapters(self.model, options, self.seed)
         train_only(self.model.parameters(), trained_body(self.model))
         return fit(
             self.model,
             self.model.parameters(),
-            _Objective(self.model),
+            NextTokenObjective(self.model),
             pieces,
             options,
             seed=self.seed,
@@ -160,7 +141,8 @@ class Pretrainer:
         self, data: Texts | str | Path, options: Options | None = None
     ) -> dict[str, float]:
         """Return ``loss`` (nats per token) and ``perplexity`` on texts."""
-        return self._evaluator(self._pieces(_texts(data), options or Options()))()
+        pieces = self._pieces(_texts(data), options or Options())
+        return next_token_evaluator(self.model, pieces)()
 
     def save(self, directory: str | Path) -> None:
         """Write model and tokenizer; transformers loads them back."""
@@ -185,21 +167,6 @@ class Pretrainer:
         if not len(pieces):
             raise DataError("no text has two tokens, so there is nothing to predict")
         return pieces.finish()
-
-    def _evaluator(self, pieces: TokenStore) -> Callable[[], dict[str, float]]:
-        lengths = pieces.lengths
-
-        def evaluate() -> dict[str, float]:
-            total = count = 0.0
-            with no_grad():
-                for indices in in_order(lengths):
-                    batch = Batch.from_sequences([pieces[i] for i in indices])
-                    loss, tokens = self.model.next_token_loss(batch)
-                    total, count = total + loss.item(), count + tokens
-            mean = require_finite(total / count, "the loss on the evaluation data")
-            return {"loss": mean, "perplexity": float(np.exp(mean))}
-
-        return evaluate
 
 
 def _texts(data: Texts | str | Path) -> Texts:

@@ -1,0 +1,98 @@
+"""What methods that train on next tokens share: the objective, its evaluation, weights by span."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+import numpy as np
+
+from loopos.autograd import Tensor, no_grad
+from loopos.data.batch import Batch
+from loopos.data.store import TokenStore
+from loopos.data.tokenizer import Tokenizer
+from loopos.errors import ConfigError
+from loopos.methods.common import in_order, require_finite
+from loopos.models.transformer import Transformer
+from loopos.ops import DropoutKeys
+
+Array = np.ndarray[Any, Any]
+
+
+def require_language_model(model: Transformer, tokenizer: Tokenizer, method: str) -> None:
+    """Refuse a model that predicts no next token, or that cannot hold the tokenizer's ids.
+
+    Raises
+    ------
+    ConfigError
+        If the model is bidirectional, has no head, or a smaller vocabulary than the tokenizer.
+    """
+    if not model.config.causal or not model.config.lm_head:
+        raise ConfigError(f"{method} needs a causal model with a language-model head")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, "
+            f"more than the model's vocab_size {model.config.vocab_size}"
+        )
+
+
+class SpanWeights(Sequence[Array]):
+    """How much each token of each sample counts, by the kind of span that it stands in.
+
+    Parameters
+    ----------
+    kinds : TokenStore
+        A number for each token of each sample.
+    table : ndarray float32 [K]
+        The weight of each kind.
+    """
+
+    def __init__(self, kinds: TokenStore, table: Array):
+        self._kinds, self._table = kinds, np.asarray(table, dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    @overload
+    def __getitem__(self, key: int) -> Array: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[Array]: ...
+    def __getitem__(self, key: int | slice) -> Array | list[Array]:
+        if isinstance(key, slice):
+            return [self[i] for i in range(*key.indices(len(self)))]
+        weights: Array = self._table[self._kinds[int(key)]]
+        return weights
+
+
+class NextTokenObjective:
+    """Next-token cross-entropy over the tokens that count."""
+
+    def __init__(self, model: Transformer):
+        self._model = model
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Return how much the targets of the batch weigh: their number where each counts as 1."""
+        return {"loss": float(batch.next_token_targets()[1].sum(dtype=np.float64))}
+
+    def losses(self, batch: Batch, dropout: DropoutKeys | None) -> dict[str, Tensor]:
+        """Return the summed loss of the batch."""
+        return {"loss": self._model.next_token_loss(batch, dropout)[0]}
+
+
+def next_token_evaluator(
+    model: Transformer, tokens: TokenStore, loss_weights: Sequence[Array] | None = None
+) -> Callable[[], dict[str, float]]:
+    """Return a function that gives ``loss`` (nats a token) and ``perplexity`` on some samples."""
+
+    def evaluate() -> dict[str, float]:
+        total = count = 0.0
+        with no_grad():
+            for indices in in_order(tokens.lengths):
+                weights = None if loss_weights is None else [loss_weights[i] for i in indices]
+                batch = Batch.from_sequences([tokens[i] for i in indices], loss_weights=weights)
+                loss, counted = model.next_token_loss(batch)
+                total, count = total + loss.item(), count + counted
+        mean = require_finite(total / count, "the loss on the evaluation data")
+        return {"loss": mean, "perplexity": float(np.exp(mean))}
+
+    return evaluate
