@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,8 @@ import loopos
 from loopos.backends.memory import peak_bytes
 from loopos.backends.threads import available_cpus, thread_limit
 
-#: Seconds of one turn in "gemm", and of the pause after it in which waiting threads go to sleep:
-#: those of one library that still spin (OpenBLAS' do for 2^26 cycles) would slow the other's.
-_TURN_S, _PAUSE_S, _TURNS = 0.03, 0.05, 3
+#: Seconds spent on each product in "gemm".
+_PRODUCT_S = 0.1
 
 
 def timed(asked: argparse.Namespace) -> dict[str, Any]:
@@ -64,27 +62,29 @@ def export(work: works.Work, directory: Path) -> dict[str, float]:
     return {"first_loss": work.first_loss()}
 
 
-def turns(ours: Callable[[], Any], theirs: Callable[[], Any], warmup: int) -> list[float]:
-    """Return the median seconds of two callables that take turns."""
-    spent: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_TURNS):
-        for run, times in zip((ours, theirs), spent, strict=True):
-            (once,) = works.spent_s(run, 1, warmup)
-            times += works.spent_s(run, max(3, min(300, int(_TURN_S / once))), 0)
-            time.sleep(_PAUSE_S)
-    return [float(np.median(times)) for times in spent]
+def seconds_of(run: Callable[[], Any], warmup: int) -> float:
+    """Return the median seconds of a product."""
+    (once,) = works.spent_s(run, 1, warmup)
+    return float(np.median(works.spent_s(run, max(5, min(300, int(_PRODUCT_S / once))), 0)))
 
 
 def products(warmup: int, rows: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return every product's times by the backend in force and by NumPy's BLAS."""
-    found = []
-    for form in works.GEMM_FORMS:
-        for count in rows:
-            for out, width in works.GEMM_LAYERS:
-                ours, theirs = turns(*works.gemm(form, count, out, width), warmup)
-                name = f"gemm {form} {count}x{out}x{width}"
-                found.append({"work": name, "loopos_s": ours, "peer_s": theirs})
-    return found
+    """Return every product's times by the backend in force, and then by NumPy's BLAS.
+
+    Not by turns: the threads of BLAS spin on after each product and would slow ours.
+    """
+    shapes = [
+        (form, count, out, width)
+        for form in works.GEMM_FORMS
+        for count in rows
+        for out, width in works.GEMM_LAYERS
+    ]
+    ours = [seconds_of(works.gemm(*shape)[0], warmup) for shape in shapes]
+    theirs = [seconds_of(works.gemm(*shape)[1], warmup) for shape in shapes]
+    return [
+        {"work": f"gemm {form} {count}x{out}x{width}", "loopos_s": mine, "peer_s": peer}
+        for (form, count, out, width), mine, peer in zip(shapes, ours, theirs, strict=True)
+    ]
 
 
 def main() -> None:
