@@ -269,7 +269,7 @@ def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         {"temperature": 1.8},
         {"top_k": 5},
         {"top_p": 0.7},
-        {"min_p": 0.2},
+        {"min_p": 0.06},
         {"temperature": 1.4, "top_k": 12, "top_p": 0.8, "min_p": 0.1},
     ],
     ids=str,
