@@ -62,6 +62,29 @@ typedef struct {
     float *pre;
 } loopos_product;
 
+/* y [m, n] = act(x W^T scales + bias) for x [m, k] and a weight of `bits` 16 (bfloat16) or 8 (int8)
+   in panels [ceil(n / 32)][k][32], with zeros beyond n. `scales` and `bias` (n) may be NULL. Sums
+   are ordered as those of loopos_product. */
+typedef struct {
+    long m, n, k;
+    const float *x;
+    const void *panels;
+    int bits;
+    const float *scales, *bias;
+    int activation;
+    float *y;
+} loopos_packed;
+
+/* Such panels of w [n, k]: rounded to bfloat16, or to w / scales with scales (n) = max|w| / 127 of
+   each row (1 for zeros; not finite where a weight is not). */
+typedef struct {
+    long n, k;
+    const float *w;
+    int bits;
+    void *panels;
+    float *scales;
+} loopos_pack;
+
 /* Rows of logits z [rows, columns], each scaled by `factor` (one over the temperature). The forward
    writes logp of the targets, lse and, unless NULL, entropy. The gradient, given lse (and entropy
    with dentropy, which may be NULL), replaces z by that of dlogp * logp + dentropy * entropy. */
@@ -199,6 +222,8 @@ typedef struct {
     int (*dropout)(int threads, const loopos_dropout *p);
     int (*adamw)(int threads, const loopos_update *p);
     int (*sum_squares)(int threads, const loopos_update *p, double *total);
+    int (*packed_product)(int threads, const loopos_packed *p);
+    int (*pack_weight)(int threads, const loopos_pack *p);
 } loopos_table;
 
 /* The table in use; NULL only on an x86-64 processor older than x86-64-v2. */
