@@ -66,6 +66,18 @@ cdef extern from "loopos.h" nogil:
         const float *dlogp
         const float *dentropy
 
+    ctypedef struct loopos_sample:
+        long rows
+        long columns
+        const float *z
+        double temperature
+        long top_k
+        double top_p
+        double min_p
+        const double *u
+        int32_t *ids
+        float *logp
+
     ctypedef struct loopos_attention:
         long n
         long heads
@@ -224,6 +236,7 @@ cdef extern from "loopos.h" nogil:
         int (*sum_squares)(int threads, const loopos_update *p, double *total) noexcept nogil
         int (*packed_product)(int threads, const loopos_packed *p) noexcept nogil
         int (*pack_weight)(int threads, const loopos_pack *p) noexcept nogil
+        int (*sample)(int threads, const loopos_sample *p) noexcept nogil
 
 cdef const loopos_table *kernels() noexcept nogil
 cdef int parallel(int threads, long count, size_t scratch_bytes, loopos_task task,

@@ -618,6 +618,13 @@ CASES: list[OpCase] = [
     sample(50, 37, 0.7, 5, 1.0, 0.0),
     sample(50, 37, 1.3, 0, 0.8, 0.0),
     sample(50, 37, 1.0, 9, 0.9, 0.05),
+    sample(20, 1500, 1.0, 0, 1.0, 0.0),
+    sample(20, 1500, 0.8, 20, 0.9, 0.0),
+    sample(20, 1500, 1.0, 100, 1.0, 0.0),
+    sample(20, 1500, 1.2, 0, 0.95, 0.0),
+    sample(20, 1500, 1.0, 0, 1.0, 0.1),
+    sample(3, 1, 1.0, 1, 0.5, 0.5),
+    sample(0, 9, 1.0, 0, 0.9, 0.0),
 ]  # fmt: skip
 
 #: The same ops at the sizes of GPT-2 124M (4 x 256 tokens), for timing.

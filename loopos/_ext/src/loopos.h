@@ -97,6 +97,21 @@ typedef struct {
     const float *dlogp, *dentropy;
 } loopos_loss_rows;
 
+/* One token of each row of logits z [rows, columns], drawn with u (rows, in [0, 1)): ids, and logp at
+   that temperature before truncation. Temperature 0 takes the first of the largest. Kept are the
+   top_k largest and their equals (0: all), of these the fewest with a share of top_p, of these what
+   is as likely as min_p times the likeliest. */
+typedef struct {
+    long rows, columns;
+    const float *z;
+    double temperature;
+    long top_k;
+    double top_p, min_p;
+    const double *u;
+    int32_t *ids;
+    float *logp;
+} loopos_sample;
+
 /* Softmax attention of ragged sequences on themselves: sequence b is the tokens offsets[b] up to
    offsets[b + 1]; q, y and their gradients are [n, heads, d], k and v [n, kv_heads, d], lse (of the
    scaled scores) [n, heads]. The forward writes y and lse, the backward reads them and writes dq,
@@ -224,6 +239,7 @@ typedef struct {
     int (*sum_squares)(int threads, const loopos_update *p, double *total);
     int (*packed_product)(int threads, const loopos_packed *p);
     int (*pack_weight)(int threads, const loopos_pack *p);
+    int (*sample)(int threads, const loopos_sample *p);
 } loopos_table;
 
 /* The table in use; NULL only on an x86-64 processor older than x86-64-v2. */
