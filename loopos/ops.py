@@ -15,6 +15,7 @@ import numpy as np
 from loopos import autograd
 from loopos.autograd import Array, Tensor, enable_grad, no_grad, record, recording
 from loopos.backends import get_backend, use_backend
+from loopos.backends.quantized import QuantizedWeight
 from loopos.backends.random_bits import derive_key
 from loopos.errors import LooposError
 
@@ -36,6 +37,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprobs",
+    "linear_quantized",
     "linears",
     "mse",
     "recompute",
@@ -119,6 +121,24 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None
         return dx, None, None
 
     return record([y], (x, w, b), backward)
+
+
+def linear_quantized(
+    x: Tensor, w: QuantizedWeight, b: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """:func:`linear` with a weight of 16 or 8 bits, for inference: there is no backward.
+
+    Raises
+    ------
+    LooposError
+        If a gradient of `x` or `b` would be recorded.
+    """
+    if recording(x, b):
+        raise LooposError(
+            "linear_quantized has no gradient: call it under no_grad(), or use linear with the "
+            "weight in float32"
+        )
+    return Tensor(get_backend().linear_quantized(x.data, w, _data(b), activation))
 
 
 def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, ...]:

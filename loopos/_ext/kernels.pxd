@@ -34,6 +34,26 @@ cdef extern from "loopos.h" nogil:
         int activation
         float *pre
 
+    ctypedef struct loopos_packed:
+        long m
+        long n
+        long k
+        const float *x
+        const void *panels
+        int bits
+        const float *scales
+        const float *bias
+        int activation
+        float *y
+
+    ctypedef struct loopos_pack:
+        long n
+        long k
+        const float *w
+        int bits
+        void *panels
+        float *scales
+
     ctypedef struct loopos_loss_rows:
         long rows
         long columns
@@ -45,6 +65,18 @@ cdef extern from "loopos.h" nogil:
         float *entropy
         const float *dlogp
         const float *dentropy
+
+    ctypedef struct loopos_sample:
+        long rows
+        long columns
+        const float *z
+        double temperature
+        long top_k
+        double top_p
+        double min_p
+        const double *u
+        int32_t *ids
+        float *logp
 
     ctypedef struct loopos_attention:
         long n
@@ -202,6 +234,9 @@ cdef extern from "loopos.h" nogil:
         int (*dropout)(int threads, const loopos_dropout *p) noexcept nogil
         int (*adamw)(int threads, const loopos_update *p) noexcept nogil
         int (*sum_squares)(int threads, const loopos_update *p, double *total) noexcept nogil
+        int (*packed_product)(int threads, const loopos_packed *p) noexcept nogil
+        int (*pack_weight)(int threads, const loopos_pack *p) noexcept nogil
+        int (*sample)(int threads, const loopos_sample *p) noexcept nogil
 
 cdef const loopos_table *kernels() noexcept nogil
 cdef int parallel(int threads, long count, size_t scratch_bytes, loopos_task task,

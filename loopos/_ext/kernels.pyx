@@ -291,6 +291,7 @@ def use_level(str name):
 
 
 include "products.pxi"
+include "packed.pxi"
 include "losses.pxi"
 include "attention.pxi"
 include "elementwise.pxi"

@@ -43,3 +43,24 @@ def loss_rows_gradient(z, targets, float factor, dlogp, lse, dentropy, entropy, 
     with nogil:
         status = loopos_kernels().loss_rows_gradient(threads, &p)
     done(status)
+
+
+def sample(z, double temperature, long top_k, double top_p, double min_p, u, int threads):
+    """Return (ids, logp) of one token drawn from each row of logits."""
+    cdef loopos_sample p
+    cdef int status
+    p.z = matrix(z, "z", -1, -1)
+    p.rows, p.columns = size_of(z, 0), size_of(z, 1)
+    if p.columns == 0:
+        raise ValueError(f"z: expected shape [any, at least 1], found {list(z.shape)}")
+    check(u, "u", cnp.NPY_FLOAT64, "float64", False)
+    if cnp.PyArray_NDIM(<cnp.ndarray>u) != 1 or size_of(u, 0) != p.rows:
+        wrong_shape(u, "u", f"[{p.rows}]")
+    ids, logp = np.empty(p.rows, np.int32), np.empty(p.rows, np.float32)
+    p.temperature, p.top_k, p.top_p, p.min_p = temperature, top_k, top_p, min_p
+    p.u, p.ids = <double *>cnp.PyArray_DATA(<cnp.ndarray>u), <int32_t *>cnp.PyArray_DATA(ids)
+    p.logp = vector(logp, "logp", p.rows)
+    with nogil:
+        status = loopos_kernels().sample(threads, &p)
+    done(status)
+    return ids, logp

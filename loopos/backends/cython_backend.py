@@ -15,6 +15,7 @@ import loopos._ext
 from loopos.backends.cython_attention import CythonAttention
 from loopos.backends.cython_elementwise import CythonElementwise
 from loopos.backends.cython_losses import CythonLosses
+from loopos.backends.cython_quantized import CythonQuantized
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 from loopos.errors import BackendError
@@ -23,7 +24,9 @@ from loopos.errors import BackendError
 LEVEL_VARIABLE = "LOOPOS_CPU"
 
 
-class CythonBackend(CythonElementwise, CythonAttention, CythonLosses, NumpyBackend):
+class CythonBackend(
+    CythonElementwise, CythonAttention, CythonLosses, CythonQuantized, NumpyBackend
+):
     """Compiled kernels, chosen for this processor at run time.
 
     Raises

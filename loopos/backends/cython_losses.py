@@ -135,3 +135,15 @@ class CythonLosses(NumpyBackend):
             if dh is not None:
                 dh[chunk] = part
         return dh
+
+    def sample(
+        self, logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, u: Array
+    ) -> tuple[Array, Array]:
+        """One token a row; see :meth:`NumpyBackend.sample`."""
+        if not self._kernels.single(logits):
+            return super().sample(logits, temperature, top_k, top_p, min_p, u)
+        ids, logp = self._kernels.sample(
+            self._kernels.contiguous(logits), temperature, top_k, top_p, min_p,
+            np.ascontiguousarray(u, dtype=np.float64), get_num_threads(),
+        )  # fmt: skip
+        return ids, logp

@@ -15,7 +15,8 @@ A forward returns its output, or a tuple when a backward needs more than the inp
 changed.
 
 The op groups: dense ops here, attention in ``numpy_attention``, losses over the vocabulary in
-``numpy_losses``, optimizer updates, scans, sampling and dropout in ``numpy_updates``.
+``numpy_losses``, optimizer updates, scans, sampling and dropout in ``numpy_updates``, weights of
+fewer bits in ``numpy_quantized``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 from loopos.backends.numpy_attention import AttentionOps
 from loopos.backends.numpy_losses import LossOps
+from loopos.backends.numpy_quantized import QuantizedOps
 from loopos.backends.numpy_updates import AdamwTensor, UpdateOps
 from loopos.errors import BackendError, nearest
 
@@ -352,7 +354,7 @@ class DenseOps:
         return np.repeat(share, lengths, axis=0)
 
 
-class NumpyBackend(DenseOps, AttentionOps, LossOps, UpdateOps):
+class NumpyBackend(DenseOps, AttentionOps, LossOps, UpdateOps, QuantizedOps):
     """The reference backend; see the module's docstring for conventions."""
 
     name = "numpy"

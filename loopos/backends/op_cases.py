@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from loopos.backends.numpy_backend import ACTIVATIONS, AdamwTensor, NumpyBackend
+from loopos.backends.quantized import KINDS
 
 Array = np.ndarray[Any, Any]
 Inputs = dict[str, Any]
@@ -83,6 +84,39 @@ def linear(n: int, c: int, o: int, activation: str | None = None, bias: bool = T
 
     label = f"{n}x{c}x{o}" + (f",{activation}" if activation else "") + ("" if bias else ",no bias")
     return OpCase("linear", label, inputs, forward, backward)
+
+
+def quantize(o: int, c: int, kind: str) -> OpCase:
+    """A weight in fewer bits, with values of every size."""
+
+    def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
+        w = be.quantize(a["w"], kind)
+        scales = None if w.scales is None else w.scales.astype(a["w"].dtype)
+        return [w.panels.astype(np.int32), scales]
+
+    return OpCase(
+        "quantize",
+        f"{o}x{c},{kind}",
+        lambda rng: {"w": rng.normal(size=(o, c)) * 10.0 ** rng.integers(-9, 9, size=(o, 1))},
+        forward,
+    )
+
+
+def linear_quantized(
+    n: int, c: int, o: int, kind: str, activation: str | None = None, bias: bool = True
+) -> OpCase:
+    """Linear map with a weight of fewer bits."""
+
+    def inputs(rng: Rng) -> Inputs:
+        values = {"x": rng.normal(size=(n, c)), "w": rng.normal(size=(o, c)) / np.sqrt(c)}
+        return values | ({"b": rng.normal(size=o)} if bias else {})
+
+    def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
+        w = be.quantize(a["w"], kind)
+        return [be.linear_quantized(a["x"], w, a.get("b"), activation)]
+
+    label = f"{n}x{c}x{o},{kind}" + (f",{activation}" if activation else "")
+    return OpCase("linear_quantized", label + ("" if bias else ",no bias"), inputs, forward)
 
 
 def embedding(n: int, v: int, c: int) -> OpCase:
@@ -514,6 +548,12 @@ CASES: list[OpCase] = [
     linear(0, 5, 3),
     linear(67, 129, 35),
     *(linear(9, 7, 13, kind) for kind in ACTIVATIONS),
+    *(quantize(o, c, kind) for kind in KINDS for o, c in ((33, 21), (1, 1), (64, 50), (0, 3))),
+    *(linear_quantized(*shape, kind) for kind in KINDS for shape in (
+        (1, 13, 35), (1, 401, 300), (16, 50, 97), (25, 385, 33), (70, 129, 64), (0, 5, 3))),
+    *(linear_quantized(n, 9, 13, kind, act) for kind in KINDS for n, act in (
+        (1, "gelu_tanh"), (7, "silu"), (40, "relu"))),
+    linear_quantized(3, 7, 40, "int8", bias=False),
     embedding(23, 7, 5),
     embedding(0, 7, 5),
     *(norm(op, n, c, r) for op in ("layer_norm", "rms_norm") for n, c, r in (
@@ -578,6 +618,13 @@ CASES: list[OpCase] = [
     sample(50, 37, 0.7, 5, 1.0, 0.0),
     sample(50, 37, 1.3, 0, 0.8, 0.0),
     sample(50, 37, 1.0, 9, 0.9, 0.05),
+    sample(20, 1500, 1.0, 0, 1.0, 0.0),
+    sample(20, 1500, 0.8, 20, 0.9, 0.0),
+    sample(20, 1500, 1.0, 100, 1.0, 0.0),
+    sample(20, 1500, 1.2, 0, 0.95, 0.0),
+    sample(20, 1500, 1.0, 0, 1.0, 0.1),
+    sample(3, 1, 1.0, 1, 0.5, 0.5),
+    sample(0, 9, 1.0, 0, 0.9, 0.0),
 ]  # fmt: skip
 
 #: The same ops at the sizes of GPT-2 124M (4 x 256 tokens), for timing.

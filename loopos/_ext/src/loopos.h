@@ -62,6 +62,29 @@ typedef struct {
     float *pre;
 } loopos_product;
 
+/* y [m, n] = act(x W^T scales + bias) for x [m, k] and a weight of `bits` 16 (bfloat16) or 8 (int8)
+   in panels [ceil(n / 32)][k][32], with zeros beyond n. `scales` and `bias` (n) may be NULL. Sums
+   are ordered as those of loopos_product. */
+typedef struct {
+    long m, n, k;
+    const float *x;
+    const void *panels;
+    int bits;
+    const float *scales, *bias;
+    int activation;
+    float *y;
+} loopos_packed;
+
+/* Such panels of w [n, k]: rounded to bfloat16, or to w / scales with scales (n) = max|w| / 127 of
+   each row (1 for zeros; not finite where a weight is not). */
+typedef struct {
+    long n, k;
+    const float *w;
+    int bits;
+    void *panels;
+    float *scales;
+} loopos_pack;
+
 /* Rows of logits z [rows, columns], each scaled by `factor` (one over the temperature). The forward
    writes logp of the targets, lse and, unless NULL, entropy. The gradient, given lse (and entropy
    with dentropy, which may be NULL), replaces z by that of dlogp * logp + dentropy * entropy. */
@@ -73,6 +96,21 @@ typedef struct {
     float *logp, *lse, *entropy;
     const float *dlogp, *dentropy;
 } loopos_loss_rows;
+
+/* One token of each row of logits z [rows, columns], drawn with u (rows, in [0, 1)): ids, and logp at
+   that temperature before truncation. Temperature 0 takes the first of the largest. Kept are the
+   top_k largest and their equals (0: all), of these the fewest with a share of top_p, of these what
+   is as likely as min_p times the likeliest. */
+typedef struct {
+    long rows, columns;
+    const float *z;
+    double temperature;
+    long top_k;
+    double top_p, min_p;
+    const double *u;
+    int32_t *ids;
+    float *logp;
+} loopos_sample;
 
 /* Softmax attention of ragged sequences on themselves: sequence b is the tokens offsets[b] up to
    offsets[b + 1]; q, y and their gradients are [n, heads, d], k and v [n, kv_heads, d], lse (of the
@@ -199,6 +237,9 @@ typedef struct {
     int (*dropout)(int threads, const loopos_dropout *p);
     int (*adamw)(int threads, const loopos_update *p);
     int (*sum_squares)(int threads, const loopos_update *p, double *total);
+    int (*packed_product)(int threads, const loopos_packed *p);
+    int (*pack_weight)(int threads, const loopos_pack *p);
+    int (*sample)(int threads, const loopos_sample *p);
 } loopos_table;
 
 /* The table in use; NULL only on an x86-64 processor older than x86-64-v2. */

@@ -1,0 +1,57 @@
+# Weights of 16 or 8 bits in panels of 32 outputs.
+
+cdef enum:
+    PANEL = 32
+
+
+cdef check_panels(object panels, long n, long k):
+    """The bits of a weight; panels of another dtype are a TypeError, of another shape a ValueError."""
+    if not isinstance(panels, cnp.ndarray):
+        raise TypeError(f"panels: expected a NumPy array, found {type(panels).__name__}")
+    cdef int kind = cnp.PyArray_TYPE(<cnp.ndarray>panels)
+    if kind not in (cnp.NPY_UINT16, cnp.NPY_INT8):
+        raise TypeError(f"panels: expected an array of uint16 or int8, found {panels.dtype}")
+    check(panels, "panels", kind, str(panels.dtype), False)
+    expected = ((n + PANEL - 1) // PANEL, k, PANEL)
+    if panels.shape != expected:
+        wrong_shape(panels, "panels", str(list(expected)))
+    return 16 if kind == cnp.NPY_UINT16 else 8
+
+
+def pack_weight(w, int bits, int threads):
+    """Return the panels of ``w[O, C]`` and, for 8 bits, the scale of each output (else None)."""
+    cdef loopos_pack p
+    cdef int status
+    if bits not in (8, 16):
+        raise ValueError(f"bits: expected 8 or 16, found {bits}")
+    p.w = matrix(w, "w", -1, -1)
+    p.n, p.k, p.bits = size_of(w, 0), size_of(w, 1), bits
+    shape = ((p.n + PANEL - 1) // PANEL, p.k, PANEL)
+    # As many floats as hold that many bytes: memory of the arena lies at cache lines.
+    memory = empty(shape[0] * p.k * (PANEL * bits // 32))
+    panels = memory.view(np.int8 if bits == 8 else np.uint16).reshape(shape)
+    scales = empty(p.n) if bits == 8 else None
+    p.panels = cnp.PyArray_DATA(<cnp.ndarray>panels)
+    p.scales = vector(scales, "scales", p.n)
+    with nogil:
+        status = loopos_kernels().pack_weight(threads, &p)
+    done(status)
+    return panels, scales
+
+
+def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, int threads):
+    """Return ``act(x w^T + b)`` for a weight of so many outputs and inputs in panels."""
+    cdef loopos_packed p
+    cdef int status
+    p.x = matrix(x, "x", -1, inputs)
+    p.m, p.n, p.k = size_of(x, 0), outputs, inputs
+    p.bits = check_panels(panels, p.n, p.k)
+    p.panels = cnp.PyArray_DATA(<cnp.ndarray>panels)
+    p.scales, p.bias = vector(scales, "scales", p.n), vector(b, "b", p.n)
+    p.activation = ACTIVATION_CODES[activation]
+    y = make2(p.m, p.n)
+    p.y = <float *>cnp.PyArray_DATA(y)
+    with nogil:
+        status = loopos_kernels().packed_product(threads, &p)
+    done(status)
+    return y
