@@ -2,10 +2,11 @@
 """Our half of a comparison: one work in one process, warm, as JSON on the last line.
 
     python benchmarks/loopos_half.py WORK [--backend auto] [--threads 2] [--runs 7] [--warmup 4]
-        [--export DIR]
+        [--dtype float32] [--export DIR]
 
-The works are those of `torch_half.py`, and "gemm": every product of the seed's and GPT-2's linear
-layers, alternating with NumPy's BLAS in this process, as a list. --export writes the weights and
+The works are those of `torch_half.py` and of `transformers_half.py`, and "gemm": every product of
+the seed's and GPT-2's linear layers, and then by NumPy's BLAS in this process, as a list. --dtype
+is that of weights in generation: float32, bfloat16 or int8. --export writes the weights and
 the token ids for PyTorch to use, and gives the loss before the first step.
 """
 
@@ -22,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from suite import works
+from suite import decoding, works
 
 import loopos
 from loopos.backends.memory import peak_bytes
@@ -34,14 +35,17 @@ _PRODUCT_S = 0.1
 
 def timed(asked: argparse.Namespace) -> dict[str, Any]:
     """Return medians of one work."""
-    work = works.WORKS[asked.work]()
+    if asked.work in decoding.DECODING:
+        work = decoding.decoding(decoding.DECODING[asked.work], asked.dtype)
+    else:
+        work = works.WORKS[asked.work]()
     exported = {} if asked.export is None else export(work, asked.export)
-    times = works.spent_s(work.run, asked.runs, asked.warmup)
+    times = work.times_s(asked.runs, asked.warmup)
     median = sorted(times)[len(times) // 2]
     return {
-        "loopos_s": round(median, 5),
-        "min_s": round(min(times), 5),
-        "tokens_per_s": round(work.tokens / median, 1),
+        "loopos_s": round(median, 7),
+        "min_s": round(min(times), 7),
+        "tokens_per_s": round(work.tokens / work.units / median, 1),
         "peak_mb": peak_bytes() >> 20,
     } | exported
 
@@ -90,15 +94,16 @@ def products(warmup: int, rows: tuple[int, ...]) -> list[dict[str, Any]]:
 def main() -> None:
     """Parse arguments, run, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=[*works.WORKS, "gemm"])
+    parser.add_argument("work", choices=[*works.WORKS, *decoding.DECODING, "gemm"])
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=4)
+    parser.add_argument("--dtype", choices=decoding.DTYPES, default="float32")
     parser.add_argument("--export", type=Path)
     asked = parser.parse_args()
     with loopos.use_backend(asked.backend) as backend, thread_limit(asked.threads):
-        known = {"backend": backend.name, "dtype": "float32", "threads": asked.threads}
+        known = {"backend": backend.name, "dtype": asked.dtype, "threads": asked.threads}
         if asked.work == "gemm":
             found: Any = [row | known for row in products(asked.warmup, works.GEMM_ROWS)]
         else:

@@ -2,14 +2,17 @@
 """Time the same work on loopos and on PyTorch, and measure what the machine could do at most.
 
     python benchmarks/peers.py [--works A,C] [--backend cython,numba] [--threads 2] [--rounds 3]
-        [--compile] [--buckets] [--no-peer] [--check-losses] [--json FILE]
+        [--dtypes float32,int8] [--compile] [--buckets] [--no-peer] [--check-losses]
+        [--json FILE]
 
 Each side runs in a process of its own, and they take turns: a machine that others use too is then
 slow for both. Every process warms up; figures are medians over rounds of each process' median. The
 machine's limits are measured in every round as well. Works: A, B, C, K, L1, L2 (L for both), "gemm"
 (products against NumPy's BLAS), "first-step" (python to the first finished step of A) and "import";
-targets.json says what they are. PyTorch's side needs torch and transformers; --no-peer leaves it
-out. --json writes a list of rows, one for each work, backend and peer.
+targets.json says what they are; F, F-long, G and "prefill" are of generation, against transformers
+and, where llama-cpp-python is installed, llama.cpp, with the weights of --dtypes. PyTorch's side
+needs torch and transformers; --no-peer leaves peers out. --json writes a list of rows, one for each
+work, backend and peer.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 from rich.table import Table
-from suite import limits, targets, works
+from suite import decoding, limits, targets, works
 from suite.machine import Machine, NotMeasuredError, measure
 
 import loopos
 from loopos.backends.threads import available_cpus
 
 HERE = Path(__file__).parent
-ALL_WORKS = (*works.WORKS, "gemm", "first-step", "import")
+ALL_WORKS = (*works.WORKS, *decoding.DECODING, "gemm", "first-step", "import")
 COMPILED = ("A", "B", "C")
 LOSS_TOLERANCE = 1e-4
 #: Colder than this PyTorch looks up to twice as slow as it is.
@@ -87,6 +90,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--runs", type=int, default=7, help="timed, in each process")
     made.add_argument("--warmup", type=int, default=LEAST_WARMUP)
+    every = ",".join(decoding.DTYPES)
+    made.add_argument("--dtypes", default=every, help=f"of weights in generation; default {every}")
     made.add_argument("--compile", action="store_true", help="torch.compile too")
     made.add_argument("--buckets", action="store_true", help="K in four batches by length too")
     made.add_argument("--no-peer", action="store_true", help="loopos and the limits only")
@@ -124,6 +129,9 @@ def plan(asked: argparse.Namespace) -> list[Pair]:
         if work == "import":
             pairs.append(Pair(work, [Side(None, ("-c", "import loopos"))], []))
             continue
+        if work in decoding.DECODING:
+            pairs += [generation(work, dtype, backends, asked) for dtype in chosen_dtypes(asked)]
+            continue
         letter = "A" if work == "first-step" else work
         half = str(HERE / "loopos_half.py")
         ours = [Side(name, (half, letter, "--backend", name)) for name in backends]
@@ -137,6 +145,27 @@ def plan(asked: argparse.Namespace) -> list[Pair]:
                 theirs.append(Side("torch-eager", (*torch, "--buckets"), buckets=True))
         pairs.append(Pair(work, ours, theirs))
     return pairs
+
+
+def chosen_dtypes(asked: argparse.Namespace) -> list[str]:
+    """Return the dtypes of a list such as "float32,int8"."""
+    for name in asked.dtypes.split(","):
+        if name not in decoding.DTYPES:
+            known = ", ".join(decoding.DTYPES)
+            raise SystemExit(f"--dtypes: unknown dtype '{name}' (known: {known})")
+    return list(asked.dtypes.split(","))
+
+
+def generation(work: str, dtype: str, backends: list[str], asked: argparse.Namespace) -> Pair:
+    """Return who generates; transformers has float32, llama.cpp is optional."""
+    kind, half = ("--dtype", dtype), str(HERE / "loopos_half.py")
+    ours = [Side(name, (half, work, "--backend", name, *kind)) for name in backends]
+    theirs = []
+    if not asked.no_peer and dtype == "float32":
+        theirs.append(Side("transformers", (str(HERE / "transformers_half.py"), work)))
+    if not asked.no_peer and importlib.util.find_spec("llama_cpp") is not None:
+        theirs.append(Side("llama.cpp", (str(HERE / "llama_half.py"), work, *kind)))
+    return Pair(work, ours, theirs)
 
 
 def call(command: tuple[str, ...], threads: int) -> tuple[Any, float]:
@@ -222,7 +251,7 @@ def row_of(
     memory, peer_memory = middle(ours, "peak_mb"), middle(theirs, "peak_mb")
     return {
         "work": first["work"],
-        "dtype": "float32",
+        "dtype": first.get("dtype", "float32"),
         "backend": first.get("backend"),
         "loopos_s": spent,
         "peer": peer,
@@ -249,7 +278,7 @@ def make_rows(
     for pair in pairs:
         for side in pair.ours:
             for work, ours in records[pair.work, side].items():
-                limit = limits.seconds(work, machine)
+                limit = limits.seconds(work, machine, ours[0].get("dtype", "float32"))
                 if pair.work == "gemm":  # the peer ran in the same process
                     theirs = [{"s": record["peer_s"]} for record in ours]
                     rows.append(row_of(ours, theirs, "openblas", False, limit))
@@ -309,15 +338,16 @@ def table(rows: list[Row]) -> Table:
         return "" if value is None else format(value, form)
 
     every = targets.load()
-    for row in targets.add_backend_ratios(rows):
+    for row in targets.add_context_ratios(targets.add_backend_ratios(rows)):
         meant = [target for target in every if target.meant(row)]
         missed = [target for target in meant if target.multiple(row) > 1]
         verdict = "; ".join(f"missed: {t.figure} {t}" for t in missed) if missed else "met"
         memory = number(row["loopos_peak_mb"], ".0f")
         if row["peer_peak_mb"] is not None:
             memory += f" : {row['peer_peak_mb']:.0f}"
+        dtype = "" if row["dtype"] == "float32" else f" {row['dtype']}"
         shown.add_row(
-            row["work"],
+            row["work"] + dtype,
             row["backend"] or "",
             f"{1000 * row['loopos_s']:.3g} ms",
             "" if row["peer_s"] is None else f"{1000 * row['peer_s']:.3g} ms",

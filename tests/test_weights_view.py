@@ -5,10 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from loopos import ops
-from loopos.autograd import Tensor, no_grad
+from loopos.autograd import no_grad
 from loopos.backends import get_backend
-from loopos.backends.numpy_backend import NumpyBackend
 from loopos.data.batch import Batch
 from loopos.errors import ConfigError, LooposError
 from loopos.generation import generate
@@ -37,36 +35,6 @@ CONFIGS = {
 #: Share of the largest logit.
 TOLERANCE = {"bfloat16": 0.03, "int8": 0.08}
 BATCH = Batch.from_sequences([[3, 1, 4, 1, 5, 9, 2, 6], [5], [3, 5, 8]])
-
-
-class RoundedWeight:
-    """What a backend without kernels for smaller weights would do: round, and keep float32."""
-
-    def __init__(self, w, kind):
-        if kind == "bfloat16":
-            bits = w.view(np.uint32)
-            self.data = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
-            self.nbytes = w.nbytes // 2
-        else:
-            scale = np.abs(w).max(axis=1, keepdims=True) / 127
-            self.data = (np.round(w / scale) * scale).astype(np.float32)
-            self.nbytes = w.nbytes // 4 + 4 * len(w)
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Put rounding in the place of kernels where a backend has none."""
-    if not hasattr(NumpyBackend, "quantize"):
-        monkeypatch.setattr(
-            NumpyBackend, "quantize", lambda self, w, kind: RoundedWeight(w, kind), raising=False
-        )
-    if not hasattr(ops, "linear_quantized"):
-        monkeypatch.setattr(
-            ops,
-            "linear_quantized",
-            lambda x, w, b, act: ops.linear(x, Tensor(w.data), b, act),
-            raising=False,
-        )
 
 
 def scrambled(config):

@@ -4,7 +4,9 @@ Two things are counted. Products, at the measured peak of float32 multiply-adds:
 ``[n, k]`` and ``[k, m]`` is ``2 n k m`` operations. And AdamW's passes over memory, at the measured
 bandwidth of just that traffic. All else (norms, activations, softmax, biases, gathering embeddings,
 moving activations) counts as nothing, though no program can do it in no time, so 100 % is out of
-reach. The two are added: no product overlaps an update that needs its gradient.
+reach. The two are added: no product overlaps an update that needs its gradient. Decoding reads
+every weight, and all keys and values, once for each token, at the measured bandwidth of reading;
+its products can be done meanwhile.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from loopos import TransformerConfig
 from loopos.models.transformer import parameter_shapes
 
 from . import works
+from .decoding import DECODING, WEIGHT_BYTES, Decoding
 from .machine import Machine
 
 #: AdamW in float32 reads p, g, m and v, and writes p, m and v.
@@ -39,17 +42,25 @@ class Cost:
         Of products; a multiply-add is two.
     update_bytes : float
         That the optimizer moves.
+    read_bytes : float
+        That must be read while all the rest is done.
     """
 
     flops: float
     update_bytes: float = 0.0
+    read_bytes: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.update_bytes + other.update_bytes)
+        return Cost(
+            self.flops + other.flops,
+            self.update_bytes + other.update_bytes,
+            self.read_bytes + other.read_bytes,
+        )
 
     def seconds(self, machine: Machine) -> float:
         """Return the shortest time on `machine`."""
-        return self.flops / machine.fma_flops + self.update_bytes / machine.update
+        computing = self.flops / machine.fma_flops + self.update_bytes / machine.update
+        return max(computing, self.read_bytes / machine.read)
 
 
 def product(rows: int, out: int, width: int) -> Cost:
@@ -113,8 +124,24 @@ def attention(sequences: int, length: int) -> Cost:
     return causal_attention([length] * sequences, 12, 64)
 
 
-def cost(work: str) -> Cost | None:
+def decoding(sizes: Decoding, dtype: str) -> Cost:
+    """F, G: one more token of every sequence; prefill: the layers on all, the head on the last."""
+    config = works.GPT2
+    layer, head = layer_matrices(config), config.vocab_size * config.d_model
+    rows = sizes.prompts * (1 if sizes.new_tokens else sizes.prompt_tokens)
+    products = Cost(2.0 * (rows * layer + sizes.prompts * head))
+    if not sizes.new_tokens:
+        seen = sizes.prompt_tokens**2 / 2
+        return products + Cost(2 * 2.0 * seen * config.num_layers * config.d_model)
+    context = sizes.prompt_tokens + sizes.new_tokens / 2
+    cached = 2 * 4 * context * sizes.prompts * config.num_layers * config.d_model
+    return products + Cost(0.0, 0.0, WEIGHT_BYTES[dtype] * float(layer + head) + cached)
+
+
+def cost(work: str, dtype: str = "float32") -> Cost | None:
     """Return what a work costs: a letter, or such as "gemm dx 300x384x1536"; None has no model."""
+    if work in DECODING:
+        return decoding(DECODING[work], dtype)
     if work.startswith("gemm "):
         rows, out, width = map(int, work.split()[-1].split("x"))
         return product(rows, out, width)
@@ -130,7 +157,7 @@ def cost(work: str) -> Cost | None:
     return language_model_step(*sizes[work]) if work in sizes else None
 
 
-def seconds(work: str, machine: Machine | None) -> float | None:
+def seconds(work: str, machine: Machine | None, dtype: str = "float32") -> float | None:
     """Return the shortest time for a work; None where it or the machine is not known."""
-    counted = cost(work)
+    counted = cost(work, dtype)
     return None if counted is None or machine is None else counted.seconds(machine)

@@ -15,7 +15,7 @@ from .machine import Machine
 PATH = Path(__file__).parents[1] / "targets.json"
 Row = dict[str, Any]
 #: The keys of a target that choose rows; all others say what the figure should be.
-_CHOOSES = ("work", "backend", "peer", "buckets")
+_CHOOSES = ("work", "backend", "peer", "buckets", "dtype")
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,19 @@ def add_backend_ratios(rows: Iterable[Row]) -> list[Row]:
     return [
         row | {"times_numpy": reference[row["work"]] / row["loopos_s"]}
         if row["work"] in reference and row["backend"] != "numpy"
+        else dict(row)
+        for row in rows
+    ]
+
+
+def add_context_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Give decoding with a long context `times_short`: how much dearer a token is than with 32."""
+    rows = list(rows)
+    keys = ("backend", "dtype")
+    short = {tuple(row[k] for k in keys): row["loopos_s"] for row in rows if row["work"] == "F"}
+    return [
+        row | {"times_short": row["loopos_s"] / short[key]}
+        if row["work"] == "F-long" and (key := tuple(row[k] for k in keys)) in short
         else dict(row)
         for row in rows
     ]

@@ -74,12 +74,26 @@ class Work:
         What is trained.
     batches : list of Batch
         Each is one step of the optimizer.
+    before : callable, optional
+        A part of `run` that is not timed: its seconds are taken away.
+    units : int
+        What is left is divided by this.
     """
 
     run: Callable[[], Any]
     tokens: int
     model: SequenceClassifier | loopos.Transformer | None = None
     batches: list[loopos.Batch] = field(default_factory=list)
+    before: Callable[[], Any] | None = None
+    units: int = 1
+
+    def times_s(self, runs: int, warmup: int) -> list[float]:
+        """Return the seconds of each of `runs` runs that follow `warmup` others."""
+        times = spent_s(self.run, runs, warmup)
+        if self.before is not None:
+            untimed = spent_s(self.before, runs, 1)
+            times = [t - u for t, u in zip(times, untimed, strict=True)]
+        return [t / self.units for t in times]
 
     def first_loss(self) -> float:
         """Return the mean loss of the first batch."""

@@ -7,13 +7,12 @@ them: bfloat16 adds half of the linear layers' and the head's bytes, int8 a quar
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import numpy as np
 
 from loopos import ops
 from loopos.autograd import Parameter, Tensor, is_grad_enabled
 from loopos.backends import get_backend
+from loopos.backends.quantized import QuantizedWeight
 from loopos.data.batch import Batch
 from loopos.errors import ConfigError, LooposError, nearest
 from loopos.models.adapter import Adapter
@@ -83,12 +82,14 @@ class QuantizedTransformer(Transformer):
             self._share_adapters(model)
         #: By the names of the layers that have one input: their weights as one matrix, their
         #: biases as one vector, and where each layer's outputs begin.
-        self._stacked: dict[tuple[str, ...], tuple[Any, Parameter | None, list[slice]]] = {}
+        self._stacked: dict[
+            tuple[str, ...], tuple[QuantizedWeight, Parameter | None, list[slice]]
+        ] = {}
         for index in range(model.config.num_layers):
             for names in self._groups(f"layers.{index}"):
                 self._stacked[names] = self._stack(names)
         head = self.head_weight.data if model.config.lm_head else None
-        self._head = None if head is None else _quantize(head, kind)
+        self._head = None if head is None else get_backend().quantize(head, kind)
 
     def _share_adapters(self, model: Transformer) -> None:
         """Take the adapters of `model`, frozen: the same arrays."""
@@ -110,14 +111,16 @@ class QuantizedTransformer(Transformer):
             (f"{layer}.mlp.down",),
         ]
 
-    def _stack(self, names: tuple[str, ...]) -> tuple[Any, Parameter | None, list[slice]]:
+    def _stack(
+        self, names: tuple[str, ...]
+    ) -> tuple[QuantizedWeight, Parameter | None, list[slice]]:
         weights = [self._parameters[f"{name}.weight"].data for name in names]
         biases = [self._parameters[f"{n}.bias"].data for n in names if self._has_bias(n)]
         ends = np.cumsum([len(weight) for weight in weights]).tolist()
         parts = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         whole = weights[0] if len(weights) == 1 else np.concatenate(weights)
         bias = Parameter(np.concatenate(biases), requires_grad=False) if biases else None
-        return _quantize(whole, self.kind), bias, parts
+        return get_backend().quantize(whole, self.kind), bias, parts
 
     def _has_bias(self, name: str) -> bool:
         return f"{name}.bias" in self._parameters
@@ -149,7 +152,7 @@ class QuantizedTransformer(Transformer):
         """Return the head's scores of some rows; see :meth:`Transformer.logits`."""
         if self._head is None:
             return super().logits(hidden)  # which says what is missing
-        return _linear(hidden, self._head, None, None)
+        return ops.linear_quantized(hidden, self._head, None, None)
 
     def next_token_loss(
         self, batch: Batch, dropout: DropoutKeys | None = None
@@ -182,9 +185,9 @@ class QuantizedTransformer(Transformer):
     ) -> list[Tensor]:
         weight, bias, parts = self._stacked[names]
         if self.adapters.keys().isdisjoint(names):
-            y = _linear(x, weight, bias, activation)
+            y = ops.linear_quantized(x, weight, bias, activation)
             return [y] if len(parts) == 1 else [Tensor(y.data[:, part]) for part in parts]
-        y = _linear(x, weight, bias, None)
+        y = ops.linear_quantized(x, weight, bias, None)
         outputs = []
         low: dict[Adapter, Tensor] = {}
         for name, part in zip(names, parts, strict=True):
@@ -196,11 +199,3 @@ class QuantizedTransformer(Transformer):
                 own = adapter.add_to(name, own, low[adapter])
             outputs.append(own if activation is None else ops.activation(own, activation))
         return outputs
-
-
-def _quantize(weight: Any, kind: str) -> Any:
-    return cast(Any, get_backend()).quantize(weight, kind)
-
-
-def _linear(x: Tensor, weight: Any, bias: Tensor | None, activation: str | None) -> Tensor:
-    return cast(Any, ops).linear_quantized(x, weight, bias, activation)
