@@ -7,6 +7,8 @@ them: bfloat16 adds half of the linear layers' and the head's bytes, int8 a quar
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import numpy as np
 
 from loopos import ops
@@ -23,6 +25,10 @@ __all__ = ["WEIGHTS", "QuantizedTransformer", "with_weights"]
 
 #: What weights can be computed with: the model's own, or a smaller kind.
 WEIGHTS = ("float32", "bfloat16", "int8")
+
+
+#: A weight, its bias, and where the outputs of each of its layers stand.
+_Stack: TypeAlias = tuple[QuantizedWeight, Parameter | None, list[slice]]
 
 
 def with_weights(model: Transformer, kind: str) -> Transformer:
@@ -82,9 +88,7 @@ class QuantizedTransformer(Transformer):
             self._share_adapters(model)
         #: By the names of the layers that have one input: their weights as one matrix, their
         #: biases as one vector, and where each layer's outputs begin.
-        self._stacked: dict[
-            tuple[str, ...], tuple[QuantizedWeight, Parameter | None, list[slice]]
-        ] = {}
+        self._stacked: dict[tuple[str, ...], _Stack] = {}
         for index in range(model.config.num_layers):
             for names in self._groups(f"layers.{index}"):
                 self._stacked[names] = self._stack(names)
@@ -111,9 +115,7 @@ class QuantizedTransformer(Transformer):
             (f"{layer}.mlp.down",),
         ]
 
-    def _stack(
-        self, names: tuple[str, ...]
-    ) -> tuple[QuantizedWeight, Parameter | None, list[slice]]:
+    def _stack(self, names: tuple[str, ...]) -> _Stack:
         weights = [self._parameters[f"{name}.weight"].data for name in names]
         biases = [self._parameters[f"{n}.bias"].data for n in names if self._has_bias(n)]
         ends = np.cumsum([len(weight) for weight in weights]).tolist()
