@@ -126,18 +126,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None
 def linear_quantized(
     x: Tensor, w: QuantizedWeight, b: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
-    """:func:`linear` with a weight of 16 or 8 bits, for inference: there is no backward.
-
-    Raises
-    ------
-    LooposError
-        If a gradient of `x` or `b` would be recorded.
-    """
+    """:func:`linear` with a weight of 16 or 8 bits; LooposError where a gradient is wanted."""
     if recording(x, b):
-        raise LooposError(
-            "linear_quantized has no gradient: call it under no_grad(), or use linear with the "
-            "weight in float32"
-        )
+        raise LooposError("linear_quantized has no gradient: call it under no_grad()")
     return Tensor(get_backend().linear_quantized(x.data, w, _data(b), activation))
 
 
