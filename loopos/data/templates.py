@@ -25,8 +25,8 @@ from loopos.errors import DataError, ModelFormatError
 
 __all__ = ["Template"]
 
-#: Turns of loops and calls of one rendering.
-_STEPS = 1_000_000
+#: Turns of loops of one rendering, a call counting as several.
+_STEPS, _CALL = 1_000_000, 10
 #: Characters or entries of one value, and of what is rendered.
 _SIZE = 1 << 24
 #: Bits of a whole number.
@@ -60,7 +60,7 @@ def _check_arguments(what: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     if any(isinstance(value, int) and abs(value) > _WIDTH for value in given):
         raise _TooMuch("it gives a function a number that is too large")
     name = getattr(what, "__name__", "")
-    owner = getattr(what, "__self__", None)
+    owner = getattr(getattr(what, "__wrapped__", what), "__self__", None)
     texts = [value for value in (owner, *args) if isinstance(value, str)]
     if name in ("format", "do_format", "format_map") and texts and _WIDE.search(texts[0]):
         raise _TooMuch("it formats a text to a width that is too large")
@@ -98,7 +98,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def step(self, count: int = 1) -> None:
-        """Count turns of loops or calls."""
+        """Count what was done."""
         self.steps += count
         if self.steps > _STEPS:
             raise _TooMuch(f"it takes more than {_STEPS:,} steps")
@@ -117,7 +117,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, what: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function for a template."""
-        self.step()
+        self.step(_CALL)
         if what is not range and getattr(what, "__name__", "") != "safe_range":
             _check_arguments(what, args, kwargs)
         return _measured(super().call(context, what, *args, **kwargs))
