@@ -215,6 +215,10 @@ def test_what_a_template_refuses_is_said():
         DataError, TEMPLATES["gemma"].render, [SYSTEM, *TURNS]
     )
     found = tokenizer()
+    found.chat_template = "{{ messages.__class__ }}"
+    assert message_of(DataError, ChatTemplate(found).prompt, TURNS) == (
+        "the chat template writes nothing of these messages"
+    )
     found.chat_template = "{{ messages[0].content.x.y }}"
     assert message_of(ModelFormatError, ChatTemplate(found).encode, TURNS) == (
         "the chat template fails: 'str object' has no attribute 'x'"

@@ -96,9 +96,18 @@ class ChatTemplate:
         )
 
     def prompt(self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None) -> Array:
-        """Return the ids, int32 [n], after which the model is to answer `messages`."""
+        """Return the ids, int32 [n], after which the model is to answer `messages`.
+
+        Raises
+        ------
+        DataError, ModelFormatError
+            As :meth:`render`; also if there is no token in the text.
+        """
         text = self.render(messages, add_generation_prompt=True, tools=tools)
-        return self.tokenizer.encode_with_offsets(text)[0]
+        ids, _ = self.tokenizer.encode_with_offsets(text)
+        if not ids.size:
+            raise DataError("the chat template writes nothing of these messages")
+        return ids
 
     def encode(
         self,
