@@ -330,7 +330,10 @@ def chat(
                 if not _obey(line.strip(), talk):
                     break
             else:
-                talk.answer(line)
+                try:
+                    talk.answer(line)
+                except KeyboardInterrupt:  # before or after the answer itself
+                    _note("stopped")
 
 
 def _messages() -> Iterator[str]:
