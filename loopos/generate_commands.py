@@ -150,7 +150,11 @@ def _prompts_of(file: Path) -> list[str]:
     from loopos.data.readers import read_texts
 
     if file.suffix.lower() in _ROWS:
-        return list(read_texts(file, "prompt").texts)
+        read = read_texts(file, "prompt")
+        if read.dropped:
+            places = ", ".join(read.dropped[:5]) + (", ..." if len(read.dropped) > 5 else "")
+            _note(f"left out, as there is no text: {places}")
+        return list(read.texts)
     from loopos.files import read_text
 
     if not file.is_file():

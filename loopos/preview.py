@@ -13,7 +13,7 @@ from loopos.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from loopos.methods.language_model import Piece
+    from loopos.methods.language_model import Piece, Previewing
 
 __all__ = ["preview", "show_pieces"]
 
@@ -50,13 +50,13 @@ def preview(
     loaded = load_config(config, overrides or [])
     with computing(loaded):
         prepared = prepare(loaded)
-        trainer = prepared.trainer
-        if not hasattr(trainer, "preview"):
+        if not hasattr(prepared.trainer, "preview"):
             raise ConfigError(
                 f"{loaded.where('computation.method')}: the method "
                 f"'{loaded.computation.method}' does not train on tokens of its texts, "
                 "so there is nothing to preview"
             )
+        trainer: Previewing = prepared.trainer
         samples = trainer.preview(prepared.training, loaded.training, rows)
     show_pieces(samples)
 

@@ -174,7 +174,7 @@ def test_json_lines_are_what_the_library_generates(project):
 
 def test_prompts_come_from_files_and_standard_input(project):
     (project / "p.txt").write_text("red?\r\n\nblue?\n", encoding="utf-8")
-    (project / "p.jsonl").write_text('{"prompt": "red?"}\n{"prompt": "blue?"}\n')
+    (project / "p.jsonl").write_text('{"prompt": "red?"}\n{"prompt": " "}\n{"prompt": "blue?"}\n')
     expected = "--- prompt 1\nIt is red 五 😀.\n--- prompt 2\nIt is blue 五 😀.\n"
     greedy = ["generate", "out", "--temperature", "0"]
     for arguments, stdin in (

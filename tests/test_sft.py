@@ -227,6 +227,18 @@ def test_long_conversations_are_cut_or_refused():
     assert found == f"row 7: has {lengths()[6]} tokens, more than max_length {limit}"
 
 
+def test_whatever_the_limit_what_is_left_is_what_was_there():
+    trainer = tuner()
+    whole = trainer._samples(DATA, Options())
+    for limit in range(lengths()[0] - 4, lengths()[6]):
+        cut = trainer._samples(DATA, Options(max_length=limit, overflow="truncate"))
+        assert cut.rows == [i for i in range(7) if (whole.marks[i][:limit] == 1).any()]
+        assert sorted([*cut.rows, *cut.left_out]) == list(range(7))
+        for row, ids, marks in zip(cut.rows, cut.tokens, cut.marks, strict=True):
+            assert ids.tolist() == whole.tokens[row][:limit].tolist()
+            assert marks.tolist() == whole.marks[row][:limit].tolist()
+
+
 def test_what_is_cut_to_nothing_is_reported_and_never_trained_as_nothing():
     trainer = tuner()
     system = {"role": "system", "content": "Be short. " * 4}

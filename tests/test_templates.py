@@ -81,6 +81,12 @@ LINE = "{% set s = 'a' * 99999 %}"
         ("{{ 10**10 * [0] }}", LONG),
         (DOUBLE.replace("OP", "~"), LONG),
         (DOUBLE.replace("OP", "+"), LONG),
+        (
+            "{% set n = namespace(s=0) %}"
+            + LOOP
+            + "{% set n.s = [n.s, 'a' * 99999] %}{% endfor %}",
+            STEPS,
+        ),
         (LINE + "{{ s | replace('a', s) }}", LONG),
         (LINE + "{{ s.replace('a', s) }}", LONG),
         (LINE + "{{ ([s] * 9999) | join }}", LONG),

@@ -25,10 +25,10 @@ from loopos.errors import DataError, ModelFormatError
 
 __all__ = ["Template"]
 
-#: Turns of loops of one rendering, a call counting as several.
-_STEPS, _CALL = 1_000_000, 10
+#: Turns of loops of one rendering; a call counts as several, and so does what is large.
+_STEPS, _CALL, _STEP_SIZE = 1_000_000, 10, 1024
 #: Characters or entries of one value, and of what is rendered.
-_SIZE = 1 << 24
+_SIZE = 1 << 22
 #: Bits of a whole number.
 _BITS = 4096
 #: A whole number given to a function may be a width.
@@ -43,15 +43,6 @@ class _TooMuch(SecurityError):
 
 class _Refused(TemplateError):
     """The template itself said why it does not take these messages."""
-
-
-def _measured(value: Any) -> Any:
-    """Return a value if it is not too large."""
-    if isinstance(value, (str, list, tuple, dict)) and len(value) > _SIZE:
-        raise _TooMuch("it makes a text or list that is too long")
-    if isinstance(value, int) and value.bit_length() > _BITS:
-        raise _TooMuch("it makes a number that is too large")
-    return value
 
 
 def _check_arguments(what: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -87,8 +78,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.steps = 0
         self.filters["tojson"] = _to_json  # jinja's own escapes HTML
-        self.filters = {name: _guarded(filter_) for name, filter_ in self.filters.items()}
-        self.filters[_COUNTED], self.filters[_MEASURED] = self.counted, _measured
+        self.filters = {name: self._guarded(filter_) for name, filter_ in self.filters.items()}
+        self.filters[_COUNTED], self.filters[_MEASURED] = self.counted, self.measured
         self.globals |= {
             "raise_exception": _refuse,
             "strftime_now": lambda form: datetime.now().strftime(form),
@@ -115,12 +106,32 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.step()
             yield value
 
+    def measured(self, value: Any) -> Any:
+        """Return a value if it is not too large, and count its size."""
+        if isinstance(value, (str, list, tuple, dict)):
+            if len(value) > _SIZE:
+                raise _TooMuch("it makes a text or list that is too long")
+            self.step(len(value) // _STEP_SIZE)
+        elif isinstance(value, int) and value.bit_length() > _BITS:
+            raise _TooMuch("it makes a number that is too large")
+        return value
+
+    def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a filter that looks at what it is given and what it makes."""
+
+        @functools.wraps(function)  # with the marks by which jinja passes its context
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            _check_arguments(function, args, kwargs)
+            return self.measured(function(*args, **kwargs))
+
+        return guarded
+
     def call(self, context: Any, what: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function for a template."""
         self.step(_CALL)
         if what is not range and getattr(what, "__name__", "") != "safe_range":
             _check_arguments(what, args, kwargs)
-        return _measured(super().call(context, what, *args, **kwargs))
+        return self.measured(super().call(context, what, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Calculate for a template."""
@@ -135,7 +146,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 raise _TooMuch("it makes a number that is too large")
         elif operator == "%" and isinstance(left, str) and _WIDE.search(left):
             raise _TooMuch("it formats a text to a width that is too large")
-        return _measured(super().call_binop(context, operator, left, right))
+        return self.measured(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         """Put a counter around what is looped over, and a measure around joined texts."""
@@ -154,17 +165,6 @@ _COUNTED, _MEASURED = "loopos counted", "loopos measured"  # names that no templ
 
 def _through(filter_: str, value: Any) -> nodes.Filter:
     return nodes.Filter(value, filter_, [], [], None, None, lineno=value.lineno)
-
-
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that looks at what it is given and what it makes."""
-
-    @functools.wraps(function)  # with the marks by which jinja passes its context
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        _check_arguments(function, args, kwargs)
-        return _measured(function(*args, **kwargs))
-
-    return guarded
 
 
 def _to_json(
