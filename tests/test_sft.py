@@ -12,13 +12,14 @@ from loopos.data.batch import Batch
 from loopos.data.conversations import read_conversations
 from loopos.data.readers import Texts
 from loopos.data.tokenizer import train_bpe
-from loopos.errors import ConfigError, DataError, ModelFormatError
+from loopos.errors import CheckpointError, ConfigError, DataError, ModelFormatError
 from loopos.methods.language_model import weighted_pieces
 from loopos.methods.pretraining import Pretrainer
 from loopos.methods.sft import Options, SupervisedFineTuner
 from loopos.models import Transformer, TransformerConfig, load_model
 from loopos.models.adapter import LoraConfig
 from loopos.runner import run
+from loopos.training.loop import Interrupted
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
@@ -355,6 +356,44 @@ def test_a_configuration_is_run(tmp_path):
     held_out = json.loads((tmp_path / "out" / "data_report.json").read_text())
     assert (held_out["rows"], held_out["validation_rows"]) == (5, 2)
     assert again.evaluate(DATA)["loss"] < trainer.evaluate(DATA)["loss"]
+
+
+def test_a_fresh_model_learns_prompts_and_completions(tmp_path):
+    sizes = {"d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 32, "vocab_size": 280}
+    data = {"pretrained_weights": None}
+    config = project(tmp_path, PLAIN, model=sizes, data=data)
+    summary = run(config)
+    assert summary.result.steps == 2
+    found = loopos.load_tokenizer(tmp_path / "out" / "model")
+    assert found.chat_template is None
+    config = project(tmp_path, ROWS, model=sizes, data=data | {"output_dir": "other"})
+    found = message_of(ConfigError, run, config)
+    assert found.startswith(f"{tmp_path / 't.jsonl'}:")
+    assert "the tokenizer has no chat template" in found
+
+
+def test_a_run_is_continued_to_the_same_weights(tmp_path):
+    config = project(tmp_path)
+    run(config)
+    expected = load_model(tmp_path / "out" / "model").parameters()
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == 3
+
+    again = load_config(tmp_path / "run.json", [f"data.output_dir={tmp_path / 'again'}"])
+    with pytest.raises(Interrupted):
+        run(again, stop=stop)
+    run(again, resume=True)
+    for name, parameter in load_model(tmp_path / "again" / "model").parameters().items():
+        np.testing.assert_array_equal(parameter.data, expected[name].data)
+    changed = load_config(
+        tmp_path / "run.json",
+        [f"data.output_dir={tmp_path / 'again'}", "training.train_on=all"],
+    )
+    with pytest.raises(CheckpointError, match=r"training\.train_on: 'all', but the run"):
+        run(changed, resume=True)
 
 
 def test_adapters_are_trained_alone(tmp_path):

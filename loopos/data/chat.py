@@ -53,6 +53,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self._template = Template(tokenizer.chat_template)
         self._tokens = tokenizer.special_tokens
+        self._added = tokenizer.added_ids
 
     def render(
         self,
@@ -162,7 +163,7 @@ class ChatTemplate:
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         ids, trained = self.encode(exchange)
         last = ids[trained][-1:].tolist()
-        return tuple(id_ for id_ in last if id_ in self.tokenizer.added_ids)
+        return tuple(id_ for id_ in last if id_ in self._added)
 
     def _span(
         self, messages: list[dict[str, Any]], index: int, text: str, tools: Any
@@ -185,7 +186,7 @@ class ChatTemplate:
         stripped = turn.rstrip()
         ids, offsets = self.tokenizer.encode_with_offsets(stripped[-64:])
         closed = ids.size and offsets[-1, 1] == len(stripped[-64:])
-        return stripped if closed and int(ids[-1]) in self.tokenizer.added_ids else turn
+        return stripped if closed and int(ids[-1]) in self._added else turn
 
     def _encoded(self, text: str, spans: list[tuple[int, int]]) -> tuple[Array, Array]:
         ids, offsets = self.tokenizer.encode_with_offsets(text)
