@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
@@ -31,9 +32,15 @@ _STEPS, _CALL, _STEP_SIZE = 1_000_000, 10, 1024
 _SIZE = 1 << 22
 #: Bits of a whole number.
 _BITS = 4096
-#: A whole number given to a function may be a width.
+#: Characters that a text is brought to, by whom, and how it is written in formats.
 _WIDTH = 100_000
-_WIDE = re.compile(r"\d{6,}|\*")
+_TAKE_WIDTHS = frozenset(
+    ["center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "truncate",
+     "batch", "slice", "round", "to_bytes"]
+)  # fmt: skip
+_WIDE = re.compile(r"%(\([^)]*\))?[-+ #0]*\d*\.?(\d{6,}|\*)")
+_WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(\d{6,}|\{)")
+_LONG = "it makes a text or list that is too long"
 _MESSAGE = 200
 
 
@@ -45,24 +52,29 @@ class _Refused(TemplateError):
     """The template itself said why it does not take these messages."""
 
 
-def _check_arguments(what: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse what would be too large before anybody could measure it."""
-    given = (*args, *kwargs.values())
-    if any(isinstance(value, int) and abs(value) > _WIDTH for value in given):
+def _checked(what: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call; what would be too large before it is measured is refused."""
+    name = getattr(what, "__name__", "").removeprefix("sync_").removeprefix("do_")
+    numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, int)]
+    indent = kwargs.get("indent") if name == "_to_json" else None
+    widths = numbers if name in _TAKE_WIDTHS else [indent] if isinstance(indent, int) else []
+    if any(abs(width) > _WIDTH for width in widths):
         raise _TooMuch("it gives a function a number that is too large")
-    name = getattr(what, "__name__", "")
     owner = getattr(getattr(what, "__wrapped__", what), "__self__", None)
     texts = [value for value in (owner, *args) if isinstance(value, str)]
-    if name in ("format", "do_format", "format_map") and texts and _WIDE.search(texts[0]):
+    wide = {"format": _WIDE_FORMAT if isinstance(owner, str) else _WIDE, "format_map": _WIDE_FORMAT}
+    if name in wide and texts and wide[name].search(texts[0]):
         raise _TooMuch("it formats a text to a width that is too large")
-    if name in ("replace", "do_replace") and len(texts) > 2:
-        text, old, new = texts[:3]
-        if text.count(old) * len(new) > _SIZE:
-            raise _TooMuch("it makes a text or list that is too long")
-    if name in ("join", "do_join", "sync_do_join"):
+    if name == "replace" and len(texts) > 2 and texts[0].count(texts[1]) * len(texts[2]) > _SIZE:
+        raise _TooMuch(_LONG)
+    if name == "join":
+        args = tuple(list(islice(v, _SIZE)) if isinstance(v, Iterator) else v for v in args)
         parts = [value for value in args if isinstance(value, (list, tuple))]
         if sum(len(str(entry)) for part in parts for entry in part) > _SIZE:
-            raise _TooMuch("it makes a text or list that is too long")
+            raise _TooMuch(_LONG)
+    if name == "sum" and not isinstance(kwargs.get("start", args[3] if args[3:] else 0), int):
+        raise _TooMuch(_LONG)
+    return args
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -110,7 +122,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Return a value if it is not too large, and count its size."""
         if isinstance(value, (str, list, tuple, dict)):
             if len(value) > _SIZE:
-                raise _TooMuch("it makes a text or list that is too long")
+                raise _TooMuch(_LONG)
             self.step(len(value) // _STEP_SIZE)
         elif isinstance(value, int) and value.bit_length() > _BITS:
             raise _TooMuch("it makes a number that is too large")
@@ -121,16 +133,14 @@ class _Environment(ImmutableSandboxedEnvironment):
 
         @functools.wraps(function)  # with the marks by which jinja passes its context
         def guarded(*args: Any, **kwargs: Any) -> Any:
-            _check_arguments(function, args, kwargs)
-            return self.measured(function(*args, **kwargs))
+            return self.measured(function(*_checked(function, args, kwargs), **kwargs))
 
         return guarded
 
     def call(self, context: Any, what: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function for a template."""
         self.step(_CALL)
-        if what is not range and getattr(what, "__name__", "") != "safe_range":
-            _check_arguments(what, args, kwargs)
+        args = _checked(what, args, kwargs)
         return self.measured(super().call(context, what, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -139,7 +149,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             for one, other in ((left, right), (right, left)):
                 several = isinstance(one, (str, list, tuple)) and isinstance(other, int)
                 if several and len(one) * other > _SIZE:
-                    raise _TooMuch("it makes a text or list that is too long")
+                    raise _TooMuch(_LONG)
         elif operator == "**":
             whole = isinstance(left, int) and isinstance(right, int)
             if whole and left.bit_length() * abs(right) > _BITS:

@@ -150,9 +150,7 @@ class Pretrainer:
         self, training: Texts, options: Options | None = None, rows: int = 3
     ) -> list[list[Piece]]:
         """Return the first `rows` sequences, of which every token counts but the first."""
-        pieces = self._pieces(
-            training.take(range(min(rows, len(training.texts)))), options or Options()
-        )
+        pieces = self._pieces(training, options or Options())
         return [weighted_pieces(self.tokenizer, ids, np.ones(len(ids))) for ids in pieces[:rows]]
 
     def save(self, directory: str | Path) -> None:
