@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loopos.data.conversations import Conversation, Conversations, read_conversations
 from loopos.data.readers import split
@@ -153,6 +155,15 @@ def test_conversations_are_texts_to_split_and_compare():
             {"messages": [USER, ANSWER], "tools": "add"},
             "expected 'tools' to be a list of objects, found 'add'",
         ),
+        (
+            {"messages": [USER, ANSWER], "tools": [{"name": "\ud800"}]},
+            "tools: has half a surrogate pair, so no text",
+        ),
+        (
+            {"messages": [USER, ANSWER | {"x": {1}}]},
+            "message 2: is not made of texts, numbers and lists "
+            "(Object of type set is not JSON serializable)",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_with_its_place(row, message):
@@ -166,3 +177,31 @@ def test_faults_of_files_are_said(tmp_path):
     path.write_text("")
     assert message_of(path) == f"{path}: there is no row in it"
     assert message_of(tmp_path / "u.jsonl", MissingFileError).endswith("did you mean 't.jsonl'?")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+    | st.sampled_from(["user", "assistant", "system", "human", "gpt", "\ud800"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "tool_calls", "x"]), inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+FIELDS = st.sampled_from(["messages", "conversations", "prompt", "completion", "tools", "text"])
+
+
+@given(st.dictionaries(FIELDS, VALUES, max_size=3))
+def test_whatever_a_row_holds_it_is_read_or_refused(row):
+    refused = None
+    try:
+        (conversation,) = read_conversations([row]).conversations
+    except DataError as error:
+        refused = str(error)
+    if refused is not None:
+        assert refused.startswith("row 1: ")
+        assert "\n" not in refused
+        return
+    assert Conversation.of_text(conversation.text()) == conversation
+    assert any(m["role"] == "assistant" for m in conversation.messages[conversation.first :])
+    assert all(isinstance(m["content"], str) for m in conversation.messages)

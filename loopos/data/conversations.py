@@ -190,7 +190,9 @@ def _tools(row: Row) -> list[Any] | None:
         raise DataError(
             f"{row.where}: expected 'tools' to be a list of objects, found {reprlib.repr(tools)}"
         )
-    return [_given(tool) for tool in tools]
+    found = [_given(tool) for tool in tools]
+    _check_json(found, f"{row.where}: tools")
+    return found
 
 
 def _side(row: Row, name: str, value: Any, role: str, before: int = 0) -> list[dict[str, Any]]:
@@ -241,13 +243,18 @@ def _message(row: Row, number: int, entry: Mapping[str, Any], shared: bool) -> d
     if not content.strip() and not found.get("tool_calls"):
         raise DataError(f"{place} ({known[role]}) has no text")
     message = {"role": known[role], "content": content, **found}
+    _check_json(message, place)
+    return message
+
+
+def _check_json(value: Any, place: str) -> None:
+    """Refuse what no file of JSON could hold."""
     try:
-        json.dumps(message, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(f"{place}: has half a surrogate pair, so no text") from error
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"{place}: is not made of texts, numbers and lists ({error})") from error
-    return message
 
 
 def _given(entry: Mapping[str, Any]) -> dict[str, Any]:
