@@ -269,7 +269,7 @@ def exact(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
         {"temperature": 1.8},
         {"top_k": 5},
         {"top_p": 0.7},
-        {"min_p": 0.2},
+        {"min_p": 0.06},
         {"temperature": 1.4, "top_k": 12, "top_p": 0.8, "min_p": 0.1},
     ],
     ids=str,
@@ -329,6 +329,14 @@ def test_each_option_changes_the_result(change):
 def test_wrong_options_are_named(name, value, expected):
     with pytest.raises(ConfigError, match=f"^{name}: expected {expected}, found "):
         SamplingOptions(**{name: value})
+
+
+def test_numbers_of_numpy_are_as_good():
+    options = SamplingOptions(
+        max_new_tokens=np.int64(5), seed=np.uint32(4), top_p=np.float32(0.5), stop_ids=[np.int8(3)]
+    )
+    assert options == SamplingOptions(max_new_tokens=5, seed=4, top_p=0.5, stop_ids=(3,))
+    assert generate(scrambled(GPT2), PROMPTS[:2], options)[0].ids.size <= 5
 
 
 def test_a_row_ends_where_the_context_does():

@@ -134,6 +134,14 @@ def test_adapters_work_with_the_cache(merged):
     assert_close(np.concatenate(parts), whole(model, tokens), np.float64)
 
 
+def test_a_model_that_recomputes_its_layers_can_use_a_cache():
+    model, tokens = scrambled(GPT2, np.float64), np.arange(20)
+    model.gradient_checkpointing = True
+    cache = KVCache(GPT2, 1, 32, np.float64)
+    (found,) = run(model, cache, [cache.allocate()], [tokens])
+    assert_close(found, whole(model, tokens), np.float64)
+
+
 def test_a_copied_prefix_is_that_of_the_other_slot():
     model, tokens = scrambled(GPT2), np.arange(30)
     cache = KVCache(GPT2, 3, 40)

@@ -347,10 +347,10 @@ class Transformer:
             worst = tokens.max() if tokens.max() >= config.vocab_size else tokens.min()
             raise DataError(f"token id {worst} is outside the vocabulary of {config.vocab_size}")
         positions = batch.positions if cache is None else cache.positions(batch)
-        longest = int(positions.max(initial=-1)) + 1
-        if config.positions == "learned" and longest > config.max_seq_len:
+        if config.positions == "learned" and positions.max(initial=-1) >= config.max_seq_len:
             raise DataError(
-                f"a sequence of {longest} tokens is longer than max_seq_len {config.max_seq_len}"
+                f"a sequence of {positions.max() + 1} tokens is longer than "
+                f"max_seq_len {config.max_seq_len}"
             )
         types = batch.token_types
         if types is not None and types.size:
