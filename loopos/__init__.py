@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loopos.generation.sampling import SamplingOptions as SamplingOptions
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
+    from loopos.methods.sft import SupervisedFineTuner as SupervisedFineTuner
     from loopos.models.adapter import LoraConfig as LoraConfig
     from loopos.models.heads import SequenceClassifier as SequenceClassifier
     from loopos.models.lora import add_lora as add_lora
@@ -61,6 +62,7 @@ _HOMES = {
     "loopos.generation.sampling": ["SamplingOptions"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
+    "loopos.methods.sft": ["SupervisedFineTuner"],
     "loopos.models.adapter": ["LoraConfig"],
     "loopos.models.heads": ["SequenceClassifier"],
     "loopos.models.lora": ["add_lora", "merge_lora", "unmerge_lora"],

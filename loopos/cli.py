@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopos import commands
+from loopos import commands, generate_commands, preview
 from loopos.display import (
     open_standard_streams,
     plain,
@@ -256,6 +256,9 @@ def _stop_on_signals() -> Iterator[Callable[[], bool]]:
 
 # -- the rest --------------------------------------------------------------------------------------
 
+app.command()(preview.preview)
+app.command()(generate_commands.generate)
+app.command()(generate_commands.chat)
 app.command()(commands.predict)
 app.command()(commands.evaluate)
 app.command()(commands.merge)

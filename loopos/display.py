@@ -29,6 +29,7 @@ __all__ = [
     "show_start",
     "show_summary",
     "silence",
+    "write",
 ]
 
 #: Control characters would act on the terminal instead of being shown.
@@ -50,8 +51,13 @@ def say(line: str = "") -> None:
     BrokenPipeError
         If its reader has left.
     """
+    write(f"{line}\n")
+
+
+def write(text: str) -> None:
+    """Print a piece of text at once; errors as :func:`say`."""
     try:
-        print(plain(line), flush=True)
+        print(plain(text), end="", flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -144,8 +150,17 @@ def show_summary(summary: Summary) -> None:
     say(f"saved in {summary.output_dir}")
     if (summary.output_dir / "model" / "classifier.json").exists():
         say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
+    elif _can_chat(summary.output_dir / "model"):
+        say(f"next: loopos chat {shlex.quote(str(summary.output_dir))}")
     else:
         say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
+
+
+def _can_chat(model: Path) -> bool:
+    from loopos.files import read_json
+
+    settings = model / "tokenizer_config.json"
+    return settings.is_file() and bool(read_json(settings).get("chat_template"))
 
 
 def show_figures(figures: dict[str, Any], indent: str = "") -> None:

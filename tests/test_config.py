@@ -131,7 +131,7 @@ def test_methods_of_the_seed_that_are_not_here_yet_are_refused_in_one_sentence(r
     line = line_of(SEED[name], "computation.method")
     assert refused(SEED[name]) == (
         f"run.json:{line}: computation.method: this version does not have the method '{method}' "
-        "(it has: fine_tuning, autoregressive)"
+        "(it has: fine_tuning, sft, autoregressive)"
     )
 
 
@@ -380,7 +380,7 @@ def test_unknown_methods(refused, base):
     line = line_of(base, "computation.method")
     assert refused(base) == (
         f"run.json:{line}: computation.method: unknown method 'finetuning'; "
-        "did you mean 'fine_tuning'? (known: fine_tuning, autoregressive)"
+        "did you mean 'fine_tuning'? (known: fine_tuning, sft, autoregressive)"
     )
     base["computation"] |= {"method": "fine_tuning", "mode": "pretraining"}
     line = line_of(base, "computation.mode")

@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from loopos.config import Computation, Data, load_config, shipped_configs
 from loopos.errors import ConfigError
-from loopos.methods import METHODS, fine_tuning, pretraining
+from loopos.methods import METHODS, fine_tuning, pretraining, sft
 from loopos.models.adapter import LoraConfig
 from loopos.models.config import TransformerConfig
 from loopos.models.rope import RopeScaling
@@ -76,8 +76,8 @@ def test_shipped_configurations_fit_it(name):
 
 @pytest.mark.parametrize(
     "kind",
-    [TransformerConfig, Computation, Data, fine_tuning.Options, pretraining.Options, LoraConfig,
-     RopeScaling],
+    [TransformerConfig, Computation, Data, fine_tuning.Options, pretraining.Options, sft.Options,
+     LoraConfig, RopeScaling],
     ids=lambda kind: f"{kind.__module__}.{kind.__name__}",
 )  # fmt: skip
 def test_every_field_has_a_description(kind):

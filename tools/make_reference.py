@@ -44,6 +44,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "fine_tuning": {"": "train pooling max_length problem class_weights label_smoothing"},
     "autoregressive": {"": "sequence_length"},
+    "sft": {"": "max_length overflow train_on"},
     "data": {
         "": "training_data reasoning_examples validation_data validation_fraction "
         "text_field label_field pretrained_weights tokenizer output_dir"

@@ -70,6 +70,19 @@ class Tokenizer:
         """Id of the token that closes a text, if there is one."""
         return None if self.eos_token is None else self.token_to_id(self.eos_token)
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The tokens that the configuration names, such as ``bos_token``, by these names."""
+        found = {n: _token(self._config, n) for n in (*self._config, "eos_token")
+                 if isinstance(n, str) and n.endswith("_token")}  # fmt: skip
+        found["eos_token"] = found["eos_token"] or self.eos_token
+        return {name: token for name, token in found.items() if token is not None}
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that stand for themselves, such as those around a message."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
     def token_to_id(self, token: str) -> int | None:
         """Return the id of a token, None when it is unknown."""
         found: int | None = self._backend.token_to_id(token)
@@ -101,6 +114,27 @@ class Tokenizer:
             encodings = self._backend.encode_batch(texts)
             return [np.array(e.ids, dtype=np.int32) for e in encodings]
         return self._truncated(texts, max_length)
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = False
+    ) -> tuple[Array, Array]:
+        """Return the ids of a text, int32 [n], and where each stands in it, int64 [n, 2].
+
+        Parameters
+        ----------
+        text : str
+        add_special_tokens : bool
+            Whether the tokenizer adds its own; those that the text writes out are tokens anyway.
+
+        Raises
+        ------
+        DataError
+            If it is not text.
+        """
+        (text,) = _checked([text])
+        encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return np.array(encoding.ids, dtype=np.int32), offsets
 
     def _truncated(self, texts: list[str], max_length: int) -> list[Array]:
         room = max_length - self._backend.num_special_tokens_to_add(False)
@@ -241,7 +275,11 @@ def _from_file(path: Path) -> Any:
 
 
 def _eos_token(config: dict[str, Any]) -> str | None:
-    token = config.get("eos_token")
+    return _token(config, "eos_token")
+
+
+def _token(config: dict[str, Any], name: str) -> str | None:
+    token = config.get(name)
     if isinstance(token, dict):  # an AddedToken
         token = token.get("content")
     return token if isinstance(token, str) else None

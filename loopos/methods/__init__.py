@@ -6,6 +6,7 @@ from __future__ import annotations
 #: ``training``), ``read`` (a data file to rows) and ``make`` (a model to a trainer).
 METHODS: dict[tuple[str, str], str] = {
     ("posttraining", "fine_tuning"): "loopos.methods.fine_tuning",
+    ("posttraining", "sft"): "loopos.methods.sft",
     ("pretraining", "autoregressive"): "loopos.methods.pretraining",
 }
 

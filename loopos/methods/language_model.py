@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from loopos.models.transformer import Transformer
 from loopos.ops import DropoutKeys
 
 Array = np.ndarray[Any, Any]
+
+#: Some text, and how much each of its tokens counts in the loss.
+Piece = tuple[str, float]
 
 
 def require_language_model(model: Transformer, tokenizer: Tokenizer, method: str) -> None:
@@ -96,3 +99,52 @@ def next_token_evaluator(
         return {"loss": mean, "perplexity": float(np.exp(mean))}
 
     return evaluate
+
+
+class Previewing(Protocol):
+    """What a trainer has that can show which tokens it trains on (``loopos preview``)."""
+
+    def preview(self, training: Any, options: Any = None, rows: int = 3) -> list[list[Piece]]:
+        """Return the first `rows` samples as they are trained on, each in pieces of one weight.
+
+        Parameters
+        ----------
+        training : Texts
+            Rows as the method reads them.
+        options : TrainingOptions, optional
+        rows : int
+        """
+
+
+def weighted_pieces(tokenizer: Tokenizer, ids: Array, weights: Array) -> list[Piece]:
+    """Return the text of a sample in pieces, each as long as its tokens weigh the same.
+
+    Special tokens are in the text. A character that is cut into several tokens belongs to the
+    piece of its last one. The first token weighs nothing, as nothing predicts it.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    ids : ndarray int32 [n]
+    weights : ndarray float32 [n]
+        How much each token counts as a target.
+    """
+    counted = np.array(weights, dtype=np.float32)
+    counted[:1] = 0.0
+    whole = tokenizer.decode(ids)
+    ends = [*(np.flatnonzero(np.diff(counted)) + 1).tolist(), len(ids)]
+    pieces: list[Piece] = []
+    taken = 0
+    for end in ends:
+        begin, taken = taken, max(taken, _common(tokenizer.decode(ids[:end]), whole))
+        if taken > begin:
+            pieces.append((whole[begin:taken], float(counted[end - 1])))
+    return pieces
+
+
+def _common(text: str, whole: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    if whole.startswith(text):
+        return len(text)
+    pairs = zip(text, whole, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(whole)))

@@ -29,8 +29,10 @@ from loopos.methods.common import (
 )
 from loopos.methods.language_model import (
     NextTokenObjective,
+    Piece,
     next_token_evaluator,
     require_language_model,
+    weighted_pieces,
 )
 from loopos.models.transformer import Transformer
 from loopos.training.loop import TrainingOptions, TrainResult
@@ -143,6 +145,13 @@ class Pretrainer:
         """Return ``loss`` (nats per token) and ``perplexity`` on texts."""
         pieces = self._pieces(_texts(data), options or Options())
         return next_token_evaluator(self.model, pieces)()
+
+    def preview(
+        self, training: Texts, options: Options | None = None, rows: int = 3
+    ) -> list[list[Piece]]:
+        """Return the first `rows` sequences, of which every token counts but the first."""
+        pieces = self._pieces(training, options or Options())
+        return [weighted_pieces(self.tokenizer, ids, np.ones(len(ids))) for ids in pieces[:rows]]
 
     def save(self, directory: str | Path) -> None:
         """Write model and tokenizer; transformers loads them back."""
