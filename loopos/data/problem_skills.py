@@ -300,7 +300,7 @@ def _tell_comparison(draws: Draws, steps: Steps) -> Told:
     first, second = draws.two(_NAMES)
     third = draws.pick([name for name in _NAMES if name not in (first, second)])
     names, things = (first, second, third)[:people], draws.pick(_THINGS)
-    told, reasoning = [f"{first} has {steps[0].a} {things}."], []
+    told, reasoning = [f"{first} has {steps[0].a} {things}."], list[str]()
     for index, step in enumerate(steps[: people - 1]):
         before, name = names[index], names[index + 1]
         how = {"*": "times as many", "+": "more", "-": "fewer"}[step.op]
@@ -321,7 +321,7 @@ def _tell_comparison(draws: Draws, steps: Steps) -> Told:
 def _tell_sharing(draws: Draws, steps: Steps) -> Told:
     (name, friend), things = draws.two(_NAMES), draws.pick(_THINGS)
     divided = next(index for index, step in enumerate(steps) if step.op == "/")
-    told, reasoning = [f"{name} has {steps[0].a} {things}."], []
+    told, reasoning = [f"{name} has {steps[0].a} {things}."], list[str]()
     done = 0
     if steps[0].op == "*":
         start, _, reasoning = _tell_held(draws, steps[:1], name, things)
