@@ -159,8 +159,8 @@ def test_what_is_wrong_is_found(reasoning, answer, message):
 
 GOLDEN = [
     {
-        "problem": "Ida has 96 dollars. Ida buys 7 books for 7 dollars each. Ida buys a lamp for 31 "
-        "dollars. How many dollars are left?",
+        "problem": "Ida has 96 dollars. Ida buys 7 books for 7 dollars each. Ida buys a "
+        "lamp for 31 dollars. How many dollars are left?",
         "reasoning": [
             "The books cost 7 * 7 = 49 dollars.",
             "Together they cost 49 + 31 = 80 dollars.",
@@ -171,8 +171,8 @@ GOLDEN = [
         "level": 2,
     },
     {
-        "problem": "Sam has 94 dollars. Sam buys 6 stamps for 9 dollars each. Sam buys a lamp for 23 "
-        "dollars. How many dollars does Sam have left?",
+        "problem": "Sam has 94 dollars. Sam buys 6 stamps for 9 dollars each. Sam buys a "
+        "lamp for 23 dollars. How many dollars does Sam have left?",
         "reasoning": [
             "The stamps cost 6 * 9 = 54 dollars.",
             "Together they cost 54 + 23 = 77 dollars.",
@@ -183,8 +183,8 @@ GOLDEN = [
         "level": 2,
     },
     {
-        "problem": "Sam has 75 dollars. Sam buys 4 books for 6 dollars each. Sam buys a lamp for 32 "
-        "dollars. How many dollars does Sam have left?",
+        "problem": "Sam has 75 dollars. Sam buys 4 books for 6 dollars each. Sam buys a "
+        "lamp for 32 dollars. How many dollars does Sam have left?",
         "reasoning": [
             "The books cost 4 * 6 = 24 dollars.",
             "Together they cost 24 + 32 = 56 dollars.",
