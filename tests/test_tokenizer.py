@@ -251,6 +251,21 @@ def test_training_learns_the_frequent_pieces(small):
     assert train_bpe(["ab ab"], 5000).vocab_size == 257 + 2
 
 
+def test_digits_can_stand_alone(tmp_path):
+    corpus = ["in 1234 there were 1234 of them, in 12 boxes"] * 5
+    whole, single = train_bpe(corpus, 300), train_bpe(corpus, 300, individual_digits=True)
+    assert whole.encode(" 1234") == [whole.token_to_id("Ġ1234")]
+    assert single.encode("1234") == [single.token_to_id(digit) for digit in "1234"]
+    assert [single.decode([i]) for i in single.encode("in 12 boxes")] == [
+        "in", " ", "1", "2", " boxes"
+    ]  # fmt: skip
+    text = "  3.14159, 1,000 x12y34 ٣½²  0"
+    assert single.decode(single.encode(text)) == text
+    single.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode(text) == single.encode(text)
+    assert train_bpe(corpus, 300, individual_digits=False).encode(text) == whole.encode(text)
+
+
 def test_a_vocabulary_has_room_for_all_bytes():
     assert train_bpe(CORPUS, 257).vocab_size == 257
     expected = "a byte-level vocabulary needs 257 tokens at least, found vocab_size 256"

@@ -381,7 +381,9 @@ def _wordpiece(path: Path, config: dict[str, Any]) -> Tokenizer:
 # -- training ------------------------------------------------------------------------------------
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, *, individual_digits: bool = False
+) -> Tokenizer:
     """Train a byte-level BPE tokenizer, GPT-2's kind, with the token ``<|endoftext|>``.
 
     Parameters
@@ -389,6 +391,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     texts : iterable of str
     vocab_size : int
         At least 257: the bytes and the special token. Short texts can give fewer tokens.
+    individual_digits : bool
+        Each digit is a token of its own, as in Llama and Qwen: a number is then written in its
+        places, which is what small models can learn to calculate with.
 
     Raises
     ------
@@ -407,7 +412,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"found vocab_size {vocab_size}"
         )
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if individual_digits:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    else:
+        backend.pre_tokenizer = byte_level
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
