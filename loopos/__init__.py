@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from loopos.generation.generate import generate as generate
     from loopos.generation.generate import stream as stream
     from loopos.generation.sampling import SamplingOptions as SamplingOptions
+    from loopos.methods.chain_of_thought import ChainOfThought as ChainOfThought
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
     from loopos.methods.sft import SupervisedFineTuner as SupervisedFineTuner
@@ -60,6 +61,7 @@ _HOMES = {
     "loopos.generation.engine": ["Generation"],
     "loopos.generation.generate": ["generate", "stream"],
     "loopos.generation.sampling": ["SamplingOptions"],
+    "loopos.methods.chain_of_thought": ["ChainOfThought"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
     "loopos.methods.sft": ["SupervisedFineTuner"],

@@ -286,6 +286,13 @@ def evaluate(
 def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dict[str, Any]:
     from loopos.data.readers import read_labelled, read_texts
 
+    if (_inner(model) / "reasoning.json").is_file():
+        from loopos.data.reasoning import read_reasoning
+        from loopos.methods.chain_of_thought import ChainOfThought, Options
+
+        examples = read_reasoning(data, need_steps=False)
+        options = Options(eval_problems=len(examples))
+        return ChainOfThought(_inner(model)).evaluate(examples, options)
     if _is_language_model(model):
         from loopos.data.tokenizer import load_tokenizer
         from loopos.methods.pretraining import Pretrainer

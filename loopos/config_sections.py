@@ -40,7 +40,7 @@ class Computation:
     Attributes
     ----------
     method : str
-        "fine_tuning", "sft", or "autoregressive" with the mode "pretraining".
+        "fine_tuning", "sft", "chain_of_thought", or "autoregressive" with the mode "pretraining".
     mode : {"posttraining", "pretraining"}
         The kind of method that `method` is.
     description : str

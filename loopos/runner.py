@@ -263,7 +263,8 @@ def _tokenizer(
         return load_tokenizer(run_dir / "tokenizer")
     if config.data.tokenizer is None and config.data.pretrained_weights is None:
         with _located(config, "model.vocab_size"):
-            return train_bpe(training.corpus, size)
+            digits = getattr(config.method, "INDIVIDUAL_DIGITS", False)
+            return train_bpe(training.corpus, size, individual_digits=digits)
     key = "pretrained_weights" if config.data.tokenizer is None else "tokenizer"
     source = config.model_source(key)
     with _named(config, f"data.{key}"):

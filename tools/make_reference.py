@@ -43,6 +43,12 @@ GROUPS: dict[str, dict[str, str]] = {
         "Evaluation and saving": "eval_steps early_stopping_patience save_steps tensorboard",
     },
     "fine_tuning": {"": "train pooling max_length problem class_weights label_smoothing"},
+    "chain_of_thought": {
+        "Examples": "with_steps prompt_weight steps_weight answer_weight prompt_template "
+        "step_template answer_template chat max_length overflow",
+        "Evaluation and rounds": "eval_problems eval_samples max_new_tokens temperature top_p "
+        "generation_batch_size rounds samples",
+    },
     "autoregressive": {"": "sequence_length"},
     "sft": {"": "max_length overflow train_on"},
     "data": {

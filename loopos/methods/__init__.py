@@ -7,6 +7,7 @@ from __future__ import annotations
 METHODS: dict[tuple[str, str], str] = {
     ("posttraining", "fine_tuning"): "loopos.methods.fine_tuning",
     ("posttraining", "sft"): "loopos.methods.sft",
+    ("posttraining", "chain_of_thought"): "loopos.methods.chain_of_thought",
     ("pretraining", "autoregressive"): "loopos.methods.pretraining",
 }
 
@@ -14,4 +15,4 @@ METHODS: dict[tuple[str, str], str] = {
 DATA_KEYS = {"chain_of_thought": "reasoning_examples"}
 
 #: Methods of the seed that this version does not have yet, and the data key that each reads.
-PLANNED = {"chain_of_thought": "reasoning_examples", "rlhf": "preference_data"}
+PLANNED = {"rlhf": "preference_data"}

@@ -1,0 +1,709 @@
+"""Chain of thought: a language model learns to reason step by step before it answers.
+
+    cot = loopos.ChainOfThought("path/to/model")
+    cot.fit("problems.jsonl", num_epochs=3, learning_rate=1e-4)
+    solution = cot.solve_with_reasoning("Tom has 3 boxes of 4 pens. How many pens?", samples=8)
+    solution.answer, solution.steps, solution.confidence
+
+Problems are written with their steps and answers (Wei et al. 2022), the loss counts on steps and
+answer. Asked several times, answers are put to the vote (self-consistency, Wang et al. 2023). With
+``rounds`` the model learns from its own solutions too, those that reach the right answer (STaR,
+Zelikman et al. 2022).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from loopos.data.answers import extract_answer, normal_answer, same_answer
+from loopos.data.readers import Texts
+from loopos.data.reasoning import ReasoningExample, ReasoningExamples, read_reasoning
+from loopos.data.report import DataReport, Finding
+from loopos.data.solutions import ANSWER, PROMPT, STEPS, SolutionTemplate, SolutionWriter
+from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
+from loopos.data.tokenizer import Tokenizer, load_tokenizer
+from loopos.errors import ConfigError, DataError, ModelFormatError
+from loopos.files import atomic_write_text, read_json, write_json
+from loopos.generation import Generation, generate
+from loopos.methods.common import (
+    RunArguments,
+    fit,
+    train_only,
+    trained_body,
+    with_adapters,
+    with_overrides,
+)
+from loopos.methods.language_model import (
+    NextTokenObjective,
+    Piece,
+    SpanWeights,
+    next_token_evaluator,
+    require_language_model,
+    weighted_pieces,
+)
+from loopos.methods.solving import Solution, voted
+from loopos.models.transformer import Transformer
+from loopos.models.weights import load_model
+from loopos.training.loop import TrainingOptions, TrainResult
+from loopos.training.trackers import Callback
+
+__all__ = ["ChainOfThought", "Options", "Solution", "make", "read"]
+
+Array = np.ndarray[Any, Any]
+
+#: A fresh tokenizer has a token for each digit, so that numbers are read as they are calculated.
+INDIVIDUAL_DIGITS = True
+#: How problems are written, beside a saved model.
+_TEMPLATE_FILE = "reasoning.json"
+#: Places of examples left out that a warning names.
+_PLACES = 5
+
+
+@dataclass(frozen=True)
+class Options(TrainingOptions):
+    """Options of a chain-of-thought run, beside those of every run.
+
+    Attributes
+    ----------
+    with_steps : bool
+        False leaves the steps out, and trains answers alone.
+    prompt_weight, steps_weight, answer_weight : float
+        How much each token of the problem, of its steps and of its answer counts in the loss.
+    prompt_template : str or None
+        How a problem is written, with ``{problem}`` in it; None keeps what the model has.
+    step_template : str or None
+        How a step is written, with ``{step}`` and a line's end behind it.
+    answer_template : str or None
+        How an answer is written, with ``{answer}`` and a mark before it.
+    chat : bool or None
+        Whether a problem is a user's turn in the model's chat template; None where there is one.
+    max_length : int or None
+        Tokens of an example at the most; None takes ``max_seq_len``.
+    overflow : {"drop", "error"}
+        What becomes of longer examples: left out and reported, or refused.
+    eval_problems : int
+        How many validation problems are solved at each evaluation; 0 for the loss alone.
+    eval_samples : int
+        Solutions for each of them that are put to the vote, beside the likeliest one; 1 for none.
+    max_new_tokens : int
+        Tokens of a solution at the most.
+    temperature : float
+        Of sampled solutions: of votes and of rounds.
+    top_p : float
+        Sampled solutions take the likeliest tokens of at least this share of the probability.
+    generation_batch_size : int
+        Solutions that are generated at once.
+    rounds : int
+        How often the model solves the training problems itself and is trained again, from where
+        it started, on the examples and those of its solutions that reach the right answer. Rows
+        may then be without reasoning.
+    samples : int
+        Solutions for each problem in a round.
+    """
+
+    with_steps: bool = True
+    prompt_weight: float = 0.0
+    steps_weight: float = 1.0
+    answer_weight: float = 1.0
+    prompt_template: str | None = None
+    step_template: str | None = None
+    answer_template: str | None = None
+    chat: bool | None = None
+    max_length: int | None = None
+    overflow: Literal["drop", "error"] = "drop"
+    eval_problems: int = 100
+    eval_samples: int = 1
+    max_new_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 1.0
+    generation_batch_size: int = 32
+    rounds: int = 0
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("prompt_weight", "steps_weight", "answer_weight"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(
+                    f"training.{name}: expected a number of at least 0, found {value}"
+                )
+        if not (self.answer_weight or (self.steps_weight and self.with_steps)):
+            raise ConfigError("training.answer_weight: with all weights 0 there is no loss")
+        for name, least in (
+            ("eval_problems", 0), ("eval_samples", 1), ("max_new_tokens", 1),
+            ("generation_batch_size", 1), ("rounds", 0), ("samples", 1), ("max_length", 2),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"training.{name}: expected at least {least}, found {value}")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(
+                f"training.temperature: expected a number above 0, found {self.temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"training.top_p: expected a number in (0, 1], found {self.top_p}")
+        if self.overflow not in ("drop", "error"):
+            raise ConfigError(
+                f'training.overflow: expected "drop" or "error", found {self.overflow!r}'
+            )
+        try:
+            self.template(SolutionTemplate())
+        except ConfigError as error:
+            raise ConfigError(f"training.{error}") from error
+
+    def template(self, base: SolutionTemplate) -> SolutionTemplate:
+        """Return `base` with the texts that are given here."""
+        given = {name: getattr(self, f"{name}_template") for name in ("prompt", "step", "answer")}
+        return replace(base, **{name: text for name, text in given.items() if text is not None})
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What is trained on: ids, the kind of each, lengths of all rows, and rows left out."""
+
+    tokens: TokenStore
+    kinds: TokenStore
+    lengths: Array
+    left_out: list[int]
+
+    def weights(self, options: Options) -> SpanWeights:
+        table = np.zeros(3, dtype=np.float32)
+        table[[PROMPT, STEPS, ANSWER]] = (
+            options.prompt_weight, options.steps_weight, options.answer_weight,
+        )  # fmt: skip
+        return SpanWeights(self.kinds, table)
+
+
+class ChainOfThought:
+    """Trains a language model to reason, and solves problems with it.
+
+    Parameters
+    ----------
+    model : Transformer or path
+        Causal, with a language-model head; a path is loaded with its tokenizer, and with the
+        templates it was trained with.
+    tokenizer : Tokenizer, optional
+        May be absent when `model` is a path.
+    template : SolutionTemplate, optional
+        How problems, steps and answers are written.
+    chat : bool, optional
+        Whether problems are turns in the model's chat template; by default where it has one.
+    seed : int
+        Of shuffling, adapters, dropout and sampling.
+
+    Raises
+    ------
+    ConfigError
+        If the model is bidirectional, has no head, or a smaller vocabulary than the tokenizer; or
+        there is no tokenizer, or no chat template where `chat` is True.
+    """
+
+    def __init__(
+        self,
+        model: Transformer | str | Path,
+        tokenizer: Tokenizer | None = None,
+        *,
+        template: SolutionTemplate | None = None,
+        chat: bool | None = None,
+        seed: int = 0,
+    ):
+        if isinstance(model, (str, Path)):
+            tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
+            kept = _kept_template(Path(model))
+            if kept is not None and template is None:
+                template, chat = kept[0], kept[1] if chat is None else chat
+            model = load_model(model)
+        if tokenizer is None:
+            raise ConfigError("ChainOfThought needs a tokenizer beside a model that is not a path")
+        require_language_model(model, tokenizer, "chain of thought")
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self._write = SolutionWriter(tokenizer, template or SolutionTemplate(), chat)
+        self._chat = chat
+
+    @property
+    def template(self) -> SolutionTemplate:
+        """How problems, steps and answers are written."""
+        return self._write.template
+
+    # -- training --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        training_data: ReasoningExamples | str | Path,
+        validation_data: ReasoningExamples | str | Path | None = None,
+        options: Options | None = None,
+        *,
+        output_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: bool = False,
+        stop: Callable[[], bool] | None = None,
+        run_config: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> TrainResult:
+        """Train on problems with their solutions; parameters as :meth:`loopos.FineTuner.fit`.
+
+        With ``rounds``, each has a directory ``round-1``, ``round-2``... in `output_dir`, with the
+        solutions that were kept in ``kept.jsonl``; the result is that of the last one.
+
+        Raises
+        ------
+        DataError
+            If an example does not fit, or none does.
+        ConfigError
+            If an option has no such name or value.
+        NumericalError
+            If a loss or gradient is not finite.
+        """
+        options = with_overrides(options or Options(), overrides)
+        self._take_templates(options)
+        training = _examples(training_data, options)
+        validation = None if validation_data is None else _examples(validation_data, options)
+        self.model = with_adapters(self.model, options, self.seed)
+        train_only(self.model.parameters(), trained_body(self.model))
+        run = RunArguments(
+            output_dir=output_dir, callbacks=callbacks, resume=resume, stop=stop,
+            run_config=run_config,
+        )  # fmt: skip
+        labelled = _with_steps(training) if options.rounds else training
+        start = self._trained_arrays() if options.rounds else {}
+        result = self._train(labelled, validation, options, run)
+        for number in range(1, options.rounds + 1):
+            if result.stopped_reason == "interrupted":
+                return result
+            root = None if output_dir is None else Path(output_dir) / f"round-{number}"
+            kept = self._kept(training, options, number, root, resume)
+            for name, array in start.items():
+                self.model.parameters()[name].data[...] = array
+            both = ReasoningExamples.of([*labelled, *kept])
+            again = resume and root is not None and any((root / "checkpoints").glob("step-*"))
+            result = self._train(both, validation, options, {**run, "output_dir": root,
+                                                             "resume": again})  # fmt: skip
+        return result
+
+    def _train(
+        self,
+        training: ReasoningExamples,
+        validation: ReasoningExamples | None,
+        options: Options,
+        run: RunArguments,
+    ) -> TrainResult:
+        samples = self._samples(training, options)
+        return fit(
+            self.model,
+            self.model.parameters(),
+            NextTokenObjective(self.model),
+            samples.tokens,
+            options,
+            loss_weights=samples.weights(options),
+            seed=self.seed,
+            evaluate=None if validation is None else lambda: self._measure(validation, options),
+            run=run,
+        )
+
+    def _trained_arrays(self) -> dict[str, Array]:
+        """Return copies of what will be trained, to begin a round where the first one began."""
+        trained = self.model.parameters().items()
+        return {name: p.data.copy() for name, p in trained if p.requires_grad}
+
+    def _kept(
+        self,
+        training: ReasoningExamples,
+        options: Options,
+        number: int,
+        root: Path | None,
+        resume: bool,
+    ) -> list[ReasoningExample]:
+        """Return new solutions that reach the right answer, or those of a run that goes on."""
+        file = None if root is None else root / "kept.jsonl"
+        if resume and file is not None and file.is_file():
+            return list(read_reasoning(file))
+        kept = self.sample_solutions(training, options, seed=self.seed + number)
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            rows = ({"problem": e.problem, "reasoning": list(e.steps), "answer": e.answer}
+                    for e in kept)  # fmt: skip
+            atomic_write_text(
+                file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            )
+        return kept
+
+    def sample_solutions(
+        self, problems: ReasoningExamples, options: Options | None = None, *, seed: int = 0
+    ) -> list[ReasoningExample]:
+        """Sample solutions for problems, and return those that reach the right answer.
+
+        Of each problem every chain of steps is taken once, and none that stands in `problems`.
+
+        Parameters
+        ----------
+        problems : ReasoningExamples
+            Their steps are not shown to the model.
+        options : Options, optional
+            ``samples``, ``temperature``, ``top_p``, ``max_new_tokens``.
+        seed : int
+        """
+        options = options or Options()
+        found: list[ReasoningExample] = []
+        seen = {(e.problem, e.steps) for e in problems}
+        asked = list(dict.fromkeys((e.problem, e.answer) for e in problems))
+        generations = self._generate(
+            [problem for problem, _ in asked],
+            options,
+            num_samples=options.samples,
+            temperature=options.temperature,
+            seed=seed,
+        )
+        for generation in generations:
+            problem, answer = asked[generation.prompt_index]
+            steps, given = self.template.parse(generation.text or "")
+            new = steps and (problem, steps) not in seen
+            if new and given is not None and same_answer(given, answer):
+                seen.add((problem, steps))
+                found.append(ReasoningExample(problem, steps, answer))
+        return found
+
+    # -- data ------------------------------------------------------------------------------------
+
+    def report(
+        self,
+        training: ReasoningExamples,
+        validation: ReasoningExamples | None = None,
+        options: Options | None = None,
+    ) -> DataReport:
+        """Return what the data holds, which examples are too long, and answers from nowhere."""
+        options = options or Options()
+        self._take_templates(options)
+        sets = [data for data in (training, validation) if data is not None]
+        samples = [self._samples(data, options) for data in sets]
+        lengths = [found.lengths for found in samples]
+        report = DataReport.build(
+            training, validation, lengths[0], None, lengths[1] if validation is not None else None
+        )
+        warnings, dropped = list(report.warnings), report.dropped
+        places = [d.where[i] for d, s in zip(sets, samples, strict=True) for i in s.left_out]
+        if places:
+            rows, limit = report.rows + report.validation_rows, self._limit(options)
+            warnings.append(
+                f"left out are {len(places)} of {rows} examples, which have more than {limit} "
+                f"tokens ({_few(places)})"
+            )
+            dropped = Finding(dropped.count + len(places), [*dropped.places, *places][:_PLACES])
+        absent = [d.where[i] for d in sets for i, e in enumerate(d) if _answer_is_absent(e)]
+        if absent and options.with_steps:
+            warnings.append(
+                f"the answers of {len(absent)} examples are not in their last step ({_few(absent)})"
+            )
+        return replace(report, warnings=warnings, dropped=dropped)
+
+    def preview(
+        self, training: ReasoningExamples, options: Options | None = None, rows: int = 3
+    ) -> list[list[Piece]]:
+        """Return the first `rows` examples in pieces, with how much each counts."""
+        options = options or Options()
+        self._take_templates(options)
+        samples = self._samples(training.take(range(min(rows, len(training)))), options)
+        weights = samples.weights(options)
+        return [
+            weighted_pieces(self.tokenizer, samples.tokens[i], weights[i])
+            for i in range(len(samples.tokens))
+        ]
+
+    def _take_templates(self, options: Options) -> None:
+        template = options.template(self.template)
+        if template != self.template or options.chat is not None:
+            self._chat = self._chat if options.chat is None else options.chat
+            self._write = SolutionWriter(self.tokenizer, template, self._chat)
+
+    def _limit(self, options: Options) -> int:
+        limit = self.model.config.max_seq_len
+        if options.max_length is not None and options.max_length > limit:
+            raise ConfigError(
+                f"training.max_length: {options.max_length} is more than the model's "
+                f"max_seq_len {limit}"
+            )
+        return options.max_length or limit
+
+    def _samples(self, data: ReasoningExamples, options: Options) -> _Samples:
+        """Encode examples; those in a store remember what they were encoded to last."""
+        memo = data.texts.memo if isinstance(data.texts, TextStore) else {}
+        key = (self._write, options.with_steps, options.overflow, self._limit(options))
+        known = memo.get("reasoning")
+        if known is not None and known[0] == key:
+            samples: _Samples = known[1]
+            return samples
+        limit, lengths, left_out = self._limit(options), [], []
+        tokens, kinds = TokenStoreBuilder(), TokenStoreBuilder()
+        for index, example in enumerate(data):
+            steps = example.steps if options.with_steps else ()
+            try:
+                ids, marks = self._write.solution(example.problem, steps, example.answer)
+            except (ConfigError, DataError, ModelFormatError) as error:
+                raise type(error)(f"{data.where[index]}: {error}") from error
+            lengths.append(ids.size)
+            if ids.size > limit:
+                if options.overflow == "error":
+                    raise DataError(
+                        f"{data.where[index]}: has {ids.size} tokens, more than max_length {limit}"
+                    )
+                left_out.append(index)
+                continue
+            tokens.append(ids)
+            kinds.append(marks)
+        if not len(tokens):
+            raise DataError(
+                f"{data.where[0]}: neither this example nor any other fits max_length {limit}"
+            )
+        samples = _Samples(tokens.finish(), kinds.finish(), np.array(lengths, np.int64), left_out)
+        memo["reasoning"] = key, samples
+        return samples
+
+    # -- solving ---------------------------------------------------------------------------------
+
+    def evaluate(
+        self, data: ReasoningExamples | str | Path, options: Options | None = None
+    ) -> dict[str, Any]:
+        """Return loss and perplexity of solutions, and how many problems are solved.
+
+        Returns
+        -------
+        dict
+            ``loss`` (nats per weight of a token) and ``perplexity``, of examples that have steps;
+            with ``eval_problems`` also ``accuracy`` (of solutions found greedily), ``asked``,
+            ``solved``, ``format_errors`` (solutions in which nothing marks an answer) and
+            ``tokens_per_solution``; with ``eval_samples`` also ``accuracy_voted`` and
+            ``mean_confidence``.
+        """
+        options = options or Options()
+        self._take_templates(options)
+        return self._measure(_examples(data, options), options)
+
+    def _measure(self, data: ReasoningExamples, options: Options) -> dict[str, Any]:
+        figures: dict[str, Any] = {}
+        if not options.with_steps or any(example.steps for example in data):
+            samples = self._samples(_with_steps(data) if options.with_steps else data, options)
+            weights = samples.weights(options)
+            figures |= next_token_evaluator(self.model, samples.tokens, weights)()
+        asked = data.take(range(min(options.eval_problems, len(data))))
+        if not len(asked):
+            return figures
+        greedy = self.solve(list(asked.texts), options=options)
+        right = [
+            _is_right(solution, example) for solution, example in zip(greedy, asked, strict=True)
+        ]
+        figures |= {
+            "accuracy": float(np.mean(right)),
+            "asked": len(asked),
+            "solved": int(np.sum(right)),
+            "format_errors": sum(self.template.marker not in s.text for s in greedy),
+            "tokens_per_solution": float(np.mean([s.num_tokens for s in greedy])),
+        }
+        if options.eval_samples > 1:
+            voted = self.solve(
+                list(asked.texts), samples=options.eval_samples, options=options, seed=self.seed
+            )
+            right = [_is_right(s, example) for s, example in zip(voted, asked, strict=True)]
+            figures["accuracy_voted"] = float(np.mean(right))
+            figures["mean_confidence"] = float(np.mean([s.confidence or 0.0 for s in voted]))
+        return figures
+
+    def solve_with_reasoning(
+        self,
+        problem: str,
+        *,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int | None = None,
+        options: Options | None = None,
+    ) -> Solution:
+        """Solve one problem; see :meth:`solve`."""
+        return self.solve(
+            [problem], samples=samples, temperature=temperature, seed=seed, options=options
+        )[0]
+
+    def solve(
+        self,
+        problems: Sequence[str],
+        *,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int | None = None,
+        options: Options | None = None,
+    ) -> list[Solution]:
+        """Solve problems: write steps and an answer, and take the answer that most samples give.
+
+        Answers count as the same where :func:`loopos.data.answers.normal_answer` writes them alike.
+        Of those with as many votes the one counts whose samples are the likeliest together.
+
+        Parameters
+        ----------
+        problems : sequence of str
+        samples : int
+            Solutions of each problem.
+        temperature : float, optional
+            By default 0 (the likeliest token each time) for one sample, else that of `options`.
+        seed : int, optional
+            Of sampling; the trainer's by default.
+        options : Options, optional
+            ``temperature``, ``top_p``, ``max_new_tokens``, ``generation_batch_size``.
+
+        Raises
+        ------
+        DataError
+            If a problem leaves no room for a solution.
+        """
+        if samples < 1:
+            raise ConfigError(f"samples: expected at least 1, found {samples}")
+        options = options or Options()
+        if temperature is None:
+            temperature = options.temperature if samples > 1 else 0.0
+        generations = self._generate(
+            problems, options, num_samples=samples, temperature=temperature,
+            seed=self.seed if seed is None else seed,
+        )  # fmt: skip
+        per_problem = [generations[i : i + samples] for i in range(0, len(generations), samples)]
+        pairs = zip(problems, per_problem, strict=True)
+        return [voted(problem, found, self.template) for problem, found in pairs]
+
+    def generate_reasoning_step(
+        self,
+        problem: str,
+        steps: Sequence[str] = (),
+        *,
+        temperature: float = 0.0,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+    ) -> str:
+        """Return the line that comes next after some steps: a step, or the marked answer.
+
+        Empty where the model ends there.
+        """
+        (generation,) = generate(
+            self.model, [self._write.prompt(problem, steps)], tokenizer=self.tokenizer,
+            temperature=temperature, max_new_tokens=max_new_tokens,
+            stop=(self.template.step_end,), stop_ids=self._write.stop_ids,
+            seed=self.seed if seed is None else seed,
+        )  # fmt: skip
+        text = generation.text or ""
+        return text.removeprefix(self.template.step.partition("{step}")[0]).strip()
+
+    def save(self, directory: str | Path) -> None:
+        """Write model, tokenizer and templates; transformers loads the first two back."""
+        self.model.save(directory, self.tokenizer)
+        kept = {"template": self.template.as_dict(), "chat": self._chat}
+        write_json(Path(directory) / _TEMPLATE_FILE, kept)
+
+    def _generate(
+        self,
+        problems: Sequence[str],
+        options: Options,
+        *,
+        num_samples: int,
+        temperature: float,
+        seed: int,
+    ) -> list[Generation]:
+        prompts = []
+        for problem in problems:
+            prompt = self._write.prompt(problem)
+            room = self.model.config.max_seq_len - prompt.size
+            if room < 1:
+                raise DataError(
+                    f"a problem of {prompt.size} tokens leaves no room for a solution "
+                    f"(max_seq_len {self.model.config.max_seq_len}): {problem[:60]!r}"
+                )
+            prompts.append(prompt)
+        return generate(
+            self.model, prompts, tokenizer=self.tokenizer, num_samples=num_samples,
+            temperature=temperature, top_p=options.top_p if temperature else 1.0, seed=seed,
+            max_new_tokens=options.max_new_tokens, stop_ids=self._write.stop_ids,
+            batch_size=options.generation_batch_size,
+        )  # fmt: skip
+
+
+def _is_right(solution: Solution, example: ReasoningExample) -> bool:
+    return solution.answer is not None and same_answer(solution.answer, example.answer)
+
+
+def _answer_is_absent(example: ReasoningExample) -> bool:
+    """Whether the last step says nothing of the answer."""
+    if not example.steps:
+        return False
+    last = example.steps[-1]
+    found = extract_answer(last)
+    near = found is not None and same_answer(found, example.answer)
+    return not near and normal_answer(example.answer) not in normal_answer(last)
+
+
+def _few(places: Sequence[str]) -> str:
+    return ", ".join(places[:_PLACES]) + (", ..." if len(places) > _PLACES else "")
+
+
+def _with_steps(data: ReasoningExamples) -> ReasoningExamples:
+    """Return the examples that have steps.
+
+    Raises
+    ------
+    DataError
+        If none has.
+    """
+    chosen = [i for i, example in enumerate(data) if example.steps]
+    if not chosen:
+        raise DataError(f"{data.where[0]}: neither this example nor any other has steps")
+    return data if len(chosen) == len(data) else data.take(chosen)
+
+
+def _examples(data: ReasoningExamples | str | Path, options: Options) -> ReasoningExamples:
+    if isinstance(data, ReasoningExamples):
+        return data
+    return read_reasoning(data, need_steps=options.with_steps and not options.rounds)
+
+
+def _kept_template(directory: Path) -> tuple[SolutionTemplate, bool | None] | None:
+    """Return the templates beside a model, if it was saved with some."""
+    file = directory / _TEMPLATE_FILE
+    if not file.is_file():
+        return None
+    values = read_json(file, ModelFormatError)
+    try:
+        return SolutionTemplate(**values["template"]), values["chat"]
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ModelFormatError(f"{file}: does not hold the templates of a model") from error
+
+
+def read(
+    source: str | Path,
+    text_field: str,
+    label_field: str,
+    *,
+    options: Options,
+    like: Texts | None = None,
+    num_classes: int | None = None,
+) -> ReasoningExamples:
+    """Read problems for a run; there are no labels to read.
+
+    Raises
+    ------
+    ConfigError
+        If `num_classes` is given: a language model has none.
+    """
+    if num_classes is not None:
+        raise ConfigError("model.num_classes: a language model has no classes")
+    return _examples(Path(source) if isinstance(source, str) else source, options)
+
+
+def make(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    training: ReasoningExamples,
+    *,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> ChainOfThought:
+    """Make the trainer of a run."""
+    return ChainOfThought(model, tokenizer, seed=seed)

@@ -1,0 +1,86 @@
+"""Solutions of problems, and the vote over several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loopos.data.answers import extract_answer, normal_answer
+from loopos.data.solutions import SolutionTemplate
+from loopos.generation import Generation
+
+__all__ = ["Solution", "voted"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a model makes of a problem.
+
+    Attributes
+    ----------
+    problem : str
+    steps : tuple of str
+        The reasoning of the sample that gave the answer and is the likeliest of those.
+    answer : str or None
+        None if no sample gave one.
+    logprob : float
+        Of that sample's tokens together, nats.
+    confidence : float or None
+        Share of the samples that gave this answer; None of a single one, which says nothing.
+    votes : dict of str to int
+        How many samples gave each answer, as :func:`loopos.data.answers.normal_answer` writes it.
+    text : str
+        The sample as it was generated.
+    num_tokens : int
+        Its tokens.
+    """
+
+    problem: str
+    steps: tuple[str, ...]
+    answer: str | None
+    logprob: float
+    confidence: float | None
+    votes: dict[str, int]
+    text: str
+    num_tokens: int
+
+
+def voted(problem: str, generations: Sequence[Generation], template: SolutionTemplate) -> Solution:
+    """Put the answers of several samples to the vote (Wang et al. 2023, self-consistency).
+
+    Of answers with as many votes the one counts whose samples are the likeliest together.
+
+    Parameters
+    ----------
+    problem : str
+    generations : sequence of Generation
+        One at least, with their texts.
+    template : SolutionTemplate
+        By which steps and answer are told apart; where nothing marks an answer, the last number is
+        taken.
+    """
+    parsed = [template.parse(g.text or "") for g in generations]
+    answers = [
+        answer if answer is not None else extract_answer(g.text or "")
+        for (_, answer), g in zip(parsed, generations, strict=True)
+    ]
+    keys = [None if answer is None else normal_answer(answer) for answer in answers]
+    logprobs = [float(np.sum(g.logprobs, dtype=np.float64)) for g in generations]
+    votes: dict[str, int] = {}
+    for key in keys:
+        if key is not None:
+            votes[key] = votes.get(key, 0) + 1
+
+    def likelihood(key: str | None) -> float:
+        return float(np.logaddexp.reduce([p for p, k in zip(logprobs, keys, strict=True)
+                                          if k == key]))  # fmt: skip
+
+    winner = max(votes, key=lambda key: (votes[key], likelihood(key)), default=None)
+    best = max((i for i, key in enumerate(keys) if key == winner), key=logprobs.__getitem__)
+    share = None if len(generations) == 1 else votes.get(winner or "", 0) / len(generations)
+    return Solution(
+        problem, parsed[best][0], answers[best], logprobs[best], share, votes,
+        generations[best].text or "", int(generations[best].ids.size),
+    )  # fmt: skip

@@ -1,0 +1,117 @@
+"""Reading problems with their steps and answers: what a row means, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from loopos.data.reasoning import ReasoningExample, ReasoningExamples, read_reasoning
+from loopos.data.splitting import split
+from loopos.errors import DataError
+
+TOM = ReasoningExample("Tom has 2 pens and 3 more.", ("Tom has 2 + 3 = 5 pens.",), "5")
+
+
+def put(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"problem": TOM.problem, "reasoning": list(TOM.steps), "answer": "5"},
+        {"problem": TOM.problem, "reasoning": TOM.steps[0] + "\n\n", "answer": 5},
+        {"question": TOM.problem, "answer": "Tom has 2 + 3 = <<2+3=5>>5 pens.\n#### 5"},
+        {"messages": [
+            {"role": "system", "content": "Think."},
+            {"role": "user", "content": TOM.problem},
+            {"role": "assistant", "content": TOM.steps[0] + "\n#### 5"},
+        ]},
+        {"messages": [
+            {"role": "user", "content": "Something else."},
+            {"role": "user", "content": TOM.problem},
+            {"role": "assistant", "content": TOM.steps[0] + "\n5"},
+        ]},
+    ],
+)  # fmt: skip
+def test_forms_of_rows(tmp_path, row):
+    assert list(read_reasoning(put(tmp_path / "t.jsonl", row))) == [TOM]
+    assert list(read_reasoning([row])) == [TOM]
+
+
+def test_parquet_and_arrays(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    rows = [{"problem": TOM.problem, "reasoning": list(TOM.steps), "answer": "5"}] * 2
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")
+    assert list(read_reasoning(tmp_path / "t.parquet")) == [TOM, TOM]
+    row = rows[0] | {"reasoning": np.array(TOM.steps, dtype=object)}
+    assert list(read_reasoning([row])) == [TOM]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problme": "a", "answer": "b"}, "did you mean 'problem'"),
+        ({"problem": "a", "answer": "b"}, "reasoning"),
+        ({"problem": "a", "reasoning": ["s"]}, "answer"),
+        ({"problem": " ", "reasoning": ["s"], "answer": "b"}, "there is no text in 'problem'"),
+        ({"problem": "a", "reasoning": [], "answer": "b"}, "there is no step in 'reasoning'"),
+        (
+            {"problem": "a", "reasoning": ["s", ""], "answer": "b"},
+            "no text in 'step 2 of",
+        ),
+        (
+            {"problem": "a", "reasoning": 3, "answer": "b"},
+            "'reasoning' to be a list",
+        ),
+        ({"problem": "a", "reasoning": ["s"], "answer": ""}, "there is no text in 'answer'"),
+        ({"problem": 3, "reasoning": ["s"], "answer": "b"}, "'problem' to be text, found 3"),
+        ({"question": "a", "answer": "so 5"}, "no '####' before the answer in 'answer'"),
+        ({"question": "a", "answer": "s\n####"}, "there is no text in 'answer'"),
+        ({"question": "a", "answer": "#### 5"}, "there is no step in 'reasoning'"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+        ({"messages": "a"}, "'messages' to be a list of messages"),
+        ({"problem": "a\ud800", "reasoning": ["s"], "answer": "b"}, "surrogate"),
+    ],
+)
+def test_rows_that_are_refused_are_named(tmp_path, row, message):
+    good = {"problem": "a", "reasoning": ["s"], "answer": "b"}
+    file = put(tmp_path / "t.jsonl", good, row)
+    with pytest.raises(DataError, match=rf"t\.jsonl:2: .*{message}"):
+        read_reasoning(file)
+
+
+def test_no_rows(tmp_path):
+    (tmp_path / "t.jsonl").write_text("")
+    with pytest.raises(DataError, match="there is no row in it"):
+        read_reasoning(tmp_path / "t.jsonl")
+
+
+def test_rows_without_reasoning_where_none_is_needed():
+    rows = [{"problem": "a", "answer": "1"}, {"question": "b", "answer": "#### 2"}]
+    found = read_reasoning(rows, need_steps=False)
+    assert [(e.problem, e.steps, e.answer) for e in found] == [("a", (), "1"), ("b", (), "2")]
+
+
+def test_examples_are_a_data_set():
+    examples = [ReasoningExample(f"p{i % 3}", (f"s{i}",), str(i)) for i in range(9)]
+    data = ReasoningExamples.of(examples)
+    assert (len(data), data[4], list(data)) == (9, examples[4], examples)
+    assert list(data.take([8, 0])) == [examples[8], examples[0]]
+    assert data.take([8]).where == ["row 9"]
+    assert "p0\ns0\n0" in list(data.corpus)
+    other = ReasoningExamples.of([*examples[:8], ReasoningExample("p2", ("s8",), "9")])
+    assert list(data.texts) == list(other.texts)
+    assert list(data.parts()) != list(other.parts())
+
+
+def test_equal_problems_stay_on_one_side():
+    data = ReasoningExamples.of(
+        [ReasoningExample(f"p{i % 5}", (f"s{i}",), str(i)) for i in range(20)]
+    )
+    training, validation = split(data, 0.3, seed=0)
+    assert not {e.problem for e in training} & {e.problem for e in validation}
+    assert len(training) + len(validation) == 20
+    assert sorted(map(str, [*training, *validation])) == sorted(map(str, data))
