@@ -18,7 +18,7 @@ from loopos.data.solutions import SolutionTemplate
 from loopos.data.tokenizer import train_bpe
 from loopos.errors import ConfigError, DataError
 from loopos.generation import Generation
-from loopos.methods import chain_of_thought
+from loopos.methods import solving
 from loopos.methods.chain_of_thought import ChainOfThought, Options
 from loopos.methods.solving import voted
 from loopos.models import Transformer, TransformerConfig
@@ -262,10 +262,10 @@ def test_samples_without_an_answer():
 def canned(answers):
     """Return a stand-in for generate that gives each prompt the same texts."""
 
-    def generate(model, prompts, *, num_samples, **options):
+    def generate(model, prompts, sampling, **options):
         return [
             Generation(i, j, np.zeros(1, np.int32), np.zeros(1), answers[j], "stop_token")
-            for i in range(len(prompts)) for j in range(num_samples)
+            for i in range(len(prompts)) for j in range(sampling.num_samples)
         ]  # fmt: skip
 
     return generate
@@ -274,7 +274,7 @@ def canned(answers):
 def test_a_round_keeps_what_is_right_new_and_reasoned(monkeypatch):
     texts = ["1 + 2 = 3\nAnswer: 3", "1 + 2 = 3\nAnswer: 3", "Answer: 3", "2 + 1 = 3\nAnswer: 4",
              "2 + 1 = 3\nAnswer: 3.0", "known\nAnswer: 3"]  # fmt: skip
-    monkeypatch.setattr(chain_of_thought, "generate", canned(texts))
+    monkeypatch.setattr(solving, "generate", canned(texts))
     problems = ReasoningExamples.of([ReasoningExample("p", ("known",), "3"),
                                      ReasoningExample("q", (), "5")])  # fmt: skip
     kept = trainer().sample_solutions(problems, Options(samples=6))
@@ -285,7 +285,7 @@ def test_rounds_train_from_the_start_on_more(monkeypatch, tmp_path):
     extra = ReasoningExample("p", ("1 + 2 = 3",), "3")
     unlabelled = ReasoningExamples.of([*DATA, ReasoningExample("p", (), "3")])
     texts = ["1 + 2 = 3\nAnswer: 3"]
-    monkeypatch.setattr(chain_of_thought, "generate", canned(texts))
+    monkeypatch.setattr(solving, "generate", canned(texts))
     common = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2}
     cot = trainer()
     cot.fit(unlabelled, rounds=1, samples=1, output_dir=tmp_path / "run", **common)

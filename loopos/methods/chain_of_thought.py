@@ -30,7 +30,7 @@ from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
 from loopos.errors import ConfigError, DataError, ModelFormatError
 from loopos.files import atomic_write_text, read_json, write_json
-from loopos.generation import Generation, generate
+from loopos.generation import Generation, SamplingOptions
 from loopos.methods.common import (
     RunArguments,
     fit,
@@ -47,7 +47,7 @@ from loopos.methods.language_model import (
     require_language_model,
     weighted_pieces,
 )
-from loopos.methods.solving import Solution, voted
+from loopos.methods.solving import Solution, asked_for, voted
 from loopos.models.transformer import Transformer
 from loopos.models.weights import load_model
 from loopos.training.loop import TrainingOptions, TrainResult
@@ -353,12 +353,9 @@ class ChainOfThought:
         found: list[ReasoningExample] = []
         seen = {(e.problem, e.steps) for e in problems}
         asked = list(dict.fromkeys((e.problem, e.answer) for e in problems))
-        generations = self._generate(
-            [problem for problem, _ in asked],
-            options,
-            num_samples=options.samples,
-            temperature=options.temperature,
-            seed=seed,
+        problems_asked = [problem for problem, _ in asked]
+        generations = self._sampled(
+            problems_asked, options, options.samples, options.temperature, seed
         )
         for generation in generations:
             problem, answer = asked[generation.prompt_index]
@@ -563,13 +560,10 @@ class ChainOfThought:
         options = options or Options()
         if temperature is None:
             temperature = options.temperature if samples > 1 else 0.0
-        generations = self._generate(
-            problems, options, num_samples=samples, temperature=temperature,
-            seed=self.seed if seed is None else seed,
-        )  # fmt: skip
-        per_problem = [generations[i : i + samples] for i in range(0, len(generations), samples)]
-        pairs = zip(problems, per_problem, strict=True)
-        return [voted(problem, found, self.template) for problem, found in pairs]
+        found = self._sampled(problems, options, samples, temperature, seed)
+        groups = [found[i : i + samples] for i in range(0, len(found), samples)]
+        pairs = zip(problems, groups, strict=True)
+        return [voted(problem, group, self.template) for problem, group in pairs]
 
     def generate_reasoning_step(
         self,
@@ -584,46 +578,34 @@ class ChainOfThought:
 
         Empty where the model ends there.
         """
-        (generation,) = generate(
-            self.model, [self._write.prompt(problem, steps)], tokenizer=self.tokenizer,
-            temperature=temperature, max_new_tokens=max_new_tokens,
-            stop=(self.template.step_end,), stop_ids=self._write.stop_ids,
-            seed=self.seed if seed is None else seed,
+        sampling = SamplingOptions(
+            max_new_tokens=max_new_tokens, temperature=temperature,
+            stop=(self.template.step_end,), seed=self.seed if seed is None else seed,
         )  # fmt: skip
-        text = generation.text or ""
+        (found,) = asked_for(self.model, self._write, [problem], sampling, steps=steps)
+        text = found.text or ""
         return text.removeprefix(self.template.step.partition("{step}")[0]).strip()
+
+    def _sampled(
+        self,
+        problems: Sequence[str],
+        options: Options,
+        samples: int,
+        temperature: float,
+        seed: int | None,
+    ) -> list[Generation]:
+        sampling = SamplingOptions(
+            max_new_tokens=options.max_new_tokens, temperature=temperature, top_p=options.top_p,
+            num_samples=samples, seed=self.seed if seed is None else seed,
+        )  # fmt: skip
+        size = options.generation_batch_size
+        return asked_for(self.model, self._write, problems, sampling, batch_size=size)
 
     def save(self, directory: str | Path) -> None:
         """Write model, tokenizer and templates; transformers loads the first two back."""
         self.model.save(directory, self.tokenizer)
         kept = {"template": self.template.as_dict(), "chat": self._chat}
         write_json(Path(directory) / _TEMPLATE_FILE, kept)
-
-    def _generate(
-        self,
-        problems: Sequence[str],
-        options: Options,
-        *,
-        num_samples: int,
-        temperature: float,
-        seed: int,
-    ) -> list[Generation]:
-        prompts = []
-        for problem in problems:
-            prompt = self._write.prompt(problem)
-            room = self.model.config.max_seq_len - prompt.size
-            if room < 1:
-                raise DataError(
-                    f"a problem of {prompt.size} tokens leaves no room for a solution "
-                    f"(max_seq_len {self.model.config.max_seq_len}): {problem[:60]!r}"
-                )
-            prompts.append(prompt)
-        return generate(
-            self.model, prompts, tokenizer=self.tokenizer, num_samples=num_samples,
-            temperature=temperature, top_p=options.top_p if temperature else 1.0, seed=seed,
-            max_new_tokens=options.max_new_tokens, stop_ids=self._write.stop_ids,
-            batch_size=options.generation_batch_size,
-        )  # fmt: skip
 
 
 def _is_right(solution: Solution, example: ReasoningExample) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from loopos.data.answers import extract_answer, normal_answer
-from loopos.data.solutions import SolutionTemplate
-from loopos.generation import Generation
+from loopos.data.solutions import SolutionTemplate, SolutionWriter
+from loopos.errors import DataError
+from loopos.generation import Generation, SamplingOptions, generate
+from loopos.models.transformer import Transformer
 
-__all__ = ["Solution", "voted"]
+__all__ = ["Solution", "asked_for", "voted"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,49 @@ class Solution:
     votes: dict[str, int]
     text: str
     num_tokens: int
+
+
+def asked_for(
+    model: Transformer,
+    writer: SolutionWriter,
+    problems: Sequence[str],
+    sampling: SamplingOptions,
+    *,
+    steps: Sequence[str] = (),
+    batch_size: int = 16,
+) -> list[Generation]:
+    """Return what a model writes of problems, by problem and by sample.
+
+    Parameters
+    ----------
+    model : Transformer
+    writer : SolutionWriter
+    problems : sequence of str
+    sampling : SamplingOptions
+    steps : sequence of str
+        That are known already.
+    batch_size : int
+        Solutions that are generated at once.
+
+    Raises
+    ------
+    DataError
+        If a problem leaves no room for a solution.
+    """
+    prompts, limit = (
+        [writer.prompt(problem, steps) for problem in problems],
+        model.config.max_seq_len,
+    )
+    for problem, prompt in zip(problems, prompts, strict=True):
+        if prompt.size >= limit:
+            raise DataError(
+                f"a problem of {prompt.size} tokens leaves no room for a solution "
+                f"(max_seq_len {limit}): {problem[:60]!r}"
+            )
+    return generate(
+        model, prompts, sampling, tokenizer=writer.tokenizer, stop_ids=writer.stop_ids,
+        batch_size=batch_size,
+    )  # fmt: skip
 
 
 def voted(problem: str, generations: Sequence[Generation], template: SolutionTemplate) -> Solution:
