@@ -159,38 +159,38 @@ def test_what_is_wrong_is_found(reasoning, answer, message):
 
 GOLDEN = [
     {
-        "problem": "Ida has 96 dollars. Ida buys 7 books for 7 dollars each. Ida buys a "
-        "lamp for 31 dollars. How many dollars are left?",
+        "problem": "Ida has 85 dollars. Ida buys 7 books for 7 dollars each. Ida buys a "
+        "lamp for 20 dollars. How many dollars are left?",
         "reasoning": [
             "The books cost 7 * 7 = 49 dollars.",
-            "Together they cost 49 + 31 = 80 dollars.",
-            "Ida has 96 - 80 = 16 dollars left.",
+            "Together they cost 49 + 20 = 69 dollars.",
+            "Ida has 85 - 69 = 16 dollars left.",
         ],
         "answer": "16",
         "skill": "money",
         "level": 2,
     },
     {
-        "problem": "Sam has 94 dollars. Sam buys 6 stamps for 9 dollars each. Sam buys a "
-        "lamp for 23 dollars. How many dollars does Sam have left?",
+        "problem": "Sam has 81 dollars. Sam buys 6 stamps for 8 dollars each. Sam buys a "
+        "lamp for 18 dollars. How many dollars does Sam have left?",
         "reasoning": [
-            "The stamps cost 6 * 9 = 54 dollars.",
-            "Together they cost 54 + 23 = 77 dollars.",
-            "Sam has 94 - 77 = 17 dollars left.",
+            "The stamps cost 6 * 8 = 48 dollars.",
+            "Together they cost 48 + 18 = 66 dollars.",
+            "Sam has 81 - 66 = 15 dollars left.",
         ],
-        "answer": "17",
+        "answer": "15",
         "skill": "money",
         "level": 2,
     },
     {
-        "problem": "Sam has 75 dollars. Sam buys 4 books for 6 dollars each. Sam buys a "
-        "lamp for 32 dollars. How many dollars does Sam have left?",
+        "problem": "Sam has 46 dollars. Sam buys 4 books for 5 dollars each. Sam buys a "
+        "lamp for 16 dollars. How many dollars does Sam have left?",
         "reasoning": [
-            "The books cost 4 * 6 = 24 dollars.",
-            "Together they cost 24 + 32 = 56 dollars.",
-            "Sam has 75 - 56 = 19 dollars left.",
+            "The books cost 4 * 5 = 20 dollars.",
+            "Together they cost 20 + 16 = 36 dollars.",
+            "Sam has 46 - 36 = 10 dollars left.",
         ],
-        "answer": "19",
+        "answer": "10",
         "skill": "money",
         "level": 2,
     },

@@ -51,8 +51,8 @@ class Level:
 #: The levels of difficulty.
 LEVELS: Mapping[int, Level] = {
     1: Level((2, 2), 60, 20, 9, 10),
-    2: Level((3, 3), 100, 40, 9, 12),
-    3: Level((4, 5), 200, 60, 9, 12),
+    2: Level((3, 3), 100, 20, 9, 10),
+    3: Level((4, 5), 200, 40, 9, 12),
 }
 
 
