@@ -37,8 +37,8 @@ def test_a_problem_as_it_is_told():
     st.sampled_from(["train", "test"]),
 )
 def test_every_step_is_right_and_within_its_level(seed, levels, skills, split):
-    problems = make_problems(20, seed=seed, levels=levels, skills=skills, split=split)
-    assert len({calculations(p) for p in problems}) == 20
+    problems = make_problems(10, seed=seed, levels=levels, skills=skills, split=split)
+    assert len({(p["skill"], calculations(p)) for p in problems}) == 10
     for problem in problems:
         verify(problem)
         assert list(problem) == ["problem", "reasoning", "answer", "skill", "level"]
@@ -65,10 +65,10 @@ def test_no_calculation_of_a_test_is_ever_one_of_training():
             for seed, levels in ((1, (1, 2, 3)), (2, (1,)), (3, (2,)))
             for problem in make_problems(size, seed=seed, levels=levels, split=split)
         }
-        for split, size in (("train", 6000), ("test", 2000))
+        for split, size in (("train", 6000), ("test", 1000))
     }
     assert len(parts["train"]) > 10_000
-    assert len(parts["test"]) > 4000
+    assert len(parts["test"]) > 2000
     assert not parts["train"] & parts["test"]
 
 
@@ -159,39 +159,40 @@ def test_what_is_wrong_is_found(reasoning, answer, message):
 
 GOLDEN = [
     {
-        "problem": "Ida has 96 dollars. Ida buys 7 books for 7 dollars each. Ida buys a "
-        "lamp for 31 dollars. How many dollars are left?",
+        "problem": "Eva buys 7 nuts for 6 dollars each. Eva buys a lamp for 10 dollars. "
+        "Eva buys a cake for 4 dollars. How many dollars does Eva pay?",
         "reasoning": [
-            "The books cost 7 * 7 = 49 dollars.",
-            "Together they cost 49 + 31 = 80 dollars.",
-            "Ida has 96 - 80 = 16 dollars left.",
+            "The nuts cost 7 * 6 = 42 dollars.",
+            "Then it costs 42 + 10 = 52 dollars.",
+            "Then it costs 52 + 4 = 56 dollars.",
         ],
-        "answer": "16",
+        "answer": "56",
         "skill": "money",
         "level": 2,
     },
     {
-        "problem": "Sam has 94 dollars. Sam buys 6 stamps for 9 dollars each. Sam buys a "
-        "lamp for 23 dollars. How many dollars does Sam have left?",
+        "problem": "Ida buys 8 nuts for 7 dollars each. A coupon takes 8 dollars off. "
+        "Ida buys a map for 11 dollars. How many dollars does Ida pay?",
         "reasoning": [
-            "The stamps cost 6 * 9 = 54 dollars.",
-            "Together they cost 54 + 23 = 77 dollars.",
-            "Sam has 94 - 77 = 17 dollars left.",
+            "The nuts cost 8 * 7 = 56 dollars.",
+            "Then it costs 56 - 8 = 48 dollars.",
+            "Then it costs 48 + 11 = 59 dollars.",
         ],
-        "answer": "17",
+        "answer": "59",
         "skill": "money",
         "level": 2,
     },
     {
-        "problem": "Sam has 75 dollars. Sam buys 4 books for 6 dollars each. Sam buys a "
-        "lamp for 32 dollars. How many dollars does Sam have left?",
+        "problem": "Eva has 26 eggs. Eva loses 12 eggs. Eva shares all eggs equally "
+        "among 7 children. Sam is one of the children. Sam buys 7 more eggs. "
+        "How many eggs does Sam have now?",
         "reasoning": [
-            "The books cost 4 * 6 = 24 dollars.",
-            "Together they cost 24 + 32 = 56 dollars.",
-            "Sam has 75 - 56 = 19 dollars left.",
+            "Eva has 26 - 12 = 14 eggs.",
+            "Each child gets 14 / 7 = 2 eggs.",
+            "Sam has 2 + 7 = 9 eggs.",
         ],
-        "answer": "19",
-        "skill": "money",
+        "answer": "9",
+        "skill": "sharing",
         "level": 2,
     },
 ]

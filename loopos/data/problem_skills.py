@@ -50,9 +50,9 @@ class Level:
 
 #: The levels of difficulty.
 LEVELS: Mapping[int, Level] = {
-    1: Level((2, 2), 60, 20, 9, 10),
-    2: Level((3, 3), 100, 40, 9, 12),
-    3: Level((4, 5), 200, 60, 9, 12),
+    1: Level((2, 2), 60, 12, 9, 9),
+    2: Level((3, 3), 100, 12, 9, 9),
+    3: Level((4, 5), 200, 40, 9, 12),
 }
 
 
@@ -130,7 +130,7 @@ def _plan_change(draws: Draws, limits: Level, count: int) -> Steps:
 
 
 def _plan_groups(draws: Draws, limits: Level, count: int) -> Steps:
-    if count > 2 and draws.below(2):
+    if count > 3 and draws.below(2):
         half = limits.largest // 2
         steps = [_product(draws, half, limits), _product(draws, half, limits)]
         steps.append(_sum(*steps))
@@ -196,14 +196,13 @@ def _plan_sharing(draws: Draws, limits: Level, count: int) -> Steps:
 
 
 def _plan_money(draws: Draws, limits: Level, count: int) -> Steps:
-    """One or two kinds of things, one more from three or five steps, and the change."""
+    """What things cost, more and less; from four steps on of two kinds, and the change."""
     room = limits.largest - limits.addend // 2
     if count < 4:
-        steps = [_product(draws, room - 10, limits)]
-    else:
-        steps = [_product(draws, room // 2 - 5, limits), _product(draws, room // 2 - 5, limits)]
-        steps.append(_sum(*steps))
-    if count in (3, 5):
+        return _moves(draws, [_product(draws, room, limits)], limits, count)
+    steps = [_product(draws, room // 2 - 5, limits), _product(draws, room // 2 - 5, limits)]
+    steps.append(_sum(*steps))
+    if count > 4:
         most = min(limits.addend, room - steps[-1].result)
         steps.append(Step(steps[-1].result, "+", draws.between(2, most)))
     spent = steps[-1].result
@@ -212,22 +211,18 @@ def _plan_money(draws: Draws, limits: Level, count: int) -> Steps:
 
 
 def _plan_time(draws: Draws, limits: Level, count: int) -> Steps:
-    """Rounds of some minutes and breaks; from three steps on, of the time that there is."""
-    if limits.largest >= 120 and draws.below(2):
+    """Rounds of some minutes and breaks; from four steps on, of the hours that there are."""
+    if count < 4:
+        room, hours = limits.largest - limits.addend, 0
+    else:
         hours = draws.between(2, limits.largest // 60)
-        steps = [Step(hours, "*", 60), _product(draws, 100 - 10 * count, limits)]
-        while len(steps) < count - 1:
-            steps.append(Step(steps[-1].result, "+", draws.between(2, 20)))
-        return [*steps, Step(hours * 60, "-", steps[-1].result)]
-    room = limits.largest - limits.addend // 2
-    steps = [_product(draws, room - 15 * (count - 1), limits)]
-    while len(steps) < max(2, count - 1):
-        most = min(limits.addend, room - steps[-1].result - 5 * (count - len(steps)))
+        room = 60
+    steps = [_product(draws, room, limits)]
+    while len(steps) < count - 2 * bool(hours):
+        most = min(limits.addend, (limits.largest, 118)[bool(hours)] - steps[-1].result)
         steps.append(Step(steps[-1].result, "+", draws.between(2, most)))
-    if count > 2:
-        spent = steps[-1].result
-        left = draws.between(2, min(limits.addend, limits.largest - spent))
-        steps.append(Step(spent + left, "-", spent))
+    if hours:
+        return [Step(hours, "*", 60), *steps, Step(hours * 60, "-", steps[-1].result)]
     return steps
 
 
@@ -344,17 +339,26 @@ def _tell_sharing(draws: Draws, steps: Steps) -> Told:
 
 
 def _tell_money(draws: Draws, steps: Steps) -> Told:
-    name = draws.pick(_NAMES)
-    kinds = draws.two(_THINGS)
+    name, kinds = draws.pick(_NAMES), draws.two(_THINGS)
     count = 2 if steps[1].op == "*" else 1
-    told, reasoning = [f"{name} has {steps[-1].a} dollars."], []
+    told: list[str] = []
+    reasoning: list[str] = []
     for things, step in zip(kinds[:count], steps, strict=False):
         told.append(f"{name} buys {step.a} {things} for {step.b} dollars each.")
         reasoning.append(f"The {things} cost {step} dollars.")
-    for index, step in enumerate(steps[count:-1]):
-        if count == 1 or index:
+    rest = steps[count:]
+    if count == 2:
+        told.insert(0, f"{name} has {steps[-1].a} dollars.")
+        reasoning.append(f"Together they cost {rest[0]} dollars.")
+        rest = rest[1:-1]
+    for step in rest:
+        if step.op == "+":
             told.append(f"{name} buys a {draws.pick(_GOODS)} for {step.b} dollars.")
-        reasoning.append(f"Together they cost {step} dollars.")
+        else:
+            told.append(f"A coupon takes {step.b} dollars off.")
+        reasoning.append(f"Then it costs {step} dollars.")
+    if count == 1:
+        return [*told, f"How many dollars does {name} pay?"], reasoning
     reasoning.append(f"{name} has {steps[-1]} dollars left.")
     question = draws.pick(
         ("How many dollars are left?", f"How many dollars does {name} have left?")
@@ -367,22 +371,20 @@ def _tell_time(draws: Draws, steps: Steps) -> Told:
     verb, rounds = draws.pick(_SPORTS)
     told: list[str] = []
     reasoning: list[str] = []
-    main = list(steps)
-    if main[0].b == 60:
-        hours = main.pop(0)
+    hours = steps[0] if steps[0].b == 60 else None
+    if hours is not None:
         told.append(f"{name} has {hours.a} hours of time.")
         reasoning.append(f"{name} has {hours} minutes of time.")
-    elif main[-1].op == "-":
-        told.append(f"{name} has {main[-1].a} minutes of time.")
-    told.append(f"{name} {verb} {main[0].a} {rounds}, {main[0].b} minutes each.")
-    reasoning.append(f"The {rounds} take {main[0]} minutes.")
-    for step in main[1:]:
-        if step.op == "-":
-            reasoning.append(f"{name} has {step} minutes left.")
-            return [*told, "How many minutes are left?"], reasoning
+        steps = steps[1:]
+    told.append(f"{name} {verb} {steps[0].a} {rounds}, {steps[0].b} minutes each.")
+    reasoning.append(f"The {rounds} take {steps[0]} minutes.")
+    for step in steps[1 : None if hours is None else -1]:
         told.append(f"{name} {draws.pick(('rests', 'walks', 'waits'))} {step.b} minutes.")
         reasoning.append(f"So far it takes {step} minutes.")
-    return [*told, "How many minutes does it take in all?"], reasoning
+    if hours is None:
+        return [*told, "How many minutes does it take in all?"], reasoning
+    reasoning.append(f"{name} has {steps[-1]} minutes left.")
+    return [*told, "How many minutes are left?"], reasoning
 
 
 @dataclass(frozen=True)
