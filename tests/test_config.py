@@ -125,13 +125,20 @@ def test_the_seeds_fine_tuning_file_loads_unchanged(load):
     assert config.data.validation_fraction == 0.1
 
 
-@pytest.mark.parametrize("name", ["chain_of_thought", "rlhf_training"])
+def test_the_seeds_chain_of_thought_file_loads_unchanged(load):
+    config = load(SEED["chain_of_thought"])
+    assert config.model["num_layers"] == 6
+    assert (config.computation.method, config.training.num_epochs) == ("chain_of_thought", 3)
+    assert config.data.reasoning_examples == "data/train.jsonl"
+
+
+@pytest.mark.parametrize("name", ["rlhf_training"])
 def test_methods_of_the_seed_that_are_not_here_yet_are_refused_in_one_sentence(refused, name):
     method = SEED[name]["computation"]["method"]
     line = line_of(SEED[name], "computation.method")
     assert refused(SEED[name]) == (
         f"run.json:{line}: computation.method: this version does not have the method '{method}' "
-        "(it has: fine_tuning, sft, autoregressive)"
+        "(it has: fine_tuning, sft, chain_of_thought, autoregressive)"
     )
 
 
@@ -380,7 +387,7 @@ def test_unknown_methods(refused, base):
     line = line_of(base, "computation.method")
     assert refused(base) == (
         f"run.json:{line}: computation.method: unknown method 'finetuning'; "
-        "did you mean 'fine_tuning'? (known: fine_tuning, sft, autoregressive)"
+        "did you mean 'fine_tuning'? (known: fine_tuning, sft, chain_of_thought, autoregressive)"
     )
     base["computation"] |= {"method": "fine_tuning", "mode": "pretraining"}
     line = line_of(base, "computation.mode")
