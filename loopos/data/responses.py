@@ -223,7 +223,10 @@ class PreferenceReport(DataReport):
         first = first_of_each(*(data.texts for data in kept))
         rows = len(kept[0].texts)
         leaks = [(data, np.flatnonzero(first[rows:] < rows)) for data in kept[1:]]
-        ties = [place for data in sets for place in getattr(data, "ties", [])]
+        told = [getattr(data, "ties", []) for data in sets]
+        if told[-1] is told[0]:  # two parts of one set have the same list
+            told = told[:1]
+        ties = [place for places in told for place in places]
         long = list(zip(sets, (part.too_long for part in found), strict=True))
         values = {f.name: getattr(base, f.name) for f in fields(DataReport)}
         values |= {"leaks": Finding.at(leaks), "warnings": []}
