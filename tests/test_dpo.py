@@ -1,6 +1,8 @@
 """Direct preference optimisation: the losses, the reference that never changes, resuming."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,13 +63,11 @@ def data_of(kind):
     return SINGLE if kind == "kto" else ROWS
 
 
-def trained(tokenizer, kind="sigmoid", data=None, dropout=0.0, **options):
+def trained(tokenizer, kind="sigmoid", rate=0.0, **options):
     """Return a trainer after some steps, and their records."""
-    trainer = DPOTrainer(model(dropout=dropout), tokenizer)
+    trainer = DPOTrainer(model(dropout=rate), tokenizer)
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 6}
-    result = trainer.fit(
-        data if data is not None else data_of(kind), loss_type=kind, **(defaults | options)
-    )
+    result = trainer.fit(data_of(kind), loss_type=kind, **(defaults | options))
     return trainer, result.history
 
 
@@ -184,7 +184,7 @@ def test_the_loss_is_that_of_the_pure_function(tokenizer, kind):
 
 
 def test_every_loss_trains_another_model(tokenizer):
-    results = [weights(trained(tokenizer, kind, data=None)[0]) for kind in LOSSES]
+    results = [weights(trained(tokenizer, kind)[0]) for kind in LOSSES]
     tables = [result["embeddings.tokens"] for result in results]
     for i, one in enumerate(tables):
         assert np.isfinite(one).all()
@@ -210,8 +210,8 @@ def test_every_loss_trains_another_model(tokenizer):
     ids=str,
 )
 def test_every_option_changes_the_result(tokenizer, kind, option):
-    plain, _ = trained(tokenizer, kind, dropout=0.3)
-    changed, _ = trained(tokenizer, kind, dropout=0.3, **option)
+    plain, _ = trained(tokenizer, kind, rate=0.3)
+    changed, _ = trained(tokenizer, kind, rate=0.3, **option)
     probe = read_preferences(ROWS)
     sums = [response_sums(t.model, t._encoded(probe, Options())) for t in (plain, changed)]
     assert not np.array_equal(*sums)
@@ -352,7 +352,7 @@ def test_the_report_is_of_pairs(tokenizer):
 )
 def test_four_steps_are_two_and_two_more(tokenizer, tmp_path, kind, options):
     options = options | {"batch_size": 6, "num_epochs": 2, "max_steps": 4, "learning_rate": 1e-3}
-    whole, history = trained(tokenizer, kind, dropout=0.1, **options)
+    whole, history = trained(tokenizer, kind, rate=0.1, **options)
     steps = iter((False, True))
     stopped = DPOTrainer(model(dropout=0.1), tokenizer)
     result = stopped.fit(
@@ -461,14 +461,21 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(configure, tmp_path)
     assert figures[0] == figures[1]
 
 
-def test_the_command_line_validates_and_says_what_does_not_fit(configure, tmp_path, capsys):
-    from loopos.cli import main
+def test_the_command_line_validates_and_says_what_does_not_fit(configure, tmp_path):
+    def loopos(*arguments):
+        command = [sys.executable, "-m", "loopos", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
 
-    assert main(["validate", "run.json"]) == 0
-    assert "ties" in capsys.readouterr().out
-    assert main(["validate", "run.json", "training.simpo_margin=1"]) == 2
-    assert "simpo_margin: the loss 'sigmoid' has none" in capsys.readouterr().err
+    code, said = loopos("validate", "run.json")
+    assert (code, "ties" in said) == (0, True), said
+    code, said = loopos("validate", "run.json", "--set=training.simpo_margin=1")
+    assert (code, "simpo_margin: the loss 'sigmoid' has none" in said) == (2, True), said
+    code, said = loopos("run", "run.json")
+    assert code == 0, said
+    assert "reference_accuracy" in said
     with (tmp_path / "p.jsonl").open("a") as file:
         file.write('{"prompt": "a", "chosen": "b"}\n')
-    assert main(["run", "run.json"]) == 2
-    assert "p.jsonl:25: no field 'rejected'" in capsys.readouterr().err
+    code, said = loopos("run", "run.json", "--output-dir=other")
+    assert (code, "p.jsonl:25: no field 'rejected'" in said) == (2, True), said
