@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Array, Tensor
-from loopos.data.preferences import Judgements, Preferences, read_judgements, read_preferences
+from loopos.data.preferences import (
+    Judgements,
+    Preferences,
+    Render,
+    read_judgements,
+    read_preferences,
+)
 from loopos.data.readers import Source
 from loopos.data.responses import PreferenceReport, Responses, encode_responses
 from loopos.data.tokenizer import Tokenizer
@@ -56,6 +62,9 @@ class DPOTrainer:
     reference : Transformer, optional
         What the policy is held to. By default a copy of the policy as it is when training first
         begins, or with adapters its base; it is never changed.
+    chat : callable, optional
+        Writes conversations as the model's chat template does, such as ``ChatTemplate.render``:
+        ``(messages, *, add_generation_prompt=False) -> str``.
     seed : int
         Of shuffling, adapters and dropout.
 
@@ -71,12 +80,13 @@ class DPOTrainer:
         tokenizer: Tokenizer,
         *,
         reference: Transformer | None = None,
+        chat: Render | None = None,
         seed: int = 0,
     ):
         for network in (model, *([] if reference is None else [reference])):
             require_language_model(network, tokenizer, "direct preference optimisation")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.reference = reference
+        self.reference, self.chat = reference, chat
 
     def fit(
         self,
@@ -172,7 +182,9 @@ class DPOTrainer:
         return options.max_length or limit
 
     def _encoded(self, data: Preferences | Judgements, options: Options) -> Responses:
-        return encode_responses(self.tokenizer, data, self._limit(options), options.overflow)
+        return encode_responses(
+            self.tokenizer, data, self._limit(options), options.overflow, self.chat
+        )
 
     def _reference(self, options: Options) -> Transformer | None:
         """Return the reference, made when it is first asked for; None where the loss has none."""
