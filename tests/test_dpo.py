@@ -1,6 +1,7 @@
 """Direct preference optimisation: the losses, the reference that never changes, resuming."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from loopos.autograd import backward
 from loopos.backends import available_backends, use_backend
+from loopos.backends.threads import thread_limit
 from loopos.config import load_config
 from loopos.data.batch import Batch
 from loopos.data.preferences import read_judgements, read_preferences
@@ -369,6 +371,28 @@ def test_four_steps_are_two_and_two_more(tokenizer, tmp_path, kind, options):
         }
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_backends_agree_over_twenty_steps(tokenizer, kind):
+    found = {}
+    for backend in BACKENDS:
+        with use_backend(backend):
+            history = trained(tokenizer, kind, max_steps=20, num_epochs=5, learning_rate=1e-3)[1]
+            found[backend] = [record["loss"] for record in history]
+    assert len(set(found["numpy"])) == 20
+    for losses_found in found.values():
+        np.testing.assert_allclose(losses_found, found["numpy"], rtol=1e-3)
+
+
+@pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled kernels are not there")
+def test_a_policy_has_the_same_bytes_at_any_number_of_threads(tokenizer):
+    found = []
+    for threads in (1, 2, 5):
+        with use_backend("cython"), thread_limit(threads):
+            found.append(weights(trained(tokenizer, batch_size=12)[0]))
+    equal(found[0], found[1])
+    equal(found[0], found[2])
+
+
 # -- what does not fit -----------------------------------------------------------------------------
 
 
@@ -459,6 +483,28 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(configure, tmp_path)
     assert one.read_bytes() == other.read_bytes()
     figures = [json.loads((tmp_path / n / "evaluation.json").read_text()) for n in ("whole", "out")]
     assert figures[0] == figures[1]
+
+
+KILLED = """
+import os, signal, sys
+from loopos.backends.threads import thread_limit
+from loopos.config import load_config
+from loopos.runner import run
+steps = iter(range(1, 100))
+run(load_config("run.json", ["training.save_steps=2"]),
+    stop=lambda: next(steps) == 3 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals that kill")
+def test_a_run_that_was_killed_continues_to_the_same_bytes(configure, tmp_path):
+    run(configure("data.output_dir=whole", "training.save_steps=2"))
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000002"]
+    run(configure("training.save_steps=2"), resume=True)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("whole/model", "out/model"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_the_command_line_validates_and_says_what_does_not_fit(configure, tmp_path):
