@@ -292,6 +292,26 @@ def test_the_reference_never_changes(tokenizer, kind, lora, precompute):
         assert shared is trainer.model.parameters()["layers.0.mlp.up.weight"].data
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+def test_the_reference_is_asked_once_for_the_same_responses(tokenizer, kind, monkeypatch):
+    calls = []
+
+    def counted(model, encoded, *arguments):
+        calls.append(len(encoded.tokens))
+        return response_sums(model, encoded, *arguments)
+
+    monkeypatch.setattr("loopos.methods.dpo.response_sums", counted)
+    data = (read_judgements if kind == "kto" else read_preferences)(data_of(kind))
+    trainer = DPOTrainer(model(), tokenizer)
+    trainer.fit(data, loss_type=kind, max_steps=1)
+    assert len(calls) == 1 + (kind == "kto")
+    trainer.fit(data, loss_type=kind, max_steps=1)
+    assert len(calls) == 1 + (kind == "kto")
+    trainer.reference = model(9)
+    trainer.fit(data, loss_type=kind, max_steps=1)
+    assert len(calls) == 2 * (1 + (kind == "kto"))
+
+
 def test_a_reference_is_made_only_where_the_loss_asks_for_one(tokenizer):
     for kind, option in (("orpo", {}), ("simpo", {}), ("sigmoid", {"reference_free": True})):
         trainer, _ = trained(tokenizer, kind, max_steps=1, **option)

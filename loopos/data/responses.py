@@ -25,7 +25,7 @@ Overflow = Literal["drop", "error"]
 _CHUNK = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth to compare by
 class Responses:
     """Samples of one or two responses, each with its prompt before it.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -87,6 +88,8 @@ class DPOTrainer:
             require_language_model(network, tokenizer, "direct preference optimisation")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.reference, self.chat = reference, chat
+        self._known = WeakKeyDictionary[Responses, tuple[Transformer, Array]]()
+        self._mixed = WeakKeyDictionary[Responses, tuple[int, Responses]]()
 
     def fit(
         self,
@@ -205,16 +208,34 @@ class DPOTrainer:
         reference: Transformer | None,
         options: Options,
     ) -> PairObjective | SingleObjective:
-        precompute = options.precompute_reference
-        said = Reference(reference, encoded, precompute)
+        said = self._said(reference, encoded, options)
         if not isinstance(data, Judgements):
             return PairObjective(self.model, said, options)
         if len(encoded.rows) < 2:
             raise DataError(f"{data.where[0]}: the loss 'kto' needs two rows at least, found one")
-        others = encoded.mismatched(self._limit(options))
-        said_of_others = Reference(reference, others, precompute)
+        others = self._others(encoded, options)
+        said_of_others = self._said(reference, others, options)
         desirable = data.desirable[encoded.rows]
         return SingleObjective(self.model, said, others, said_of_others, desirable, options)
+
+    def _said(
+        self, reference: Transformer | None, encoded: Responses, options: Options
+    ) -> Reference:
+        """Return what the reference says, computed once for the same responses."""
+        if reference is None or not options.precompute_reference:
+            return Reference(reference, encoded)
+        known = self._known.get(encoded)
+        if known is None or known[0] is not reference:
+            known = self._known[encoded] = reference, response_sums(reference, encoded)
+        return Reference(reference, encoded, known[1])
+
+    def _others(self, encoded: Responses, options: Options) -> Responses:
+        """Return each prompt with another row's response, made once for the same rows."""
+        limit = self._limit(options)
+        made = self._mixed.get(encoded)
+        if made is None or made[0] != limit:
+            made = self._mixed[encoded] = limit, encoded.mismatched(limit)
+        return made[1]
 
     def _evaluator(
         self, data: Preferences | Judgements, options: Options

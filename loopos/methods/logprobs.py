@@ -74,15 +74,12 @@ class Reference:
     model : Transformer or None
         Never changed; nothing is recorded of it.
     encoded : Responses
-    precompute : bool
-        Whether all of them are computed at once, here, and never again.
+    known : ndarray float64, optional
+        What it says of all of them, where that was computed already.
     """
 
-    def __init__(self, model: Transformer | None, encoded: Responses, precompute: bool = True):
-        self._model, self._encoded = model, encoded
-        self._known: Array | None = None
-        if precompute:
-            self._known = self.of_all()
+    def __init__(self, model: Transformer | None, encoded: Responses, known: Array | None = None):
+        self._model, self._encoded, self._known = model, encoded, known
 
     def of_all(self) -> Array:
         """Return the log-probability of every response, float64."""
