@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from loopos.generation.generate import stream as stream
     from loopos.generation.sampling import SamplingOptions as SamplingOptions
     from loopos.methods.chain_of_thought import ChainOfThought as ChainOfThought
+    from loopos.methods.dpo import DPOTrainer as DPOTrainer
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
+    from loopos.methods.reward_model import RewardTrainer as RewardTrainer
     from loopos.methods.sft import SupervisedFineTuner as SupervisedFineTuner
     from loopos.models.adapter import LoraConfig as LoraConfig
     from loopos.models.heads import SequenceClassifier as SequenceClassifier
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from loopos.models.lora import merge_lora as merge_lora
     from loopos.models.lora import unmerge_lora as unmerge_lora
     from loopos.models.peft_files import load_adapters as load_adapters
+    from loopos.models.reward import RewardModel as RewardModel
+    from loopos.models.reward import load_reward_model as load_reward_model
     from loopos.models.transformer import Transformer as Transformer
     from loopos.models.transformer import TransformerConfig as TransformerConfig
     from loopos.models.weights import load_model as load_model
@@ -65,10 +69,13 @@ _HOMES = {
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
     "loopos.methods.sft": ["SupervisedFineTuner"],
+    "loopos.methods.dpo": ["DPOTrainer"],
+    "loopos.methods.reward_model": ["RewardTrainer"],
     "loopos.models.adapter": ["LoraConfig"],
     "loopos.models.heads": ["SequenceClassifier"],
     "loopos.models.lora": ["add_lora", "merge_lora", "unmerge_lora"],
     "loopos.models.peft_files": ["load_adapters"],
+    "loopos.models.reward": ["RewardModel", "load_reward_model"],
     "loopos.models.transformer": ["Transformer", "TransformerConfig"],
     "loopos.models.weights": ["load_model"],
     "loopos.ops": ["DropoutKeys"],

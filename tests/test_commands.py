@@ -185,6 +185,6 @@ def test_info_tells_what_there_is(tmp_path):
     assert {"gpt2", "llama", "qwen2", "qwen3", "mistral", "bert"} <= set(facts["families"])
     assert "posttraining/fine_tuning" in facts["methods"]
     assert facts["memory_bytes"] > 2**28
-    assert set(facts["extras"]) == {"parquet", "gguf", "hub", "tensorboard"}
+    assert set(facts["extras"]) == {"parquet", "gguf", "hub", "tensorboard", "plot"}
     lines = loopos("info", cwd=tmp_path).splitlines()
     assert any(line.startswith("memory ") and line.endswith(" GiB free") for line in lines)

@@ -49,10 +49,15 @@ GROUPS: dict[str, dict[str, str]] = {
         "Evaluation and rounds": "eval_problems eval_samples max_new_tokens temperature top_p "
         "generation_batch_size rounds samples",
     },
+    "reward_model": {"": "centering_coefficient max_length overflow dropout normalise"},
+    "dpo": {
+        "": "loss_type beta label_smoothing simpo_margin desirable_weight undesirable_weight "
+        "nll_coefficient reference_free precompute_reference max_length overflow dropout"
+    },
     "autoregressive": {"": "sequence_length"},
     "sft": {"": "max_length overflow train_on"},
     "data": {
-        "": "training_data reasoning_examples validation_data validation_fraction "
+        "": "training_data reasoning_examples preference_data validation_data validation_fraction "
         "text_field label_field pretrained_weights tokenizer output_dir"
     },
 }

@@ -8,11 +8,17 @@ METHODS: dict[tuple[str, str], str] = {
     ("posttraining", "fine_tuning"): "loopos.methods.fine_tuning",
     ("posttraining", "sft"): "loopos.methods.sft",
     ("posttraining", "chain_of_thought"): "loopos.methods.chain_of_thought",
+    ("posttraining", "reward_model"): "loopos.methods.reward_model",
+    ("posttraining", "dpo"): "loopos.methods.dpo",
     ("pretraining", "autoregressive"): "loopos.methods.pretraining",
 }
 
 #: Which key of the ``data`` section names a method's rows, where it is not ``training_data``.
-DATA_KEYS = {"chain_of_thought": "reasoning_examples"}
+DATA_KEYS = {
+    "chain_of_thought": "reasoning_examples",
+    "reward_model": "preference_data",
+    "dpo": "preference_data",
+}
 
 #: Methods of the seed that this version does not have yet, and the data key that each reads.
 PLANNED = {"rlhf": "preference_data"}
