@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from loopos.data.tokenizer import load_tokenizer as load_tokenizer
     from loopos.errors import LooposError as LooposError
     from loopos.files import builtin as builtin
+    from loopos.generation.engine import Generation as Generation
+    from loopos.generation.generate import Session as Session
+    from loopos.generation.generate import generate as generate
+    from loopos.generation.generate import stream as stream
+    from loopos.generation.sampling import SamplingOptions as SamplingOptions
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
     from loopos.models.adapter import LoraConfig as LoraConfig
@@ -52,6 +57,9 @@ _HOMES = {
     "loopos.data.tokenizer": ["Tokenizer", "load_tokenizer"],
     "loopos.errors": ["LooposError"],
     "loopos.files": ["builtin"],
+    "loopos.generation.engine": ["Generation"],
+    "loopos.generation.generate": ["Session", "generate", "stream"],
+    "loopos.generation.sampling": ["SamplingOptions"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
     "loopos.models.adapter": ["LoraConfig"],

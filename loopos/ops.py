@@ -16,6 +16,7 @@ from loopos import autograd
 from loopos.autograd import Array, Tensor, enable_grad, no_grad, record, recording
 from loopos.backends import get_backend, use_backend
 from loopos.backends.random_bits import derive_key
+from loopos.errors import LooposError
 
 __all__ = [
     "DropoutKeys",
@@ -24,6 +25,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "attention",
+    "attention_cached",
     "binary_cross_entropy",
     "cross_entropy",
     "dropout",
@@ -295,6 +297,29 @@ def attention(
         return backend.attention_backward(dy, q.data, k.data, v.data, y, lse, *options)
 
     return record([y], (q, k, v), backward)
+
+
+def attention_cached(
+    q: Tensor,
+    k_cache: Array,
+    v_cache: Array,
+    offsets: Array,
+    slots: Array,
+    lengths: Array,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of new tokens on a cache that holds their keys and values; no gradient.
+
+    Raises
+    ------
+    LooposError
+        If a gradient would be recorded.
+    """
+    if recording(q):
+        raise LooposError("attention_cached has no gradient; call it inside no_grad()")
+    options = (offsets, slots, lengths, scale, window)
+    return Tensor(get_backend().attention_cached(q.data, k_cache, v_cache, *options))
 
 
 def segment_mean(x: Tensor, offsets: Array) -> Tensor:

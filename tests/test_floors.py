@@ -14,7 +14,7 @@ FLOORS = {
     "backends": 1,
     "autograd": 2, "ops": 2,
     "data": 3, "models": 3,
-    "training": 4,
+    "training": 4, "generation": 4,
     "methods": 5,
     "config": 6, "config_files": 6, "display": 6, "runner": 6, "demo": 6, "cli": 6,
     "__main__": 6, "config_sections": 6, "commands": 6, "rehearsal": 6, "schema": 6,

@@ -248,7 +248,7 @@ def test_heads_are_normalised_one_by_one_before_they_are_rotated():
     expected = mixed.reshape(3, -1) @ values[f"{layer}.o.weight"].T
     batch = Batch.from_sequences([tokens])
     found = model._attention(
-        "layers.0", model._norm("layers.0.attention_norm", model._embed(batch, None)), batch, None
+        0, model._norm("layers.0.attention_norm", model._embed(batch, None)), batch, None
     )
     np.testing.assert_allclose(found.data, expected, rtol=1e-11, atol=1e-12)
 

@@ -7,7 +7,7 @@ and lengths follow from ``batch.offsets``; there is no padding and no mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,19 +16,19 @@ from typing import Any, Protocol
 import numpy as np
 
 from loopos import ops
-from loopos.autograd import Array, Parameter, Tensor
+from loopos.autograd import Array, Parameter, Tensor, is_grad_enabled
 from loopos.data.batch import Batch
-from loopos.errors import ConfigError, DataError
+from loopos.errors import ConfigError, DataError, LooposError
 from loopos.models.adapter import Adapter, LoraConfig
 from loopos.models.config import TransformerConfig
+from loopos.models.parameters import initialise, parameter_shapes
 from loopos.models.rope import inverse_frequencies
 from loopos.ops import DropoutKeys
 
-__all__ = ["Origin", "SavesTokenizer", "Transformer", "TransformerConfig", "parameter_shapes"]
+__all__ = ["AttentionCache", "Origin", "SavesTokenizer", "Transformer", "TransformerConfig",
+           "parameter_shapes"]  # fmt: skip
 
 States = tuple[Tensor, ...]
-
-_INIT_STD = 0.02  # GPT-2 (Radford et al. 2019) and BERT (Devlin et al. 2019)
 
 
 class SavesTokenizer(Protocol):
@@ -57,76 +57,34 @@ class Origin:
     source: str
 
 
-def _linear_shapes(name: str, out: int, width: int, bias: bool) -> Iterator[tuple[str, tuple]]:
-    yield f"{name}.weight", (out, width)
-    if bias:
-        yield f"{name}.bias", (out,)
+class AttentionCache(Protocol):
+    """Keys and values of the tokens that came before, and where new tokens stand behind them.
 
-
-def _norm_shapes(config: TransformerConfig, name: str) -> Iterator[tuple[str, tuple]]:
-    yield f"{name}.weight", (config.d_model,)
-    if config.norm == "layer_norm":
-        yield f"{name}.bias", (config.d_model,)
-
-
-def _layer_shapes(config: TransformerConfig, layer: str) -> Iterator[tuple[str, tuple]]:
-    width, queries = config.d_model, config.num_heads * config.head_size
-    keys = config.kv_heads * config.head_size
-    yield from _norm_shapes(config, f"{layer}.attention_norm")
-    for name, out in (("q", queries), ("k", keys), ("v", keys)):
-        yield from _linear_shapes(f"{layer}.attention.{name}", out, width, config.attention_bias)
-    for name in ("q_norm", "k_norm") if config.qk_norm else ():
-        yield f"{layer}.attention.{name}.weight", (config.head_size,)
-    output_bias = bool(config.attention_output_bias)
-    yield from _linear_shapes(f"{layer}.attention.o", width, queries, output_bias)
-    yield from _norm_shapes(config, f"{layer}.mlp_norm")
-    for name in ("gate", "up") if config.activation == "swiglu" else ("up",):
-        yield from _linear_shapes(f"{layer}.mlp.{name}", config.d_ff, width, config.mlp_bias)
-    yield from _linear_shapes(f"{layer}.mlp.down", width, config.d_ff, config.mlp_bias)
-
-
-def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every parameter of a model, in order.
-
-    Parameters
-    ----------
-    config : TransformerConfig
-        Of the model.
+    :class:`loopos.generation.KVCache` is one; whatever keeps them otherwise can be another.
     """
 
-    def shapes() -> Iterator[tuple[str, tuple]]:
-        yield "embeddings.tokens", (config.vocab_size, config.d_model)
-        if config.positions == "learned":
-            yield "embeddings.positions", (config.max_seq_len, config.d_model)
-        if config.token_types:
-            yield "embeddings.token_types", (config.token_types, config.d_model)
-        if config.embedding_norm:
-            yield from _norm_shapes(config, "embeddings.norm")
-        for index in range(config.num_layers):
-            yield from _layer_shapes(config, f"layers.{index}")
-        if config.norm_placement == "pre":
-            yield from _norm_shapes(config, "final_norm")
-        if config.lm_head and not config.tied:
-            yield "lm_head.weight", (config.vocab_size, config.d_model)
+    def positions(self, batch: Batch) -> Array:
+        """Return the position of each new token in its whole sequence, int32 [N]."""
 
-    return dict(shapes())
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Keep the new keys and values, and let the new queries see all that are kept.
 
+        Parameters
+        ----------
+        layer : int
+        q : Tensor [N, H, D]
+        k, v : Tensor [N, Hk, D]
+        scale : float
+            Factor on the scores.
+        window : int or None
+            A query sees keys closer than this many positions.
 
-def _initialise(config: TransformerConfig, seed: int, dtype: np.dtype[Any]) -> dict[str, Array]:
-    """Draw fresh weights as GPT-2 does: N(0, 0.02), output projections smaller with depth."""
-    rng = np.random.default_rng(seed)
-    residual_std = _INIT_STD / math.sqrt(2 * config.num_layers)
-    arrays: dict[str, Array] = {}
-    for name, shape in parameter_shapes(config).items():
-        if len(shape) == 1:
-            fill = 1.0 if name.endswith("norm.weight") else 0.0
-            arrays[name] = np.full(shape, fill, dtype=dtype)
-            continue
-        adds_to_stream = name.endswith(("attention.o.weight", "mlp.down.weight"))
-        std = residual_std if adds_to_stream else _INIT_STD
-        # Drawn in float64 for either dtype, so that a seed names one model.
-        arrays[name] = (rng.standard_normal(shape) * std).astype(dtype)
-    return arrays
+        Returns
+        -------
+        Tensor [N, H, D]
+        """
 
 
 class Transformer:
@@ -185,7 +143,7 @@ class Transformer:
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise ConfigError(f"dtype is {self.dtype}, expected float32 or float64")
         if arrays is None:
-            arrays = _initialise(config, seed, self.dtype)
+            arrays = initialise(config, seed, self.dtype)
         self._parameters: dict[str, Parameter] = {}
         for name, shape in parameter_shapes(config).items():
             if name not in arrays or arrays[name].shape != shape:
@@ -230,7 +188,12 @@ class Transformer:
             raise ConfigError("this model has no language-model head (lm_head is false)")
         return self._parameters["embeddings.tokens" if self.config.tied else "lm_head.weight"]
 
-    def get_hidden_states(self, batch: Batch, dropout: DropoutKeys | None = None) -> Tensor:
+    def get_hidden_states(
+        self,
+        batch: Batch,
+        dropout: DropoutKeys | None = None,
+        cache: AttentionCache | None = None,
+    ) -> Tensor:
         """Run the network up to and with its last norm.
 
         Parameters
@@ -239,6 +202,9 @@ class Transformer:
             Ragged token ids.
         dropout : DropoutKeys, optional
             Of this step; None means evaluation, without dropout.
+        cache : AttentionCache, optional
+            Holds the tokens before those of `batch`, which it takes in: generation, where nothing
+            is recorded.
 
         Returns
         -------
@@ -249,18 +215,23 @@ class Transformer:
         ------
         DataError
             If an id is outside the vocabulary, or a sequence longer than the position table.
+        ConfigError
+            If there is a cache and the model is bidirectional.
+        LooposError
+            If there is a cache, and dropout keys or gradients that would be recorded.
         """
-        self._check(batch)
-        x = self._embed(batch, dropout)
+        self._check(batch, cache, dropout)
+        x = self._embed(batch, dropout, cache)
         pre = self.config.norm_placement == "pre"
         # What runs through the layers: the residual stream, and before it its norm.
         states: States = (self._norm("layers.0.attention_norm", x), x) if pre else (x,)
         layer = self._pre_norm_layer if pre else self._post_norm_layer
         for index in range(self.config.num_layers):
             if self.gradient_checkpointing:
-                states = self._recomputed(partial(layer, index), states, batch, dropout)
+                run = partial(layer, index, cache=cache)
+                states = self._recomputed(run, states, batch, dropout)
             else:
-                states = layer(index, states, batch, dropout)
+                states = layer(index, states, batch, dropout, cache)
         return states[0]
 
     def forward(self, batch: Batch, dropout: DropoutKeys | None = None) -> Tensor:
@@ -275,8 +246,17 @@ class Transformer:
         DataError
             As :meth:`get_hidden_states`.
         """
-        head = self.head_weight
-        return ops.linear(self.get_hidden_states(batch, dropout), head)
+        return self.logits(self.get_hidden_states(batch, dropout))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the head's scores ``[rows, V]`` of some rows of the hidden states.
+
+        Raises
+        ------
+        ConfigError
+            If the model has no language-model head.
+        """
+        return ops.linear(hidden, self.head_weight)
 
     def next_token_loss(
         self, batch: Batch, dropout: DropoutKeys | None = None
@@ -325,34 +305,52 @@ class Transformer:
         )
 
     def _pre_norm_layer(
-        self, index: int, states: States, batch: Batch, dropout: DropoutKeys | None
+        self,
+        index: int,
+        states: States,
+        batch: Batch,
+        dropout: DropoutKeys | None,
+        cache: AttentionCache | None = None,
     ) -> States:
         x, stream = states
         name, last = f"layers.{index}", index + 1 == self.config.num_layers
-        branch = self._attention(name, x, batch, dropout)
+        branch = self._attention(index, x, batch, dropout, cache)
         x, stream = self._add_norm(f"{name}.mlp_norm", branch, stream)
         branch = self._mlp(name, x, batch, dropout)
         following = "final_norm" if last else f"layers.{index + 1}.attention_norm"
         return self._add_norm(following, branch, stream)
 
     def _post_norm_layer(
-        self, index: int, states: States, batch: Batch, dropout: DropoutKeys | None
+        self,
+        index: int,
+        states: States,
+        batch: Batch,
+        dropout: DropoutKeys | None,
+        cache: AttentionCache | None = None,
     ) -> States:
         (x,), name = states, f"layers.{index}"
-        branch = self._attention(name, x, batch, dropout)
+        branch = self._attention(index, x, batch, dropout, cache)
         x, _ = self._add_norm(f"{name}.attention_norm", branch, x)
         branch = self._mlp(name, x, batch, dropout)
         return self._add_norm(f"{name}.mlp_norm", branch, x)[:1]
 
-    def _check(self, batch: Batch) -> None:
+    def _check(
+        self, batch: Batch, cache: AttentionCache | None, dropout: DropoutKeys | None
+    ) -> None:
         tokens, config = batch.tokens, self.config
+        if cache is not None:
+            if not config.causal:
+                raise ConfigError("a bidirectional model (causal is false) cannot use a cache")
+            if dropout is not None or is_grad_enabled():
+                raise LooposError("a cache is for generation: no dropout, and inside no_grad()")
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
             worst = tokens.max() if tokens.max() >= config.vocab_size else tokens.min()
             raise DataError(f"token id {worst} is outside the vocabulary of {config.vocab_size}")
-        longest = int(np.diff(batch.offsets).max(initial=0))
-        if config.positions == "learned" and longest > config.max_seq_len:
+        positions = batch.positions if cache is None else cache.positions(batch)
+        if config.positions == "learned" and positions.max(initial=-1) >= config.max_seq_len:
             raise DataError(
-                f"a sequence of {longest} tokens is longer than max_seq_len {config.max_seq_len}"
+                f"a sequence of {positions.max() + 1} tokens is longer than "
+                f"max_seq_len {config.max_seq_len}"
             )
         types = batch.token_types
         if types is not None and types.size:
@@ -361,7 +359,9 @@ class Transformer:
             if not 0 <= types.min() <= types.max() < config.token_types:
                 raise DataError(f"a token type is outside the model's {config.token_types}")
 
-    def _embed(self, batch: Batch, dropout: DropoutKeys | None) -> Tensor:
+    def _embed(
+        self, batch: Batch, dropout: DropoutKeys | None, cache: AttentionCache | None = None
+    ) -> Tensor:
         p = self._parameters
         x = ops.embedding(batch.tokens, p["embeddings.tokens"])
         if self.config.token_types:
@@ -369,15 +369,21 @@ class Transformer:
             kinds = np.zeros_like(batch.tokens) if types is None else types
             x = ops.add(x, ops.embedding(kinds, p["embeddings.token_types"]))
         if self.config.positions == "learned":
-            x = ops.add(x, ops.embedding(batch.positions, p["embeddings.positions"]))
+            positions = batch.positions if cache is None else cache.positions(batch)
+            x = ops.add(x, ops.embedding(positions, p["embeddings.positions"]))
         if self.config.embedding_norm:
             x = self._norm("embeddings.norm", x)
         return self._drop(x, batch, dropout)
 
     def _attention(
-        self, layer: str, x: Tensor, batch: Batch, dropout: DropoutKeys | None
+        self,
+        index: int,
+        x: Tensor,
+        batch: Batch,
+        dropout: DropoutKeys | None,
+        cache: AttentionCache | None = None,
     ) -> Tensor:
-        config, size = self.config, self.config.head_size
+        config, size, layer = self.config, self.config.head_size, f"layers.{index}"
         names = tuple(f"{layer}.attention.{name}" for name in "qkv")
         q, k, v = self._linears(names, x, batch, dropout)
         if config.qk_norm:
@@ -387,19 +393,18 @@ class Transformer:
         k = ops.reshape(k, (-1, config.kv_heads, size))
         v = ops.reshape(v, (-1, config.kv_heads, size))
         if config.positions == "rope":
-            q, k = ops.rope(q, k, batch.positions, self._inv_freq)
-        mixed = ops.attention(
-            q,
-            k,
-            v,
-            batch.offsets,
-            causal=config.causal,
-            scale=1 / math.sqrt(size),
-            window=config.window,
-            dropout_rate=config.dropout,
-            key=dropout.next() if dropout is not None and config.dropout > 0 else None,
-            sample_ids=batch.sample_ids,
-        )
+            positions = batch.positions if cache is None else cache.positions(batch)
+            q, k = ops.rope(q, k, positions, self._inv_freq)
+        scale = 1 / math.sqrt(size)
+        if cache is not None:
+            mixed = cache.attend(index, q, k, v, scale, config.window)
+        else:
+            rate = config.dropout
+            key = dropout.next() if dropout is not None and rate > 0 else None
+            mixed = ops.attention(
+                q, k, v, batch.offsets, config.causal, scale, config.window, rate, key,
+                batch.sample_ids,
+            )  # fmt: skip
         mixed = ops.reshape(mixed, (-1, config.num_heads * size))
         (branch,) = self._linears((f"{layer}.attention.o",), mixed, batch, dropout)
         return self._drop(branch, batch, dropout)

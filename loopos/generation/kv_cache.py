@@ -1,0 +1,247 @@
+"""Keys and values of the tokens that a model has seen, one slot a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from loopos import ops
+from loopos.autograd import Array, Tensor
+from loopos.data.batch import Batch
+from loopos.errors import ConfigError, LooposError
+from loopos.models.config import TransformerConfig
+
+__all__ = ["BLOCK_TOKENS", "PIECE_TOKENS", "KVCache"]
+
+#: Capacity is a multiple of this many tokens.
+BLOCK_TOKENS = 64
+#: Attention over new tokens runs in pieces that end at multiples of this many positions. A piece
+#: then has the same bytes whatever was computed together with it, whether what stands before it
+#: came from a prompt's own pass, from an earlier pass or from another slot.
+PIECE_TOKENS = 16
+
+
+class KVCache:
+    """A cache for :meth:`loopos.Transformer.get_hidden_states`.
+
+    A pass over new tokens is: :meth:`begin`, the model's forward, :meth:`commit`. Until then the
+    slots hold what they held: a pass that was interrupted is begun again.
+
+    Parameters
+    ----------
+    config : TransformerConfig
+        Of the model.
+    slots : int
+        Sequences at once.
+    capacity : int
+        Tokens a slot, rounded up to whole blocks; grows when a pass needs more.
+    dtype : dtype
+        Of the model.
+
+    Attributes
+    ----------
+    lengths : ndarray int32 [slots]
+        Tokens held in each slot. May be set to fewer: the rest is forgotten.
+
+    Raises
+    ------
+    ConfigError
+        If `slots` or `capacity` is less than 1.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, slots: int, capacity: int, dtype: Any = np.float32
+    ):
+        for name, value in (("slots", slots), ("capacity", capacity)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
+        self._shape = (slots, _whole_blocks(capacity), config.kv_heads, config.head_size)
+        # Pages that no token was written to cost no memory, so that room to spare is free.
+        self._keys = [np.empty(self._shape, dtype) for _ in range(config.num_layers)]
+        self._values = [np.empty(self._shape, dtype) for _ in range(config.num_layers)]
+        self.lengths = np.zeros(slots, np.int32)
+        self._free = list(range(slots - 1, -1, -1))
+        self._one_each = np.arange(slots + 1, dtype=np.int32)
+        self._pass: _Pass | None = None
+
+    @staticmethod
+    def bytes_for(config: TransformerConfig, slots: int, capacity: int, dtype: Any) -> int:
+        """Return the bytes of a cache: ``2 layers slots capacity kv_heads head_dim`` numbers."""
+        numbers = 2 * config.num_layers * slots * _whole_blocks(capacity)
+        return numbers * config.kv_heads * config.head_size * np.dtype(dtype).itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots, filled or not."""
+        return sum(array.nbytes for array in (*self._keys, *self._values))
+
+    @property
+    def slots(self) -> int:
+        """Sequences at once."""
+        return self._shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a slot can hold before the cache grows."""
+        return self._shape[1]
+
+    @property
+    def free(self) -> tuple[int, ...]:
+        """The slots that nobody has, the next one to be given last."""
+        return tuple(self._free)
+
+    def allocate(self, slot: int | None = None) -> int:
+        """Take a slot that nobody has, some one or a certain one.
+
+        It is empty; what it held stays in its memory until it is written over.
+
+        Raises
+        ------
+        LooposError
+            If there is none, or it is in use.
+        """
+        if slot is None and not self._free:
+            raise LooposError(f"all {self.slots} slots of the cache are in use")
+        if slot is not None and slot not in self._free:
+            raise LooposError(f"slot {slot} of the cache is in use")
+        taken = self._free[-1] if slot is None else slot
+        self._free.remove(taken)
+        self.lengths[taken] = 0
+        return taken
+
+    def release(self, slot: int) -> None:
+        """Give a slot back.
+
+        Raises
+        ------
+        LooposError
+            If it is not in use.
+        """
+        if slot in self._free or not 0 <= slot < self.slots:
+            raise LooposError(f"slot {slot} of the cache is not in use")
+        self._free.append(slot)
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` tokens of slot `source`, and nothing more."""
+        if source != target:
+            for array in (*self._keys, *self._values):
+                array[target, :length] = array[source, :length]
+        self.lengths[target] = length
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens a slot; grows by half at least, so seldom."""
+        if capacity <= self.capacity:
+            return
+        slots, held, heads, size = self._shape
+        grown = (slots, _whole_blocks(max(capacity, held + held // 2)), heads, size)
+        # All new arrays before the first old one is let go: a failure leaves the cache whole.
+        keys, values = (
+            [_grown(array, grown) for array in arrays] for arrays in (self._keys, self._values)
+        )
+        self._keys, self._values, self._shape = keys, values, grown
+
+    # -- a pass ----------------------------------------------------------------------------------
+
+    def begin(self, slots: Array, counts: Array | None = None) -> None:
+        """Say where the tokens of the next forward go.
+
+        Parameters
+        ----------
+        slots : ndarray int32 [B]
+            The slot of each sequence of the batch, each at most once.
+        counts : ndarray int32 [B], optional
+            New tokens of each; one each if None.
+        """
+        starts = self.lengths[slots]
+        if counts is None:
+            self.reserve(int(starts.max(initial=0)) + 1)
+            ends = starts + np.int32(1)
+            offsets = self._one_each[: slots.size + 1]
+            self._pass = _Pass(slots, ends, slots, starts, offsets, slots, ends)
+            return
+        ends = (starts + counts).astype(np.int32)
+        self.reserve(int(ends.max(initial=0)))
+        positions = np.concatenate(
+            [np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)]
+        )
+        pieces = [_piece_ends(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        lengths = np.concatenate(pieces)
+        numbers = [piece.size for piece in pieces]
+        # A piece begins where the last one ended, or where its sequence did.
+        before = np.concatenate([np.append(a, p[:-1]) for a, p in zip(starts, pieces, strict=True)])
+        offsets = np.append(0, np.cumsum(lengths - before)).astype(np.int32)
+        self._pass = _Pass(
+            slots, ends, np.repeat(slots, counts), positions,
+            offsets, np.repeat(slots, numbers), lengths,
+        )  # fmt: skip
+
+    def commit(self) -> None:
+        """Count the tokens of the pass as held."""
+        done = self._current()
+        self.lengths[done.slots] = done.ends
+        self._pass = None
+
+    def _current(self) -> _Pass:
+        if self._pass is None:
+            raise LooposError("call begin() of the cache before the forward")
+        return self._pass
+
+    def positions(self, batch: Batch) -> Array:
+        """Return the position of each new token, int32 [N].
+
+        Raises
+        ------
+        LooposError
+            If the batch has another number of tokens than was said at :meth:`begin`.
+        """
+        positions = self._current().positions
+        if positions.size != batch.tokens.size:
+            raise LooposError(
+                f"the cache expects {positions.size} new tokens, found {batch.tokens.size}"
+            )
+        return positions
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """Keep new keys and values and attend; see :class:`loopos.models.AttentionCache`."""
+        now = self._current()
+        keys, values = self._keys[layer], self._values[layer]
+        keys[now.token_slots, now.positions] = k.data
+        values[now.token_slots, now.positions] = v.data
+        return ops.attention_cached(
+            q, keys, values, now.offsets, now.piece_slots, now.lengths, scale, window
+        )
+
+
+class _Pass:
+    """Where the new tokens go, and the pieces that attention runs in."""
+
+    __slots__ = ("ends", "lengths", "offsets", "piece_slots", "positions", "slots", "token_slots")
+
+    def __init__(
+        self, slots: Array, ends: Array, token_slots: Array, positions: Array,
+        offsets: Array, piece_slots: Array, lengths: Array,
+    ):  # fmt: skip
+        self.slots, self.ends = slots, ends
+        self.token_slots, self.positions = token_slots, positions
+        self.offsets, self.piece_slots, self.lengths = offsets, piece_slots, lengths
+
+
+def _whole_blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def _piece_ends(start: int, end: int) -> Array:
+    """Return where the pieces of the positions [start, end) end."""
+    first = (start // PIECE_TOKENS + 1) * PIECE_TOKENS
+    return np.append(np.arange(first, end, PIECE_TOKENS), end).astype(np.int32)
+
+
+def _grown(array: Array, shape: Sequence[int]) -> Array:
+    """Return a copy of a cache's array with more capacity."""
+    grown = np.empty(shape, array.dtype)
+    grown[:, : array.shape[1]] = array
+    return grown
