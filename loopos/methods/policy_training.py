@@ -32,6 +32,7 @@ from loopos.methods.policy_checks import (
     RATIO_TOLERANCE,
     SAMPLING_TOLERANCE,
     named_step,
+    require_ends,
     require_finite,
     require_small,
 )
@@ -137,6 +138,11 @@ class PolicyTrainer(PolicyUpdates):
         if not self.options.needs_reference:
             return None
         return without_adapters(self.policy) if self.policy.adapters else copy_of(self.policy)
+
+    @property
+    def _stops(self) -> set[int]:
+        eos = None if self.tokenizer is None else self.tokenizer.eos_id
+        return {*self.options.stop_ids, *(() if eos is None else (eos,))}
 
     def _first_state(self) -> LearnerState:
         normaliser = Normaliser(self.options.reward_normalisation)
@@ -278,6 +284,7 @@ class PolicyTrainer(PolicyUpdates):
     ) -> dict[str, Any]:
         options = self.options
         rollout.require_tokens()
+        require_ends(rollout, self._stops)
         data = collect(
             self.policy, rollout, options.temperature, self.reference,
             options.exact_kl or options.kl_estimator == "exact", self._values(),

@@ -25,6 +25,7 @@ from loopos.methods.losses import (
     value_loss_and_grad,
     whiten,
 )
+from loopos.methods.policy_checks import require_scores_at_end
 from loopos.methods.policy_options import (
     PolicyOptions,
     require,
@@ -195,9 +196,9 @@ class PPOTrainer(PolicyTrainer):
         See also :func:`preset`.
     reference : Transformer, optional
         In place of a copy of the start.
-    critic : model with ``body`` and ``weight`` (and ``bias``), optional
-        A reward model that the critic starts from; by default a copy of the policy's body under a
-        head of zeros.
+    critic : {"separate", "shared"} or model with ``body`` and ``weight`` (and ``bias``), optional
+        The option of that name; or a reward model that a separate critic starts from, as a copy,
+        in place of the policy's body under a head of zeros.
     seed : int
         Of samples, minibatches and adapters.
     **overrides
@@ -233,6 +234,8 @@ class PPOTrainer(PolicyTrainer):
         seed: int = 0,
         **overrides: Any,
     ):
+        if isinstance(critic, str):
+            overrides["critic"], critic = critic, None
         chosen = with_overrides(options or Options(), overrides)
         super().__init__(policy, tokenizer, reward, chosen, reference=reference, seed=seed)
         self.critic = self._make_critic(critic)
@@ -284,6 +287,7 @@ class PPOTrainer(PolicyTrainer):
         values = data["values"]
         cost = np.zeros_like(values) if kl is None else kl
         rewards = token_rewards(cost, scored.final, offsets, self.kl_coefficient)
+        require_scores_at_end(rollout, rewards, self.kl_coefficient * cost, scored.final)
         figures = {"reward/total": float(segment_sums(rewards, offsets).mean())}
         if options.whiten_rewards:
             rewards = whiten(rewards, shift_mean=False, unbiased=options.whiten_unbiased)
@@ -299,9 +303,10 @@ class PPOTrainer(PolicyTrainer):
     ) -> tuple[list[tuple[Tensor, Array]], dict[str, float]]:
         options = self.options
         values = self.critic.values(part, states)
-        total, _, dvalues = value_loss_and_grad(
-            values.data, data["values"], data["returns"], options.value_clip
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named after
+            total, _, dvalues = value_loss_and_grad(
+                values.data, data["values"], data["returns"], options.value_clip
+            )
         kind, factor = values.dtype.type, options.value_coefficient
         figures = {"value_loss": total / tokens, "loss": factor * total / tokens}
         return [(values, dvalues * kind(factor / tokens))], figures

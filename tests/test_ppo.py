@@ -1,0 +1,825 @@
+"""PPO step by step: goldens through the trainer, invariants, options, resuming, learning."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from loopos import use_backend
+from loopos.autograd import Tensor
+from loopos.errors import CheckpointError, ConfigError, DataError, LooposError, NumericalError
+from loopos.methods import policy_training, ppo, rollouts
+from loopos.methods.ppo import Critic, Options, PPOTrainer, preset
+from loopos.methods.rewards import Normaliser
+from loopos.methods.rollouts import Prompts, Rollout
+from loopos.models.heads import SequenceClassifier
+from loopos.models.lora import LoraConfig, add_lora
+from loopos.models.transformer import Transformer, TransformerConfig
+from loopos.training.loop import Interrupted
+from loopos.training.online import EndOfRun
+from loopos.training.trackers import Callback
+
+TIMED = ("time_s", "tokens_per_s", "time/rollout_s", "time/reward_s", "time/update_s")
+PROMPTS = [[1 + i % 7, (3 * i) % 8, 2] for i in range(24)]
+
+
+def model(seed=0, dtype=np.float32, **more):
+    sizes = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 24, "vocab_size": 9,
+             "max_seq_len": 24} | more  # fmt: skip
+    return Transformer(TransformerConfig(**sizes), seed, dtype)
+
+
+def count_fives(prompts, responses):
+    return [sum(token == 5 for token in response) / 6 for response in responses]
+
+
+def trainer(policy=None, reward=count_fives, **options):
+    given = {"learning_rate": 3e-3, "batch_size": 6, "max_new_tokens": 6, "stop_ids": (0,),
+             "seed": 1} | options  # fmt: skip
+    return PPOTrainer(policy or model(), None, reward, **given)
+
+
+def weights(of):
+    return {name: p.data.copy() for name, p in of.parameters().items()}
+
+
+def require_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def differ(a, b):
+    return any(not np.array_equal(a[name], b[name]) for name in a)
+
+
+def without_times(record):
+    return {name: value for name, value in record.items() if name not in TIMED}
+
+
+def one_response(length, prompt=(1, 2), **more):
+    prompts = Prompts([np.array(prompt, np.int32)], [list(prompt)])
+    return Rollout.of(prompts, [[3] * length], **more)
+
+
+# -- goldens, through the trainer -------------------------------------------------------------------
+
+
+def advantages_of(rewards, values, **options):
+    """Advantages and returns for rewards of one response, given as its KL and its score."""
+    made = trainer(kl_coefficient=1.0, **options)
+    made._state = replace(made._state, kl_coefficient=1.0)
+    rewards = np.asarray(rewards, np.float64)
+    rollout = one_response(len(rewards))
+    kl = -np.append(rewards[:-1], 0.0)
+    scored = policy_training.Scored(rewards[-1:], rewards[-1:], {}, Normaliser())
+    data = {"values": np.asarray(values, np.float64)}
+    _, arrays, figures = made._advantages(rollout, data, kl, scored)
+    return arrays["advantages"], arrays["returns"], figures
+
+
+def test_golden_of_advantages():
+    """Reference, point 11."""
+    advantages, returns, figures = advantages_of(
+        [0, 0, 0, 1], [0, 0, 0, 1], gamma=0.9, lam=0.95, whiten_advantages=False
+    )
+    np.testing.assert_allclose(advantages, [0.657923, 0.7695, 0.9, 0], atol=1e-6)
+    np.testing.assert_allclose(returns, [0.657923, 0.7695, 0.9, 1], atol=1e-6)
+    assert figures["reward/total"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("unbiased", "expected"),
+    [(True, [0.139407, 0.504555, 0.869703]), (False, [0.050807, 0.438105, 0.825403])],
+)
+def test_golden_of_whitened_rewards(unbiased, expected):
+    """Reference, point 12: rewards keep their mean. With gamma 0 they are the advantages."""
+    found, _, _ = advantages_of(
+        np.arange(12, 21) / 10, np.zeros(9), gamma=0.0, lam=0.0, whiten_rewards=True,
+        whiten_advantages=False, whiten_unbiased=unbiased,
+    )  # fmt: skip
+    np.testing.assert_allclose(found[:3], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("unbiased", "first"), [(True, -1.460593), (False, -1.549193)])
+def test_golden_of_whitened_advantages(unbiased, first):
+    """Reference, point 12: advantages lose theirs."""
+    found, returns, _ = advantages_of(
+        np.arange(12, 21) / 10, np.zeros(9), gamma=0.0, lam=0.0, whiten_unbiased=unbiased
+    )
+    np.testing.assert_allclose(found[0], first, atol=1e-6)
+    assert abs(found.mean()) < 1e-12
+    np.testing.assert_allclose(returns, np.arange(12, 21) / 10)  # made before
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [("k1", [-0.5, 0, 0.5]), ("k2", [0.125, 0, 0.125]), ("k3", [0.148721, 0, 0.106531])],
+)
+def test_golden_of_the_kl_estimators(estimator, expected):
+    """Reference, point 10."""
+    made = trainer(kl_estimator=estimator)
+    kl = made._kl({"logprobs": np.array([-0.5, 0, 0.5]), "ref_logprobs": np.zeros(3)})
+    np.testing.assert_allclose(kl, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "expected"),
+    [(1, 1.5, -1.2), (-1, 0.5, 0.8), (1, math.exp(0.1), -1.105171)],
+)
+def test_golden_of_the_policy_loss(advantage, ratio, expected):
+    """Reference, point 14."""
+    made = trainer(model(dtype=np.float64))
+    rollout = one_response(1)
+    data = rollouts.collect(made.policy, rollout, 1.0, values=made.critic.values)
+    data |= {"advantages": np.array([float(advantage)]), "returns": data["values"]}
+    data["logprobs"] = data["logprobs"] - math.log(ratio)
+    found = made._gradients(rollout, data, np.arange(1), first=False)
+    assert found["policy_loss"] == pytest.approx(expected, abs=1e-6)
+    assert found["ratio_max"] == pytest.approx(ratio)
+    assert found["clipped"] == (abs(ratio - 1) > 0.2)
+
+
+def test_value_loss_by_hand():
+    """Reference, point 15: V = 1, old V = 0.5, R = 0: V is clipped to 0.7, and the worse counts."""
+    made = trainer(model(dtype=np.float64), value_coefficient=0.1)
+    made.critic.bias.data[:] = 1.0
+    rollout = one_response(2)
+    data = rollouts.collect(made.policy, rollout, 1.0, values=made.critic.values)
+    np.testing.assert_allclose(data["values"], 1.0)
+    data |= {"advantages": np.zeros(2), "returns": np.array([0.0, 2.0]), "values": np.full(2, 0.5)}
+    found = made._gradients(rollout, data, np.arange(1), first=True)
+    assert found["value_loss"] == pytest.approx(0.5 * (1.0 + (0.7 - 2) ** 2) / 2)
+    assert found["loss"] == pytest.approx(0.1 * found["value_loss"])
+
+
+def test_adaptive_kl_by_hand():
+    """Reference, point 13: far above the target, the error is clipped at 0.2."""
+    made = trainer(kl_coefficient=0.15, adaptive_kl_target=6.0, adaptive_kl_horizon=10_000.0)
+    state = made._after(made._state, 60.0, 512)
+    assert state.kl_coefficient == pytest.approx(0.15 * (1 + 0.2 * 512 / 10_000))
+    assert made._after(state, 6.0, 512) == state
+    fixed = trainer(kl_coefficient=0.15)
+    assert fixed._after(fixed._state, 60.0, 512).kl_coefficient == 0.15
+
+
+@pytest.mark.parametrize(
+    ("mode", "penalty", "expected"), [("replace", -1.0, -1.0), ("subtract", 1.0, 4.0)]
+)
+def test_missing_stop_token(mode, penalty, expected):
+    """Reference, point 8: TL;DR replaces the score, TRL lowers it."""
+    made = trainer(reward=lambda p, r: [5.0] * len(r), missing_eos_penalty=penalty,
+                   missing_eos_mode=mode)  # fmt: skip
+    prompts = made._take(PROMPTS[:2], None)
+    scored = made._score(Rollout.of(prompts, [[1, 0], [1, 2]], ended=[True, False]))
+    np.testing.assert_allclose(scored.final, [5.0, expected])
+    np.testing.assert_allclose(scored.raw, [5.0, 5.0])
+
+
+def test_presets_are_their_recipes():
+    """Reference, points 8, 12, 13, 17, 18, 19."""
+    openai, tldr, trl = (preset(name, batch_size=4) for name in ppo.PRESETS)
+    assert (openai.adaptive_kl_target, openai.adaptive_kl_horizon) == (6.0, 10_000.0)
+    assert (openai.kl_coefficient, openai.critic, openai.tf1_epsilon) == (0.15, "shared", True)
+    assert (openai.whiten_rewards, openai.whiten_unbiased) == (True, False)
+    assert (tldr.kl_coefficient, tldr.learning_rate, tldr.eps) == (0.05, 3e-6, 1e-5)
+    assert (tldr.missing_eos_mode, tldr.missing_eos_penalty) == ("replace", -1.0)
+    assert (tldr.temperature, tldr.max_new_tokens, tldr.scheduler) == (0.7, 53, "linear")
+    assert (tldr.ppo_epochs, tldr.minibatches, tldr.value_coefficient) == (4, 1, 0.1)
+    assert (trl.missing_eos_mode, trl.whiten_unbiased, trl.whiten_rewards) == ("subtract", True,
+                                                                              False)  # fmt: skip
+    with pytest.raises(ConfigError, match="did you mean 'tldr-2024'"):
+        preset("tldr-2025")
+    with pytest.raises(ConfigError, match="unknown option 'clip_epsilom'.*clip_epsilon"):
+        preset("trl", clip_epsilom=0.1)
+
+
+# -- a step ----------------------------------------------------------------------------------------
+
+NAMES = {
+    "reward/score", "reward/total", "kl/mean", "entropy", "ppo/policy_loss", "ppo/value_loss",
+    "ppo/approx_kl", "ppo/clip_fraction", "ppo/ratio_max", "value/explained_variance",
+    "response/length", "response/eos_fraction", "time/rollout_s", "time/update_s", "tokens_per_s",
+}  # fmt: skip
+
+
+def test_record_of_a_step():
+    """Reference, "reported per step", and the invariants that can be read there."""
+    made = trainer(exact_kl=True)
+    first = made.step(PROMPTS[:6])
+    assert first.keys() >= NAMES | {"kl/exact", "loss", "grad_norm", "step"}
+    assert json.loads(json.dumps(first)) == first
+    assert first["kl/mean"] == first["kl/exact"] == 0.0
+    assert 0 <= first["entropy"] <= math.log(9)
+    assert first["ppo/ratio_max"] >= 1
+    assert first["tokens"] == sum(3 + row["tokens"] for row in made.samples)
+    assert first["response/length"] == np.mean([row["tokens"] for row in made.samples])
+    assert first["response/eos_fraction"] == np.mean([row["ended"] for row in made.samples])
+    assert first["reward/score"] == pytest.approx(np.mean([row["score"] for row in made.samples]))
+    second = made.step(PROMPTS[6:12])
+    assert second["step"] == 2
+    assert second["kl/mean"] != 0.0
+    assert second["kl/exact"] > 0.0
+
+
+def test_one_epoch_of_one_minibatch_never_clips():
+    record = trainer(ppo_epochs=1).step(PROMPTS[:6])
+    assert record["ppo/clip_fraction"] == 0
+    assert record["ppo/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert record["ppo/updates"] == 1
+
+
+def test_reference_never_changes_and_the_policy_does():
+    """Contract, point 9."""
+    policy = model()
+    before = {name: p.data.copy() for name, p in policy.parameters().items()}
+    made = trainer(policy)
+    for start in range(0, 24, 6):
+        made.step(PROMPTS[start : start + 6])
+    require_same({n: p.data for n, p in made.reference.parameters().items()}, before)
+    for name, p in policy.parameters().items():
+        if p.data.ndim == 2:
+            assert not np.array_equal(p.data, before[name]), name
+
+
+def test_with_adapters_the_reference_is_the_base():
+    base = model()
+    before = {name: p.data.copy() for name, p in base.parameters().items()}
+    made = trainer(add_lora(base, LoraConfig(rank=2)))
+    for start in range(0, 24, 6):
+        made.step(PROMPTS[start : start + 6])
+    require_same({n: p.data for n, p in base.parameters().items()}, before)
+    for name, p in made.reference.parameters().items():
+        assert np.shares_memory(p.data, base.parameters()[name].data)
+        assert np.shares_memory(p.data, made.critic.body.parameters()[name].data)
+    ups = [p for name, p in made.policy.parameters().items() if name.endswith("lora_b")]
+    assert all(np.any(p.data) for p in ups)
+    twin = trainer(model(), lora=LoraConfig(rank=2))
+    twin.step(PROMPTS[:6])
+    assert twin.policy.adapters
+
+
+def test_critic_from_a_reward_model():
+    """Reference, point 17."""
+    start = SequenceClassifier(model(4), 1, "last", seed=2)
+    made = trainer(critic=start)
+    rollout = made.sample(PROMPTS[:6])
+    values = rollouts.collect(made.policy, rollout, 1.0, values=made.critic.values)["values"]
+    # The value of the last state but one is the reward model's score of what was there by then.
+    cut = [rollout.tokens[a : b - 1] for a, b in
+           zip(rollout.offsets[:-1], rollout.offsets[1:], strict=True)]  # fmt: skip
+    from loopos.data.batch import Batch
+
+    scores = start.logits(Batch.from_sequences(cut)).data[:, 0]
+    np.testing.assert_allclose(values[rollout.response_offsets[1:] - 1], scores, atol=1e-5)
+    before = {n: p.data.copy() for n, p in start.parameters().items()}
+    made.step(PROMPTS[:6])
+    require_same({n: p.data for n, p in start.parameters().items()}, before)
+    with pytest.raises(ConfigError, match="one linear output"):
+        trainer(critic=SequenceClassifier(model(4), 2, "last"))
+    with pytest.raises(ConfigError, match="shared critic"):
+        PPOTrainer(model(), None, count_fives, Options(critic="shared"), critic=start)
+
+
+def test_shared_critic_has_no_body_and_moves_the_policy():
+    made = trainer(critic="shared", reward=lambda p, r: [1.0] * len(r), whiten_advantages=False)
+    assert isinstance(made.critic, Critic)
+    assert made.critic.body is None
+    assert not any(name.startswith("critic.") for name in made.parameters())
+    before = made.critic.weight.data.copy()
+    made.step(PROMPTS[:6])
+    assert not np.array_equal(before, made.critic.weight.data)
+
+
+# -- invariants ------------------------------------------------------------------------------------
+
+
+def test_stale_log_probabilities_stop_the_run(monkeypatch):
+    made = trainer()
+    collect = policy_training.collect
+
+    def stale(*args, **more):
+        found = collect(*args, **more)
+        found["logprobs"][5] += 0.01
+        found["ref_logprobs"][5] += 0.01
+        return found
+
+    rollout = made.sample(PROMPTS[:6])
+    rollout.logprobs[:] = np.nan
+    before = weights(made)
+    monkeypatch.setattr(policy_training, "collect", stale)
+    sample = rollout.sample_of(5)
+    with pytest.raises(
+        NumericalError, match=f"step 1: a token of the response to sample {sample} has a log ratio"
+    ):
+        made.learn_from(rollout)
+    require_same(weights(made), before)
+
+
+def test_wrong_temperature_or_weights_stop_the_run():
+    sharp = model()
+    for parameter in sharp.parameters().values():
+        parameter.data *= 3
+    hot = trainer(sharp, temperature=1.0)
+    cold = PPOTrainer(hot.policy, None, count_fives, hot.options, temperature=0.7)
+    with pytest.raises(NumericalError, match=r"step 1: .* sample \d+ was sampled .*temperature"):
+        cold.learn_from(hot.sample(PROMPTS[:6]))
+    rollout = hot.sample(PROMPTS[:6])
+    hot.step(PROMPTS[:6])
+    with pytest.raises(NumericalError, match=r"step 2: .*other weights"):
+        hot.learn_from(rollout)
+
+
+def test_a_policy_that_is_not_its_reference_at_the_start():
+    made = trainer()
+    made.policy.head_weight.data[3, 0] += 1
+    with pytest.raises(NumericalError, match=r"step 1: .*sample \d.* the reference's"):
+        made.step(PROMPTS[:6])
+
+
+def test_reward_at_the_wrong_token(monkeypatch):
+    made = trainer()
+
+    def at_the_first(kl, scores, offsets, coefficient):
+        rewards = -coefficient * kl
+        rewards[offsets[:-1]] += scores
+        return rewards
+
+    monkeypatch.setattr(ppo, "token_rewards", at_the_first)
+    made.reward._parts[0] = replace(made.reward._parts[0], function=lambda p, r: [1.0] * len(r))
+    with pytest.raises(NumericalError, match=r"step 1: .*sample \d .*the score is misplaced"):
+        made.step(PROMPTS[:6])
+
+
+@pytest.mark.parametrize(
+    ("responses", "ended", "message"),
+    [
+        (
+            [[3, 0], [4, 0, 8, 8]],
+            [True, True],
+            "sample 1 goes on after its stop token, the 2. of 4",
+        ),
+        ([[3, 0], [4, 3]], [True, True], "sample 1 is said to end with a stop token.*token is 3"),
+        ([[3, 0], [4, 3]], [False, False], "sample 0 is said not to end .*token is 0"),
+        ([[], []], [False, False], "step 1: no response has a token, so nothing counts"),
+        ([[3], []], [False, False], "step 1: the response to sample 1 has no token"),
+    ],
+)
+def test_responses_that_cannot_be(responses, ended, message):
+    """Reference, point 7; and a batch without a counted token is an error, not loss 0."""
+    made = trainer()
+    with pytest.raises(NumericalError, match=message):
+        made.learn_from(Rollout.of(made._take(PROMPTS[:2], None), responses, ended=ended))
+
+
+def raises(prompts, responses):
+    raise KeyError("score")
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        (raises, LooposError, "step 1: the reward 'score' raised KeyError: 'score'"),
+        (lambda p, r: [1.0], ConfigError, r"step 1: .*expected 6 numbers.*shape \(1,\)"),
+        (lambda p, r: 1.0, ConfigError, "expected 6 numbers.*float of shape"),
+        (lambda p, r: None, ConfigError, "expected 6 numbers.*NoneType"),
+        (lambda p, r: ["good"] * 6, ConfigError, "expected 6 numbers.*list"),
+        (lambda p, r: [[1.0]] * 6, ConfigError, r"shape \(6, 1\)"),
+        (lambda p, r: [[1], [1, 2], 3, 4, 5, 6], ConfigError, "expected 6 numbers"),
+        (lambda p, r: [0, 1, math.nan, 3, 4, 5], NumericalError, "step 1: .*is nan for sample 2"),
+        (lambda p, r: [0, 1, 2, 3, math.inf, 5], NumericalError, "is inf for sample 4"),
+        (lambda p, r: [1e30] * 6, NumericalError, "step 1: value_loss is inf .samples"),
+    ],
+)
+def test_rewards_that_cannot_be(reward, error, message):
+    made = trainer(reward=reward)
+    before = weights(made)
+    with pytest.raises(error, match=message) as caught:
+        made.step(PROMPTS[:6])
+    require_same(weights(made), before)
+    if reward is raises:
+        assert isinstance(caught.value.__cause__.__cause__, KeyError)
+
+
+def test_a_gradient_that_is_not_finite(monkeypatch):
+    made = trainer()
+    monkeypatch.setattr("loopos.methods.policy_update.gradient_norm", lambda grads: math.inf)
+    with pytest.raises(NumericalError, match="step 1: the gradient of all parameters together"):
+        made.step(PROMPTS[:6])
+
+
+def test_entropy_outside_its_bounds(monkeypatch):
+    made = trainer()
+    collect = policy_training.collect
+    monkeypatch.setattr(
+        policy_training, "collect",
+        lambda *a, **m: (found := collect(*a, **m)) | {"entropy": found["entropy"] - 4},
+    )  # fmt: skip
+    with pytest.raises(NumericalError, match=r"an entropy .* outside \[0, ln V\]"):
+        made.step(PROMPTS[:6])
+
+
+def test_target_kl_ends_the_epochs_before_it_is_passed_for_good():
+    free = trainer().step(PROMPTS[:6])
+    assert free["ppo/updates"] == 4
+    held = trainer(target_kl=1e-9).step(PROMPTS[:6])
+    assert held["ppo/updates"] == 1
+    assert held["ppo/approx_kl"] <= 1e-9
+
+
+def test_kl_budget_ends_the_run_with_the_best(tmp_path):
+    with pytest.raises(EndOfRun, match="above kl_budget") as caught:
+        made = trainer(kl_budget=1e-4, learning_rate=0.02)
+        for start in range(0, 24, 6):
+            before = weights(made)
+            made.step(PROMPTS[start : start + 6])
+    assert caught.value.reason == "kl_budget"
+    require_same(weights(made), before)
+    run = trainer(kl_budget=0.5, learning_rate=0.01, num_epochs=40, eval_steps=1)
+    result = run.fit(PROMPTS, output_dir=tmp_path)
+    assert result.stopped_reason == "kl_budget"
+    assert 0 < result.steps < 160
+    assert max(record["kl/mean"] for record in result.history) <= 0.5
+    assert result.best_checkpoint is not None
+    best = max(e["eval"]["reward/score"] for e in result.evaluations)
+    assert result.best_metric == best
+    from safetensors.numpy import load_file
+
+    held = load_file(result.best_checkpoint / "model.safetensors")
+    for name, p in run.parameters().items():
+        if p.requires_grad:
+            np.testing.assert_array_equal(p.data, held[name])
+
+
+# -- rewards -----------------------------------------------------------------------------------------
+
+
+def test_rewards_of_several_kinds():
+    class Model:
+        def score(self, prompts, responses):
+            return np.array([len(r) for r in responses])
+
+    def by_ids(prompts, responses, prompt_ids, response_ids):
+        assert [p.tolist() for p in prompt_ids] == prompts
+        assert [r.tolist() for r in response_ids] == responses
+        return [p[0] for p in prompt_ids]
+
+    made = trainer(reward={"length": (Model(), 2.0), "first": (by_ids, -1.0)})
+    record = made.step(PROMPTS[:6])
+    expected = [2 * row["tokens"] - row["prompt"][0] for row in made.samples]
+    np.testing.assert_allclose([row["score"] for row in made.samples], expected)
+    assert record["reward/length"] == record["response/length"]
+    assert record["reward/first"] == np.mean([p[0] for p in PROMPTS[:6]])
+    listed = trainer(reward=[(Model(), 2.0), (by_ids, -1.0)]).step(PROMPTS[:6])
+    assert listed["reward/score"] == record["reward/score"]
+    answered = trainer(reward=lambda p, r, answers: answers).step(PROMPTS[:6], [1, 2, 3, 4, 5, 9])
+    assert answered["reward/score"] == 4
+    for bad, message in ((3, "a callable"), ([Model()], "a pair"), ({"a": (Model(), "b")}, "weight"),
+                         ([], "at least one")):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            trainer(reward=bad)
+
+
+@pytest.mark.parametrize("kind", ["mean", "mean_std"])
+def test_normalised_rewards_have_mean_0_over_the_start(kind):
+    """Reference, point 4."""
+    made = trainer(reward=lambda p, r: [100.0 + 7 * len(x) for x in r], reward_normalisation=kind)
+    record = made.step(PROMPTS)
+    assert record["reward/score"] > 100  # reported as it was given
+    calibrated = made._state.normaliser
+    assert calibrated.count == 24
+    made.step(PROMPTS[:6])
+    assert made._state.normaliser == calibrated
+    scores = np.array([107.0, 114.0])
+    shifted = scores - calibrated.mean
+    deviation = math.sqrt(calibrated.squares / 24)
+    np.testing.assert_allclose(
+        calibrated.apply(scores), shifted / (deviation if kind == "mean_std" else 1)
+    )
+
+
+def test_running_normalisation_has_seen_all():
+    rng = np.random.default_rng(0)
+    chunks = [rng.normal(3, 2, n) for n in (4, 1, 7)]
+    seen = Normaliser("running")
+    for chunk in chunks:
+        seen = seen.seen(chunk)
+    whole = np.concatenate(chunks)
+    np.testing.assert_allclose(seen.apply(whole), (whole - whole.mean()) / whole.std())
+    np.testing.assert_array_equal(Normaliser("running").seen(np.ones(1)).apply(np.ones(1)), [0.0])
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+CHANGES = {
+    "clip_epsilon": 0.001, "clip_epsilon_high": 0.5, "kl_coefficient": 1.0, "kl_estimator": "k3",
+    "entropy_coefficient": 0.5, "target_kl": 1e-9, "ppo_epochs": 2, "minibatches": 3,
+    "temperature": 0.5, "max_new_tokens": 3, "missing_eos_penalty": 2.0,
+    "reward_normalisation": "mean", "tf1_epsilon": True, "gamma": 0.5, "lam": 0.2,
+    "whiten_advantages": False, "whiten_rewards": True, "whiten_unbiased": False,
+    "critic": "shared", "value_coefficient": 1.0, "value_clip": 1e-3,
+    "critic_learning_rate": 1e-5, "adaptive_kl_target": 0.01, "learning_rate": 1e-4, "eps": 1e-3,
+    "max_grad_norm": 1e-4, "weight_decay": 0.5, "stop_ids": (0, 1, 2, 3), "optimizer": "sgd",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", CHANGES)
+def test_each_option_changes_the_result(option):
+    common = {"clip_epsilon": 0.02, "kl_coefficient": 0.3, "learning_rate": 0.01,
+              "adaptive_kl_horizon": 20.0}  # fmt: skip
+    found = []
+    for more in ({}, {option: CHANGES[option]}):
+        made = trainer(model(0), **common | more)
+        for start in (0, 6, 12):
+            made.step(PROMPTS[start : start + 6])
+        found.append({n: p.data for n, p in made.policy.parameters().items()}
+                     | {"value_head.weight": made.critic.weight.data})  # fmt: skip
+    assert differ(*found)
+
+
+@pytest.mark.parametrize("option", ["missing_eos_mode", "kl_exact", "adaptive_kl_horizon", "noise"])
+def test_options_that_depend_on_others(option):
+    base, change = {
+        "missing_eos_mode": ({"missing_eos_penalty": 2.0}, {"missing_eos_mode": "replace"}),
+        "kl_exact": ({"kl_coefficient": 1.0}, {"kl_estimator": "exact"}),
+        "adaptive_kl_horizon": ({"adaptive_kl_target": 1e-3}, {"adaptive_kl_horizon": 10.0}),
+        "noise": ({}, {"seed": 2}),
+    }[option]
+    found = []
+    for more in (base, base | change):
+        made = trainer(model(0), learning_rate=0.02, whiten_advantages=False, **more)
+        for start in (0, 6, 12):
+            made.step(PROMPTS[start : start + 6])
+        found.append({n: p.data for n, p in made.policy.parameters().items()})
+    assert differ(*found)
+
+
+def test_options_that_change_the_memory_only():
+    found = []
+    for more in ({}, {"rollout_batch_size": 2}, {"gradient_checkpointing": True}):
+        made = trainer(model(0), **more)
+        with use_backend("cython"):
+            made.step(PROMPTS[:6])
+        found.append(weights(made))
+    require_same(found[0], found[1])
+    require_same(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"clip_epsilon": 0}, "training.clip_epsilon: expected a number above 0"),
+        ({"temperature": 0}, "training.temperature: expected a number above 0"),
+        ({"ppo_epochs": 1.5}, "training.ppo_epochs: expected a whole number"),
+        ({"kl_estimator": "k4"}, "training.kl_estimator: expected one of k1, k2, k3, exact"),
+        ({"missing_eos_mode": "subtracted"}, "did you mean 'subtract'"),
+        ({"batch_tokens": 64}, "training.batch_tokens: of no use"),
+        ({"length_bucketing": True}, "training.length_bucketing: of no use"),
+        ({"lam": 1.2}, r"training.lam: expected a number in \[0, 1\]"),
+        ({"critic": "seperate"}, "did you mean 'separate'"),
+        ({"reward_normalisation": "std"}, "training.reward_normalisation"),
+        ({"critic": "shared", "critic_learning_rate": 1e-3}, "shared critic has the policy's"),
+        ({"tf1_epsilon": True, "optimizer": "sgd"}, "sgd, which has no eps"),
+        ({"max_new_tokens": True}, "training.max_new_tokens"),
+    ],
+)
+def test_options_that_cannot_be(more, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(**more)
+
+
+def test_prompts_that_cannot_be():
+    made = trainer()
+    for prompts, message in (
+        ("text", "a list of prompts"), ([[]], "prompt 0"), ([[1], list(range(24))], "prompt 1 has"),
+        (["hi"], "prompt 0 is a text"), ([[1.5]], "prompt 0"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=message):
+            made.step(prompts)
+    with pytest.raises(DataError, match="expected 2 answers"):
+        made.step(PROMPTS[:2], [1])
+    with pytest.raises(ConfigError, match="2 responses cannot be cut into 3"):
+        trainer(minibatches=3).step(PROMPTS[:2])
+    policy = model()
+    twin = Transformer(policy.config, arrays={n: p.data for n, p in policy.parameters().items()})
+    with pytest.raises(ConfigError, match="shares weights"):
+        trainer(policy, reference=twin)
+    same = trainer(policy, reference=policy)
+    assert same.reference is not policy
+
+
+def test_tf1_epsilon_is_added_before_the_correction():
+    """Reference, point 18: the update of TensorFlow 1 by hand, for one step of one parameter."""
+    made = trainer(model(0, np.float64), optimizer="adam", tf1_epsilon=True, eps=1e-3,
+                   ppo_epochs=1)  # fmt: skip
+    before, gradients = weights(made), {}
+    step = made.optimizer.step
+
+    def watched(scale, rate):
+        gradients.update({n: p.grad.copy() for n, p in made.optimizer.parameters.items()})
+        step(scale, rate)
+
+    made.optimizer.step = watched
+    made.step(PROMPTS[:6])
+    b1, b2 = made.options.betas
+    for name, g in gradients.items():
+        m, v = (1 - b1) * g, (1 - b2) * g * g
+        rate = 3e-3 * math.sqrt(1 - b2) / (1 - b1)
+        expected = before[name] - rate * m / (np.sqrt(v) + 1e-3)
+        np.testing.assert_allclose(made.parameters()[name].data, expected, rtol=1e-9, atol=1e-12)
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+class StopAfter(Callback):
+    def __init__(self, step):
+        self.step, self.seen = step, 0
+
+    def on_step(self, record):
+        self.seen = record["step"]
+
+    def __call__(self):
+        return self.seen >= self.step
+
+
+RUNS = {
+    "separate": {"adaptive_kl_target": 0.01, "adaptive_kl_horizon": 50.0, "whiten_rewards": True,
+                 "reward_normalisation": "running", "minibatches": 2, "save_steps": 1},
+    "shared": {"critic": "shared", "reward_normalisation": "mean_std", "tf1_epsilon": True,
+               "optimizer": "adam"},
+    "lora": {"lora": LoraConfig(rank=2), "adaptive_kl_target": 0.01},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_steps_and_a_resume_are_four(name, tmp_path):
+    def make():
+        return trainer(model(0), num_epochs=1, **RUNS[name])
+
+    whole = make()
+    result = whole.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "whole")
+    assert result.steps == 4
+    first = make()
+    stop = StopAfter(2)
+    part = first.fit(
+        PROMPTS, PROMPTS[:5], output_dir=tmp_path / "part", callbacks=[stop], stop=stop
+    )
+    assert (part.steps, part.stopped_reason) == (2, "interrupted")
+    again = make()
+    rest = again.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "part", resume=True)
+    assert (rest.steps, rest.stopped_reason) == (4, "finished")
+    require_same(weights(whole), weights(again))
+    assert again._state == whole._state
+    require_same(
+        {n: np.asarray(a) for n, a in whole.optimizer.state_dict().items()},
+        {n: np.asarray(a) for n, a in again.optimizer.state_dict().items()},
+    )
+    records = [
+        [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+        for path in (tmp_path / "whole/metrics.jsonl", tmp_path / "part/metrics.jsonl")
+    ]
+    assert records[0] == records[1]
+    assert len(records[0]) == 5
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path.insert(0, {tests!r})
+    from test_ppo import PROMPTS, RUNS, Callback, model, trainer
+
+    class Kill(Callback):
+        def on_step(self, record):
+            if record["step"] == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    made = trainer(model(0), num_epochs=1, **RUNS["separate"])
+    made.fit(PROMPTS, PROMPTS[:5], output_dir={out!r}, callbacks=[Kill()])
+"""
+
+
+def test_a_killed_run_ends_as_the_one_that_never_was(tmp_path):
+    code = textwrap.dedent(KILLED).format(tests=os.path.dirname(__file__), out=str(tmp_path / "a"))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    again = trainer(model(0), num_epochs=1, **RUNS["separate"])
+    assert again.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "a", resume=True).steps == 4
+    whole = trainer(model(0), num_epochs=1, **RUNS["separate"])
+    whole.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "b")
+    require_same(weights(whole), weights(again))
+
+
+def test_another_reference_cannot_continue_the_run(tmp_path):
+    stop = StopAfter(1)
+    trainer(model(0)).fit(PROMPTS, output_dir=tmp_path, callbacks=[stop], stop=stop)
+    with pytest.raises(CheckpointError, match="frozen parameters are not those"):
+        trainer(model(0), reference=model(1)).fit(PROMPTS, output_dir=tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=r"training.clip_epsilon was 0.2, now it is 0.3"):
+        trainer(model(0), clip_epsilon=0.3).fit(PROMPTS, output_dir=tmp_path, resume=True)
+
+
+def test_a_step_that_fails_saves_the_state_before_it(tmp_path):
+    calls = []
+
+    def fails_at_third(prompts, responses):
+        calls.append(1)
+        return [math.nan if len(calls) == 3 else 1.0] * len(responses)
+
+    made = trainer(reward=fails_at_third)
+    with pytest.raises(
+        NumericalError, match=r"step 3: .*is nan.*state before it is in .*step-0000"
+    ):
+        made.fit(PROMPTS, output_dir=tmp_path)
+    assert (tmp_path / "checkpoints/step-00000002").is_dir()
+
+
+def test_a_step_that_fails_within_its_updates_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    made = trainer(save_steps=1)
+    norms = []
+
+    def norm(grads):
+        norms.append(1)
+        return math.inf if len(norms) == 6 else 1.0
+
+    monkeypatch.setattr("loopos.methods.policy_update.gradient_norm", norm)
+    with pytest.raises(
+        NumericalError, match=r"step 2: the gradient.*continue from .*step-00000001"
+    ):
+        made.fit(PROMPTS, output_dir=tmp_path)
+    assert not (tmp_path / "checkpoints/step-00000002").exists()
+
+
+def test_an_interrupt_in_a_rollout_saves_the_step_before(tmp_path):
+    calls = []
+
+    def interrupted(prompts, responses):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return [1.0] * len(responses)
+
+    with pytest.raises(Interrupted, match="after step 1, saved in"):
+        trainer(reward=interrupted).fit(PROMPTS, output_dir=tmp_path)
+    assert (tmp_path / "checkpoints/step-00000001").is_dir()
+
+
+def test_tables_of_samples():
+    tables = []
+    made = trainer(sample_steps=2)
+    made.fit(PROMPTS, on_samples=lambda step, rows: tables.append((step, rows)))
+    assert [step for step, _ in tables] == [2, 4]
+    assert tables[0][1][0].keys() == {"prompt", "response", "score", "tokens", "ended"}
+    assert len(tables[0][1]) == 6
+
+
+def test_evaluation_is_the_same_whenever_it_is_asked_for():
+    made = trainer()
+    first = made.evaluate(PROMPTS)
+    assert first == made.evaluate(PROMPTS)
+    assert first["kl/mean"] == 0
+    made.step(PROMPTS[:6])
+    assert made.evaluate(PROMPTS) != first
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_programmatic_reward_is_learnt(seed):
+    with use_backend("cython"):
+        made = trainer(model(seed), batch_size=12, kl_coefficient=0.02, num_epochs=15, seed=seed)
+        history = made.fit(PROMPTS).history
+    start, end = (
+        np.mean([r["reward/score"] for r in part]) for part in (history[:2], history[-3:])
+    )
+    assert start < 0.2
+    assert end > 0.8
+
+
+def test_backends_learn_alike_from_recorded_samples():
+    recorder = trainer(model(0), learning_rate=1e-3)
+    others = {name: trainer(model(0), learning_rate=1e-3) for name in ("cython", "numba")}
+    for step in range(20):
+        prompts = [PROMPTS[(6 * step + i) % 24] for i in range(6)]
+        with use_backend("numpy"):
+            rollout = recorder.sample(prompts)
+            expected = without_times(recorder.learn_from(rollout))
+        for name, made in others.items():
+            with use_backend(name):
+                found = without_times(made.learn_from(rollout))
+            for key, value in expected.items():
+                np.testing.assert_allclose(found[key], value, rtol=1e-3, atol=1e-3, err_msg=key)
+    for made in others.values():
+        for name, array in weights(made).items():
+            np.testing.assert_allclose(array, recorder.parameters()[name].data, atol=1e-3)
+
+
+def test_value_tensor_has_a_row_a_token():
+    critic = Critic(None, np.ones((1, 2)), np.zeros(1))
+    rollout = one_response(3)
+    states = Tensor(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+    np.testing.assert_array_equal(critic.values(rollout, states).data, [3.0, 7.0, 11.0])
