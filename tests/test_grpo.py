@@ -19,9 +19,9 @@ from loopos.models.transformer import Transformer, TransformerConfig
 from loopos.training.trackers import Callback
 
 TIMED = ("time_s", "tokens_per_s", "time/rollout_s", "time/reward_s", "time/update_s")
-#: Two numbers; the answer is their sum modulo 4, said as a token from 4.
+#: Two numbers; the answer is the larger one, said as a token from 4.
 PROBLEMS = [[a, b] for a in range(4) for b in range(4)]
-ANSWERS = [(a + b) % 4 + 4 for a, b in PROBLEMS]
+ANSWERS = [max(problem) + 4 for problem in PROBLEMS]
 
 
 def model(seed=0, dtype=np.float32, **more):
@@ -222,17 +222,17 @@ def test_two_steps_and_a_resume_are_four(more, tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_verifiable_answers_are_learnt(seed):
-    """Sums modulo 4, which no response but the right one scores for."""
+    """No response but the right one scores."""
     with use_backend("cython"):
         made = trainer(
-            model(seed, d_model=32, d_ff=64), right, batch_size=16, group_size=8, num_epochs=80,
+            model(seed, d_model=32, d_ff=64), right, batch_size=16, group_size=8, num_epochs=50,
             max_new_tokens=1, learning_rate=5e-3, stop_ids=(), kl_coefficient=0.001, seed=seed,
         )  # fmt: skip
         start = made.evaluate(PROBLEMS, ANSWERS)["reward/score"]
         made.fit(PROBLEMS, answers=ANSWERS)
         end = made.evaluate(PROBLEMS, ANSWERS)["reward/score"]
     assert start < 0.4
-    assert end > start + 0.4
+    assert end > start + 0.5
 
 
 def test_texts_with_a_tokenizer():

@@ -69,7 +69,7 @@ def one_response(length, prompt=(1, 2), **more):
     return Rollout.of(prompts, [[3] * length], **more)
 
 
-# -- goldens, through the trainer -------------------------------------------------------------------
+# -- goldens, through the trainer ------------------------------------------------------------------
 
 
 def advantages_of(rewards, values, **options):
@@ -364,7 +364,7 @@ def test_reward_at_the_wrong_token(monkeypatch):
         (
             [[3, 0], [4, 0, 8, 8]],
             [True, True],
-            "sample 1 goes on after its stop token, the 2. of 4",
+            "sample 1 goes on after its stop token, the 2. of",
         ),
         ([[3, 0], [4, 3]], [True, True], "sample 1 is said to end with a stop token.*token is 3"),
         ([[3, 0], [4, 3]], [False, False], "sample 0 is said not to end .*token is 0"),
@@ -458,7 +458,7 @@ def test_kl_budget_ends_the_run_with_the_best(tmp_path):
             np.testing.assert_array_equal(p.data, held[name])
 
 
-# -- rewards -----------------------------------------------------------------------------------------
+# -- rewards ---------------------------------------------------------------------------------------
 
 
 def test_rewards_of_several_kinds():
@@ -481,8 +481,10 @@ def test_rewards_of_several_kinds():
     assert listed["reward/score"] == record["reward/score"]
     answered = trainer(reward=lambda p, r, answers: answers).step(PROMPTS[:6], [1, 2, 3, 4, 5, 9])
     assert answered["reward/score"] == 4
-    for bad, message in ((3, "a callable"), ([Model()], "a pair"), ({"a": (Model(), "b")}, "weight"),
-                         ([], "at least one")):  # fmt: skip
+    for bad, message in (
+        (3, "a callable"), ([Model()], "a pair"), ({"a": (Model(), "b")}, "weight"),
+        ([], "at least one"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             trainer(reward=bad)
 
@@ -669,12 +671,11 @@ def test_two_steps_and_a_resume_are_four(name, tmp_path):
     assert result.steps == 4
     first = make()
     stop = StopAfter(2)
-    part = first.fit(
-        PROMPTS, PROMPTS[:5], output_dir=tmp_path / "part", callbacks=[stop], stop=stop
-    )
+    out = tmp_path / "part"
+    part = first.fit(PROMPTS, PROMPTS[:5], output_dir=out, callbacks=[stop], stop=stop)
     assert (part.steps, part.stopped_reason) == (2, "interrupted")
     again = make()
-    rest = again.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "part", resume=True)
+    rest = again.fit(PROMPTS, PROMPTS[:5], output_dir=out, resume=True)
     assert (rest.steps, rest.stopped_reason) == (4, "finished")
     require_same(weights(whole), weights(again))
     assert again._state == whole._state
@@ -733,9 +734,7 @@ def test_a_step_that_fails_saves_the_state_before_it(tmp_path):
         return [math.nan if len(calls) == 3 else 1.0] * len(responses)
 
     made = trainer(reward=fails_at_third)
-    with pytest.raises(
-        NumericalError, match=r"step 3: .*is nan.*state before it is in .*step-0000"
-    ):
+    with pytest.raises(NumericalError, match=r"step 3: .*is nan.*before it is in .*step-0000"):
         made.fit(PROMPTS, output_dir=tmp_path)
     assert (tmp_path / "checkpoints/step-00000002").is_dir()
 
@@ -749,9 +748,7 @@ def test_a_step_that_fails_within_its_updates_leaves_the_last_checkpoint(tmp_pat
         return math.inf if len(norms) == 6 else 1.0
 
     monkeypatch.setattr("loopos.methods.policy_update.gradient_norm", norm)
-    with pytest.raises(
-        NumericalError, match=r"step 2: the gradient.*continue from .*step-00000001"
-    ):
+    with pytest.raises(NumericalError, match=r"step 2: the gradient.*continue from .*step-0+1"):
         made.fit(PROMPTS, output_dir=tmp_path)
     assert not (tmp_path / "checkpoints/step-00000002").exists()
 

@@ -140,7 +140,8 @@ class PolicyUpdates(ABC):
             states = response_states(self.policy, part)
             terms, found = self._policy_terms(states, part, arrays, denominator, first)
             more, others = self._other_terms(states, part, arrays, tokens)
-            found = found | others | {"loss": found["loss"] + others.get("loss", 0.0)}
+            whole = found.pop("loss") + others.pop("loss", 0.0)
+            found |= others | {"loss": whole}  # last, so that its part at fault is named
             for name, value in found.items():
                 if not math.isfinite(value):
                     shown = ", ".join(map(str, part.samples[:8].tolist()))
