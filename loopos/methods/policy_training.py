@@ -387,7 +387,7 @@ class PolicyTrainer(PolicyUpdates):
 
     def _check(self, rollout: Rollout, data: dict[str, Array]) -> None:
         """Check what was computed again: finite, as it was sampled, within its bounds."""
-        require_finite(rollout, data)
+        require_finite(rollout, {name: x for name, x in data.items() if name != "values"})
         if self.options.rollout_weights == "float32":
             off = np.abs(data["logprobs"] - rollout.logprobs)
             off[np.isnan(rollout.logprobs)] = 0

@@ -84,8 +84,12 @@ class PolicyUpdates(ABC):
         """Return what the policy's summed loss over a minibatch is divided by."""
         return float(rollout.response_offsets[-1])
 
+    def _value_count(self, rollout: Rollout) -> float:
+        """Return how many values there are in a minibatch."""
+        return float(rollout.response_offsets[-1])
+
     def _other_terms(
-        self, states: Tensor, part: Rollout, data: dict[str, Array], tokens: float
+        self, states: Tensor, part: Rollout, data: dict[str, Array], count: float
     ) -> tuple[Terms, dict[str, float]]:
         """Return further terms of the loss, and their values by name, "loss" the sum of them.
 
@@ -95,8 +99,8 @@ class PolicyUpdates(ABC):
             Of the policy.
         part : Rollout
         data : dict of str to ndarray [M]
-        tokens : float
-            Response tokens of the whole minibatch.
+        count : float
+            Values in the whole minibatch.
         """
         return [], {}
 
@@ -128,8 +132,8 @@ class PolicyUpdates(ABC):
         """Compute the gradients of one minibatch; return its sums."""
         for parameter in self.optimizer.parameters.values():
             parameter.zero_grad()
-        tokens = float(rollout.lengths[chosen].sum())
-        denominator = self._denominator(rollout.take(chosen))
+        whole = rollout.take(chosen)
+        denominator, values = self._denominator(whole), self._value_count(whole)
         total: dict[str, float] = {}
         for indices in np.array_split(chosen, self.options.gradient_accumulation_steps):
             part = rollout.take(indices)
@@ -139,9 +143,9 @@ class PolicyUpdates(ABC):
             }
             states = response_states(self.policy, part)
             terms, found = self._policy_terms(states, part, arrays, denominator, first)
-            more, others = self._other_terms(states, part, arrays, tokens)
-            whole = found.pop("loss") + others.pop("loss", 0.0)
-            found |= others | {"loss": whole}  # last, so that its part at fault is named
+            more, others = self._other_terms(states, part, arrays, values)
+            loss = found.pop("loss") + others.pop("loss", 0.0)
+            found |= others | {"loss": loss}  # last, so that its part at fault is named
             for name, value in found.items():
                 if not math.isfinite(value):
                     shown = ", ".join(map(str, part.samples[:8].tolist()))

@@ -25,7 +25,7 @@ from loopos.methods.losses import (
     value_loss_and_grad,
     whiten,
 )
-from loopos.methods.policy_checks import require_scores_at_end
+from loopos.methods.policy_checks import require_finite, require_scores_at_end
 from loopos.methods.policy_options import (
     PolicyOptions,
     require,
@@ -33,6 +33,7 @@ from loopos.methods.policy_options import (
     require_numbers,
 )
 from loopos.methods.policy_training import LearnerState, PolicyTrainer, Scored, copy_of
+from loopos.methods.policy_update import Terms
 from loopos.methods.rollouts import Rollout, response_states, segment_sums
 from loopos.models.lora import add_lora, without_adapters
 from loopos.models.transformer import Transformer
@@ -66,6 +67,10 @@ class Options(PolicyOptions):
         How far from its old value a value may go before its loss no longer falls.
     critic_learning_rate : float or None
         The highest rate of the critic, where it differs.
+    score_after_end : bool
+        Take the state after a response that ended before `max_new_tokens` for one more: it has a
+        value, and the score is its reward. So do the padded peers (TL;DR, TRL); a separate critic
+        only.
     """
 
     adaptive_kl_target: float | None = None
@@ -79,6 +84,7 @@ class Options(PolicyOptions):
     value_coefficient: float = 0.1
     value_clip: float | None = 0.2
     critic_learning_rate: float | None = None
+    score_after_end: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,10 +96,12 @@ class Options(PolicyOptions):
             "value_coefficient": (False, lambda x: x >= 0, "a number that is not negative"),
         })  # fmt: skip
         require_choice(self, "critic", ("separate", "shared"))
-        for name in ("whiten_advantages", "whiten_rewards", "whiten_unbiased"):
+        for name in ("whiten_advantages", "whiten_rewards", "whiten_unbiased", "score_after_end"):
             require(self, name, isinstance(getattr(self, name), bool), "true or false")
         if self.critic_learning_rate is not None and self.critic == "shared":
             raise ConfigError("training.critic_learning_rate: a shared critic has the policy's")
+        if self.score_after_end and self.critic == "shared":
+            raise ConfigError("training.score_after_end: needs a separate critic")
 
     @property
     def needs_reference(self) -> bool:
@@ -116,14 +124,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tldr-2024": {
         "learning_rate": 3e-6, "batch_size": 512, "eps": 1e-5, "scheduler": "linear",
         "kl_coefficient": 0.05, "whiten_rewards": False, "whiten_unbiased": False,
-        "critic": "separate", "temperature": 0.7, "max_new_tokens": 53,
+        "critic": "separate", "score_after_end": True, "temperature": 0.7, "max_new_tokens": 53,
         "missing_eos_penalty": -1.0, "missing_eos_mode": "replace",
     },
     # Of TRL's PPOTrainer.
     "trl": {
         "learning_rate": 3e-6, "batch_size": 64, "eps": 1e-8, "scheduler": "linear",
         "kl_coefficient": 0.05, "whiten_rewards": False, "whiten_unbiased": True,
-        "critic": "separate", "temperature": 0.7, "max_new_tokens": 53,
+        "critic": "separate", "score_after_end": True, "temperature": 0.7, "max_new_tokens": 53,
         "missing_eos_penalty": None, "missing_eos_mode": "subtract",
     },
 }  # fmt: skip
@@ -278,38 +286,62 @@ class PPOTrainer(PolicyTrainer):
         return dict.fromkeys(self.critic.parameters(), own / self.options.learning_rate)
 
     def _values(self) -> Callable[[Rollout, Tensor], Tensor]:
-        return self.critic.values
+        if not self.options.score_after_end:
+            return self.critic.values
+        return lambda rollout, states: self.critic.values(self._valued(rollout)[0], states)
+
+    def _valued(self, rollout: Rollout) -> tuple[Rollout, Array]:
+        """Return the rollout whose every response token has a value, and which are real, [M]."""
+        if not self.options.score_after_end:
+            return rollout, np.ones(len(rollout.rows), bool)
+        more = rollout.ended & (rollout.lengths < self.options.max_new_tokens)
+        valued = rollout.with_end_states(more)
+        real = np.ones(len(valued.rows), bool)
+        real[valued.response_offsets[1:][more] - 1] = False
+        return valued, real
+
+    def _value_count(self, rollout: Rollout) -> float:
+        return float(self._valued(rollout)[1].size)
 
     def _advantages(
         self, rollout: Rollout, data: dict[str, Array], kl: Array | None, scored: Scored
     ) -> tuple[Rollout, dict[str, Array], dict[str, float]]:
-        options, offsets = self.options, rollout.response_offsets
-        values = data["values"]
-        cost = np.zeros_like(values) if kl is None else kl
+        options, values = self.options, data["values"]
+        valued, real = self._valued(rollout)
+        require_finite(valued, {"values": values})
+        offsets, cost = valued.response_offsets, np.zeros_like(values)
+        if kl is not None:
+            cost[real] = kl
         rewards = token_rewards(cost, scored.final, offsets, self.kl_coefficient)
-        require_scores_at_end(rollout, rewards, self.kl_coefficient * cost, scored.final)
+        require_scores_at_end(valued, rewards, self.kl_coefficient * cost, scored.final)
         figures = {"reward/total": float(segment_sums(rewards, offsets).mean())}
         if options.whiten_rewards:
             rewards = whiten(rewards, shift_mean=False, unbiased=options.whiten_unbiased)
         advantages, returns = gae(rewards, values, offsets, options.gamma, options.lam)
         figures["value/explained_variance"] = explained_variance(values, returns)
         figures["kl/coefficient"] = self.kl_coefficient
+        advantages = advantages[real]
         if options.whiten_advantages:
             advantages = whiten(advantages, unbiased=options.whiten_unbiased)
-        return rollout, data | {"advantages": advantages, "returns": returns}, figures
+        arrays = data | {"advantages": advantages}
+        for name, x in (("values", values), ("returns", returns)):
+            arrays[name], arrays[f"end_{name}"] = x[real], _at_ends(x, real)
+        return rollout, arrays, figures
 
     def _other_terms(
-        self, states: Tensor, part: Rollout, data: dict[str, Array], tokens: float
-    ) -> tuple[list[tuple[Tensor, Array]], dict[str, float]]:
+        self, states: Tensor, part: Rollout, data: dict[str, Array], count: float
+    ) -> tuple[Terms, dict[str, float]]:
         options = self.options
-        values = self.critic.values(part, states)
+        valued, real = self._valued(part)
+        values = self.critic.values(valued, states)
+        old, returns = (
+            _with_ends(data[name], data[f"end_{name}"], real) for name in ("values", "returns")
+        )
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named after
-            total, _, dvalues = value_loss_and_grad(
-                values.data, data["values"], data["returns"], options.value_clip
-            )
+            total, _, dvalues = value_loss_and_grad(values.data, old, returns, options.value_clip)
         kind, factor = values.dtype.type, options.value_coefficient
-        figures = {"value_loss": total / tokens, "loss": factor * total / tokens}
-        return [(values, dvalues * kind(factor / tokens))], figures
+        figures = {"value_loss": total / count, "loss": factor * total / count}
+        return [(values, dvalues * kind(factor / count))], figures
 
     def _after(self, state: LearnerState, kl: float, responses: int) -> LearnerState:
         target, horizon = self.options.adaptive_kl_target, self.options.adaptive_kl_horizon
@@ -317,6 +349,22 @@ class PPOTrainer(PolicyTrainer):
             return state
         adapted = adapted_kl_coefficient(state.kl_coefficient, kl, responses, target, horizon)
         return replace(state, kl_coefficient=adapted)
+
+
+def _at_ends(x: Array, real: Array) -> Array:
+    """Return, at the real tokens, what stands at the state behind each: 0 where there is none."""
+    behind = np.append(~real[1:], False)
+    return np.where(behind, np.append(x[1:], 0), 0).astype(x.dtype)[real]
+
+
+def _with_ends(x: Array, ends: Array, real: Array) -> Array:
+    """Undo that: put the values of states after the end between those of the real tokens."""
+    joined = np.empty(real.size, x.dtype)
+    joined[real] = x
+    held = np.empty(real.size, x.dtype)
+    held[real] = ends
+    joined[~real] = held[np.flatnonzero(~real) - 1]
+    return joined
 
 
 def explained_variance(values: Array, returns: Array) -> float:

@@ -7,7 +7,7 @@ tokens are predicted by the states one position before them: those rows alone go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -244,6 +244,24 @@ class Rollout:
             [self.texts[i] for i in indices],
             self.samples[indices],
             None if self.answers is None else [self.answers[i] for i in indices],
+        )
+
+    def with_end_states(self, more: Array) -> Rollout:
+        """Return one in which some responses have another token, so that a state follows their end.
+
+        Parameters
+        ----------
+        more : ndarray bool [B]
+            Which; that token is of no meaning.
+        """
+        ends, places = self.offsets[1:][more], self.response_offsets[1:][more]
+        counts = more.astype(np.int64)
+        return replace(
+            self,
+            tokens=np.insert(self.tokens, ends, self.tokens[ends - 1]),
+            offsets=_offsets(np.diff(self.offsets) + counts),
+            response_offsets=_offsets(self.lengths + counts),
+            logprobs=np.insert(self.logprobs, places, np.nan),
         )
 
     def sample_of(self, token: int) -> int:
