@@ -528,7 +528,7 @@ CHANGES = {
     "whiten_advantages": False, "whiten_rewards": True, "whiten_unbiased": False,
     "critic": "shared", "value_coefficient": 1.0, "value_clip": 1e-3,
     "critic_learning_rate": 1e-5, "adaptive_kl_target": 0.01, "learning_rate": 1e-4, "eps": 1e-3,
-    "max_grad_norm": 1e-4, "weight_decay": 0.5, "stop_ids": (0, 1, 2, 3), "optimizer": "sgd",
+    "max_grad_norm": 1e-4, "weight_decay": 0.5, "stop_ids": (0, 1, 2, 3), "optimizer": "sgd", "score_after_end": True,
 }  # fmt: skip
 
 
@@ -588,6 +588,7 @@ def test_options_that_change_the_memory_only():
         ({"critic": "seperate"}, "did you mean 'separate'"),
         ({"reward_normalisation": "std"}, "training.reward_normalisation"),
         ({"critic": "shared", "critic_learning_rate": 1e-3}, "shared critic has the policy's"),
+        ({"critic": "shared", "score_after_end": True}, "needs a separate critic"),
         ({"tf1_epsilon": True, "optimizer": "sgd"}, "sgd, which has no eps"),
         ({"max_new_tokens": True}, "training.max_new_tokens"),
     ],
@@ -654,7 +655,8 @@ class StopAfter(Callback):
 
 RUNS = {
     "separate": {"adaptive_kl_target": 0.01, "adaptive_kl_horizon": 50.0, "whiten_rewards": True,
-                 "reward_normalisation": "running", "minibatches": 2, "save_steps": 1},
+                 "reward_normalisation": "running", "minibatches": 2, "save_steps": 1,
+                 "score_after_end": True},
     "shared": {"critic": "shared", "reward_normalisation": "mean_std", "tf1_epsilon": True,
                "optimizer": "adam"},
     "lora": {"lora": LoraConfig(rank=2), "adaptive_kl_target": 0.01},
@@ -765,6 +767,40 @@ def test_an_interrupt_in_a_rollout_saves_the_step_before(tmp_path):
     with pytest.raises(Interrupted, match="after step 1, saved in"):
         trainer(reward=interrupted).fit(PROMPTS, output_dir=tmp_path)
     assert (tmp_path / "checkpoints/step-00000001").is_dir()
+
+
+def test_an_interrupt_in_an_update_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    norms = []
+
+    def norm(grads):
+        norms.append(1)
+        if len(norms) == 6:
+            raise KeyboardInterrupt
+        return 1.0
+
+    monkeypatch.setattr("loopos.methods.policy_update.gradient_norm", norm)
+    with pytest.raises(Interrupted, match=r"in the update of step 2; continue from .*step-0+1"):
+        trainer(save_steps=1).fit(PROMPTS, output_dir=tmp_path)
+
+
+def test_dropout_is_off():
+    """Reference, point 9: in every network, or the first ratio would not be 1."""
+    records = []
+    for rate in (0.0, 0.5):
+        lora = LoraConfig(rank=2, dropout=rate)
+        made = trainer(model(dropout=rate), lora=lora, ppo_epochs=1)
+        records.append([without_times(made.step(PROMPTS[i : i + 6])) for i in (0, 6, 12)])
+    assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_rollouts_of_smaller_weights(kind):
+    """Contract, point 8: log-probabilities are computed again, so the first ratio is 1."""
+    made = trainer(model(d_model=32, d_ff=64), rollout_weights=kind, ppo_epochs=1)
+    rollout = made.sample(PROMPTS[:6])
+    exact = rollouts.collect(made.policy, rollout, 1.0)["logprobs"]
+    assert 0 < np.abs(exact - rollout.logprobs).max() < 0.05
+    assert made.step(PROMPTS[:6])["ppo/ratio_max"] == pytest.approx(1, abs=1e-4)
 
 
 def test_tables_of_samples():

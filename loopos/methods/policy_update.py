@@ -69,6 +69,8 @@ class PolicyUpdates(ABC):
     seed: int
     #: Whether the KL to the reference is a term of the loss.
     kl_in_loss = False
+    #: Whether :meth:`_other_terms` go through the policy's states too.
+    shared_trunk = False
 
     @property
     def steps(self) -> int:
@@ -89,14 +91,14 @@ class PolicyUpdates(ABC):
         return float(rollout.response_offsets[-1])
 
     def _other_terms(
-        self, states: Tensor, part: Rollout, data: dict[str, Array], count: float
+        self, states: Tensor | None, part: Rollout, data: dict[str, Array], count: float
     ) -> tuple[Terms, dict[str, float]]:
         """Return further terms of the loss, and their values by name, "loss" the sum of them.
 
         Parameters
         ----------
-        states : Tensor [M, C]
-            Of the policy.
+        states : Tensor [M, C] or None
+            Of the policy, where the trunk is shared.
         part : Rollout
         data : dict of str to ndarray [M]
         count : float
@@ -141,18 +143,26 @@ class PolicyUpdates(ABC):
                 name: take_segments(x, rollout.response_offsets, indices)
                 for name, x in data.items()
             }
-            states = response_states(self.policy, part)
+            states: Tensor | None = response_states(self.policy, part)
+            assert states is not None
             terms, found = self._policy_terms(states, part, arrays, denominator, first)
+            self._require_finite(found, part)
+            if not self.shared_trunk:  # one network's activations at a time
+                backward(terms)
+                terms, states = [], None
             more, others = self._other_terms(states, part, arrays, values)
             loss = found.pop("loss") + others.pop("loss", 0.0)
             found |= others | {"loss": loss}  # last, so that its part at fault is named
-            for name, value in found.items():
-                if not math.isfinite(value):
-                    shown = ", ".join(map(str, part.samples[:8].tolist()))
-                    raise NumericalError(f"{name} is {value} (samples {shown})")
+            self._require_finite(found, part)
             backward([*terms, *more])
             total = _joined(total, found)
         return total
+
+    def _require_finite(self, values: dict[str, float], part: Rollout) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                shown = ", ".join(map(str, part.samples[:8].tolist()))
+                raise NumericalError(f"{name} is {value} (samples {shown})")
 
     def _policy_terms(
         self, states: Tensor, part: Rollout, data: dict[str, Array], denominator: float, first: bool

@@ -181,10 +181,18 @@ class Critic:
         found = {f"critic.{name}": p for name, p in body.items()}
         return found | {"value_head.weight": self.weight, "value_head.bias": self.bias}
 
-    def values(self, rollout: Rollout, states: Tensor) -> Tensor:
-        """Return a value for each response token ``[M]``: of the state that it was chosen in."""
+    def values(self, rollout: Rollout, states: Tensor | None) -> Tensor:
+        """Return a value for each response token ``[M]``: of the state that it was chosen in.
+
+        Parameters
+        ----------
+        rollout : Rollout
+        states : Tensor [M, C] or None
+            Of the policy, for a critic without a body.
+        """
         if self.body is not None:
             states = response_states(self.body, rollout)
+        assert states is not None
         return ops.reshape(ops.linear(states, self.weight, self.bias), (len(rollout.rows),))
 
 
@@ -247,6 +255,7 @@ class PPOTrainer(PolicyTrainer):
         chosen = with_overrides(options or Options(), overrides)
         super().__init__(policy, tokenizer, reward, chosen, reference=reference, seed=seed)
         self.critic = self._make_critic(critic)
+        self.shared_trunk = self.critic.body is None
         self._reset()
 
     def _make_critic(self, start: Any) -> Critic:
@@ -329,14 +338,15 @@ class PPOTrainer(PolicyTrainer):
         return rollout, arrays, figures
 
     def _other_terms(
-        self, states: Tensor, part: Rollout, data: dict[str, Array], count: float
+        self, states: Tensor | None, part: Rollout, data: dict[str, Array], count: float
     ) -> tuple[Terms, dict[str, float]]:
         options = self.options
         valued, real = self._valued(part)
         values = self.critic.values(valued, states)
-        old, returns = (
-            _with_ends(data[name], data[f"end_{name}"], real) for name in ("values", "returns")
-        )
+        old, returns = data["values"], data["returns"]
+        if not real.all():
+            old = _with_ends(old, data["end_values"], real)
+            returns = _with_ends(returns, data["end_returns"], real)
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is named after
             total, _, dvalues = value_loss_and_grad(values.data, old, returns, options.value_clip)
         kind, factor = values.dtype.type, options.value_coefficient
