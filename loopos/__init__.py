@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from loopos.errors import LooposError as LooposError
     from loopos.files import builtin as builtin
     from loopos.generation.engine import Generation as Generation
-    from loopos.generation.generate import Session as Session
     from loopos.generation.generate import generate as generate
     from loopos.generation.generate import stream as stream
     from loopos.generation.sampling import SamplingOptions as SamplingOptions
@@ -58,7 +57,7 @@ _HOMES = {
     "loopos.errors": ["LooposError"],
     "loopos.files": ["builtin"],
     "loopos.generation.engine": ["Generation"],
-    "loopos.generation.generate": ["Session", "generate", "stream"],
+    "loopos.generation.generate": ["generate", "stream"],
     "loopos.generation.sampling": ["SamplingOptions"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loopos.autograd import Tensor
-from loopos.data.tokenizer import train_bpe
+from loopos.data.tokenizer import Tokenizer, train_bpe
 from loopos.errors import LooposError
 from loopos.generation import SamplingOptions, Session, generate, stream
 from loopos.generation.text import TextTail
@@ -153,6 +153,34 @@ def test_text_is_that_of_the_tokenizer():
         tail.finish()
         assert "".join([*pieces, tail.release(last=True)]) == tail.text
         assert tail.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_text_of_a_tokenizer_with_leading_spaces_and_single_bytes():
+    """Llama's first kind: a space belongs to the word behind it, other signs are bytes."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    signs = ["\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+    vocab = {"<unk>": 0} | {f"<0x{n:02X}>": n + 1 for n in range(256)}
+    vocab |= {sign: 257 + n for n, sign in enumerate(signs)}
+    backend = Backend(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    replaced = normalizers.Replace(" ", "\u2581")
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replaced])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+         decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    tokenizer = Tokenizer(backend)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        said = "".join(rng.choice(list("abc   é東🙂🙂🙂🙂"), 90)).strip()
+        tail, pieces = TextTail(tokenizer, ("q",)), []
+        for token in tokenizer.encode(said):
+            tail.push(token)
+            pieces.append(tail.release())
+        tail.finish()
+        assert "".join([*pieces, tail.release(last=True)]) == tail.text == said
+        assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_a_session_goes_on_from_what_it_holds(tokenizer, speaker, monkeypatch):

@@ -331,6 +331,14 @@ def test_wrong_options_are_named(name, value, expected):
         SamplingOptions(**{name: value})
 
 
+def test_numbers_of_numpy_are_as_good():
+    options = SamplingOptions(
+        max_new_tokens=np.int64(5), seed=np.uint32(4), top_p=np.float32(0.5), stop_ids=[np.int8(3)]
+    )
+    assert options == SamplingOptions(max_new_tokens=5, seed=4, top_p=0.5, stop_ids=(3,))
+    assert generate(scrambled(GPT2), PROMPTS[:2], options)[0].ids.size <= 5
+
+
 def test_a_row_ends_where_the_context_does():
     model = scrambled(GPT2)
     results = generate(model, [[1] * 90, [1] * 3], max_new_tokens=50)

@@ -135,12 +135,13 @@ class KVCache:
         if capacity <= self.capacity:
             return
         slots, held, heads, size = self._shape
-        grown = (slots, _whole_blocks(max(capacity, held + held // 2)), heads, size)
-        # All new arrays before the first old one is let go: a failure leaves the cache whole.
-        keys, values = (
-            [_grown(array, grown) for array in arrays] for arrays in (self._keys, self._values)
-        )
-        self._keys, self._values, self._shape = keys, values, grown
+        shape = (slots, _whole_blocks(max(capacity, held + held // 2)), heads, size)
+        # Layer by layer, so that little is held twice. Where this ends early, some layers have
+        # more room than others, and nothing is lost.
+        for arrays in (self._keys, self._values):
+            for layer, array in enumerate(arrays):
+                arrays[layer] = _grown(array, shape)
+        self._shape = shape
 
     # -- a pass ----------------------------------------------------------------------------------
 

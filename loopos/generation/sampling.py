@@ -69,10 +69,8 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         for name, smallest in (("max_new_tokens", 1), ("num_samples", 1), ("top_k", 0)):
-            value = getattr(self, name)
-            fits = _is_whole(value) and value >= smallest
-            self._require(name, fits, f"a whole number of at least {smallest}")
-        self._require("seed", _is_whole(self.seed), "a whole number")
+            self._whole(name, lambda n, least=smallest: n >= least, f" of at least {smallest}")
+        self._whole("seed", lambda _: True, "")
         self._number("temperature", lambda t: t >= 0, "a number of at least 0")
         self._number("top_p", lambda p: 0 < p <= 1, "a number in (0, 1]")
         self._number("min_p", lambda p: 0 <= p <= 1, "a number in [0, 1]")
@@ -92,6 +90,11 @@ class SamplingOptions:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ConfigError(f"{name}: expected {expected}, found {getattr(self, name)!r}")
+
+    def _whole(self, name: str, fits: Any, expected: str) -> None:
+        value = getattr(self, name)
+        self._require(name, _is_whole(value) and fits(value), f"a whole number{expected}")
+        object.__setattr__(self, name, int(value))
 
     def _number(self, name: str, fits: Any, expected: str) -> None:
         value = getattr(self, name)
