@@ -1,5 +1,6 @@
 """PPO step by step: goldens through the trainer, invariants, options, resuming, learning."""
 
+import importlib
 import json
 import math
 import os
@@ -34,6 +35,14 @@ def model(seed=0, dtype=np.float32, **more):
     sizes = {"d_model": 16, "num_heads": 2, "num_layers": 2, "d_ff": 24, "vocab_size": 9,
              "max_seq_len": 24} | more  # fmt: skip
     return Transformer(TransformerConfig(**sizes), seed, dtype)
+
+
+def sharp():
+    """One whose distributions are far from even."""
+    made = model()
+    for parameter in made.parameters().values():
+        parameter.data *= 5 if parameter.data.ndim == 2 else 1
+    return made
 
 
 def count_fives(prompts, responses):
@@ -324,10 +333,7 @@ def test_stale_log_probabilities_stop_the_run(monkeypatch):
 
 
 def test_wrong_temperature_or_weights_stop_the_run():
-    sharp = model()
-    for parameter in sharp.parameters().values():
-        parameter.data *= 3
-    hot = trainer(sharp, temperature=1.0)
+    hot = trainer(sharp(), temperature=1.0)
     cold = PPOTrainer(hot.policy, None, count_fives, hot.options, temperature=0.7)
     with pytest.raises(NumericalError, match=r"step 1: .* sample \d+ was sampled .*temperature"):
         cold.learn_from(hot.sample(PROMPTS[:6]))
@@ -528,7 +534,8 @@ CHANGES = {
     "whiten_advantages": False, "whiten_rewards": True, "whiten_unbiased": False,
     "critic": "shared", "value_coefficient": 1.0, "value_clip": 1e-3,
     "critic_learning_rate": 1e-5, "adaptive_kl_target": 0.01, "learning_rate": 1e-4, "eps": 1e-3,
-    "max_grad_norm": 1e-4, "weight_decay": 0.5, "stop_ids": (0, 1, 2, 3), "optimizer": "sgd", "score_after_end": True,
+    "max_grad_norm": 1e-4, "weight_decay": 0.5, "stop_ids": (0, 1, 2, 3), "optimizer": "sgd",
+    "score_after_end": True,
 }  # fmt: skip
 
 
@@ -793,14 +800,35 @@ def test_dropout_is_off():
     assert records[0] == records[1]
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_rollouts_of_smaller_weights(kind):
+def test_rollouts_of_smaller_weights(monkeypatch):
     """Contract, point 8: log-probabilities are computed again, so the first ratio is 1."""
-    made = trainer(model(d_model=32, d_ff=64), rollout_weights=kind, ppo_epochs=1)
+    asked = []
+
+    def rounded(policy, weights):
+        asked.append(weights)
+        arrays = {n: p.data.astype(np.float16).astype(np.float32)
+                  for n, p in policy.parameters().items()}  # fmt: skip
+        return Transformer(policy.config, arrays=arrays)
+
+    module = importlib.import_module("loopos.generation.generate")
+    monkeypatch.setattr(module, "with_weights", rounded)
+    made = trainer(sharp(), rollout_weights="bfloat16", ppo_epochs=1)
     rollout = made.sample(PROMPTS[:6])
     exact = rollouts.collect(made.policy, rollout, 1.0)["logprobs"]
-    assert 0 < np.abs(exact - rollout.logprobs).max() < 0.05
+    assert 1e-3 < np.abs(exact - rollout.logprobs).max() < 0.1
     assert made.step(PROMPTS[:6])["ppo/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert asked == ["bfloat16"] * 2
+    with pytest.raises(NumericalError, match="was sampled with a log-probability that differs"):
+        trainer(sharp(), rollout_weights="float32").step(PROMPTS[:6])
+
+
+def test_a_second_run_goes_on_from_the_first():
+    made = trainer()
+    made.fit(PROMPTS)
+    assert made.steps == 4
+    again = made.fit(PROMPTS)
+    assert made.steps == 4
+    assert again.history[0]["kl/mean"] != 0  # the reference is still the start
 
 
 def test_tables_of_samples():

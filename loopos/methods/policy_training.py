@@ -120,6 +120,7 @@ class PolicyTrainer(PolicyUpdates):
         _ = self.policy.head_weight  # says what is missing
         self.reward = Reward(reward)
         train_only(self.policy.parameters(), trained_body(self.policy))
+        #: Until the first update, where the reference is a copy of the policy.
         self._starts_as_reference = reference is None or reference is policy
         self.reference = self._reference(None if reference is policy else reference)
         #: The table of the last step: prompt, response, score, tokens, whether it ended.
@@ -297,6 +298,7 @@ class PolicyTrainer(PolicyUpdates):
         record["time/reward_s"] = time.perf_counter() - started
         learnt, arrays, figures = self._advantages(rollout, data, kl, scored)
         require_finite(learnt, arrays)
+        self._starts_as_reference = False
         started = time.perf_counter()
         updates = self._update(learnt, arrays, rate, on_update)
         on_update()  # also where nothing was updated: the state changes now

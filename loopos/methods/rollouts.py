@@ -73,12 +73,14 @@ class Prompts:
             raise DataError("expected a list of prompts, found one text")
         if answers is not None and len(answers) != len(prompts):
             raise DataError(f"expected {len(prompts)} answers, one a prompt, found {len(answers)}")
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        encoded = iter([] if tokenizer is None else tokenizer.encode_batch(texts))
         ids, shown = [], []
         for index, prompt in enumerate(prompts):
-            if isinstance(prompt, str) and tokenizer is None:
+            text = isinstance(prompt, str)
+            if text and tokenizer is None:
                 raise DataError(f"prompt {index} is a text, which needs a tokenizer")
-            tokens = tokenizer.encode(prompt) if isinstance(prompt, str) and tokenizer else prompt
-            array = np.asarray(tokens)
+            array = np.asarray(next(encoded) if text else prompt)
             if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
                 raise DataError(f"prompt {index}: expected a text or token ids, at least one token")
             if array.size > room:
@@ -87,9 +89,10 @@ class Prompts:
                     f"(at most {room})"
                 )
             ids.append(array.astype(np.int32))
-            text = prompt if tokenizer is None or isinstance(prompt, str) else (
-                tokenizer.decode(array.tolist()))  # fmt: skip
-            shown.append(text if isinstance(text, str) else array.tolist())
+            if not text:
+                numbers = array.tolist()
+                prompt = numbers if tokenizer is None else tokenizer.decode(numbers)
+            shown.append(prompt)
         return cls(ids, shown, None if answers is None else list(answers))
 
     def __len__(self) -> int:
