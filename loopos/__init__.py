@@ -31,14 +31,18 @@ if TYPE_CHECKING:
     from loopos.generation.generate import generate as generate
     from loopos.generation.generate import stream as stream
     from loopos.generation.sampling import SamplingOptions as SamplingOptions
+    from loopos.methods.dpo import DPOTrainer as DPOTrainer
     from loopos.methods.fine_tuning import FineTuner as FineTuner
     from loopos.methods.pretraining import Pretrainer as Pretrainer
+    from loopos.methods.reward_model import RewardTrainer as RewardTrainer
     from loopos.models.adapter import LoraConfig as LoraConfig
     from loopos.models.heads import SequenceClassifier as SequenceClassifier
     from loopos.models.lora import add_lora as add_lora
     from loopos.models.lora import merge_lora as merge_lora
     from loopos.models.lora import unmerge_lora as unmerge_lora
     from loopos.models.peft_files import load_adapters as load_adapters
+    from loopos.models.reward import RewardModel as RewardModel
+    from loopos.models.reward import load_reward_model as load_reward_model
     from loopos.models.transformer import Transformer as Transformer
     from loopos.models.transformer import TransformerConfig as TransformerConfig
     from loopos.models.weights import load_model as load_model
@@ -59,12 +63,15 @@ _HOMES = {
     "loopos.generation.engine": ["Generation"],
     "loopos.generation.generate": ["generate", "stream"],
     "loopos.generation.sampling": ["SamplingOptions"],
+    "loopos.methods.dpo": ["DPOTrainer"],
     "loopos.methods.fine_tuning": ["FineTuner"],
     "loopos.methods.pretraining": ["Pretrainer"],
+    "loopos.methods.reward_model": ["RewardTrainer"],
     "loopos.models.adapter": ["LoraConfig"],
     "loopos.models.heads": ["SequenceClassifier"],
     "loopos.models.lora": ["add_lora", "merge_lora", "unmerge_lora"],
     "loopos.models.peft_files": ["load_adapters"],
+    "loopos.models.reward": ["RewardModel", "load_reward_model"],
     "loopos.models.transformer": ["Transformer", "TransformerConfig"],
     "loopos.models.weights": ["load_model"],
     "loopos.ops": ["DropoutKeys"],

@@ -278,7 +278,7 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
                 "training.lora",
                 "adapters need data.pretrained_weights, as only they are trained and saved",
             )
-    language_model = computation is not None and computation.mode == "pretraining"
+    language_model = computation is not None and computation.method != "fine_tuning"
     if language_model and "num_classes" in (model or {}):
         faults.add("model.num_classes", "a language model has no classes")
     faults.stop()

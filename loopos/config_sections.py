@@ -40,7 +40,7 @@ class Computation:
     Attributes
     ----------
     method : str
-        "fine_tuning", or "autoregressive" with the mode "pretraining".
+        "fine_tuning", "reward_model", "dpo", or "autoregressive" with the mode "pretraining".
     mode : {"posttraining", "pretraining"}
         The kind of method that `method` is.
     description : str
@@ -78,6 +78,9 @@ class Data:
         methods that have a key of their own.
     reasoning_examples : str, list of str or None
         The same for the method "chain_of_thought": problems with their steps and answers.
+    preference_data : str, list of str or None
+        The same for the methods "reward_model" and "dpo": prompts with a chosen and a rejected
+        response.
     validation_data : str, list of str or None
         Rows to evaluate on, named as `training_data`; None splits some off the training data.
     validation_fraction : float
@@ -99,6 +102,7 @@ class Data:
 
     training_data: str | list[str] | None = None
     reasoning_examples: str | list[str] | None = None
+    preference_data: str | list[str] | None = None
     validation_data: str | list[str] | None = None
     validation_fraction: float = 0.1
     pretrained_weights: str | None = None

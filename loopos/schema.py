@@ -96,7 +96,7 @@ def _of_method(mode: str, method: str) -> Schema:
     if mode != Computation.mode:  # where the default is another one, it must be given
         computation["required"] = ["mode"]
     then: Schema = {"training": {"$ref": f"#/$defs/{method}"}, "computation": computation}
-    if mode == "pretraining":  # a language model has no classes
+    if method != "fine_tuning":  # a language model has no classes
         then["model"] = {"properties": {"num_classes": {"type": "null"}}}
     return {
         "if": {"properties": {"computation": asked}, "required": ["computation"]},

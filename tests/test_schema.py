@@ -14,7 +14,7 @@ from jsonschema import Draft202012Validator
 
 from loopos.config import Computation, Data, load_config, shipped_configs
 from loopos.errors import ConfigError
-from loopos.methods import METHODS, fine_tuning, pretraining
+from loopos.methods import METHODS, dpo, fine_tuning, pretraining, reward_model
 from loopos.models.adapter import LoraConfig
 from loopos.models.config import TransformerConfig
 from loopos.models.rope import RopeScaling
@@ -76,8 +76,8 @@ def test_shipped_configurations_fit_it(name):
 
 @pytest.mark.parametrize(
     "kind",
-    [TransformerConfig, Computation, Data, fine_tuning.Options, pretraining.Options, LoraConfig,
-     RopeScaling],
+    [TransformerConfig, Computation, Data, fine_tuning.Options, pretraining.Options,
+     reward_model.Options, dpo.Options, LoraConfig, RopeScaling],
     ids=lambda kind: f"{kind.__module__}.{kind.__name__}",
 )  # fmt: skip
 def test_every_field_has_a_description(kind):
@@ -125,7 +125,7 @@ def test_every_key_has_type_description_and_default():
         {"computation": {"mode": "pretraining"}},
         {"computation": {"seed": "0"}},
         {"data": {"training_data": 7}},
-        {"data": {"preference_data": "p.jsonl"}},
+        {"data": {"preferences": "p.jsonl"}},
         {"data": {"pretrained_weights": None}},
         {"trainings": {}},
     ],

@@ -43,9 +43,14 @@ GROUPS: dict[str, dict[str, str]] = {
         "Evaluation and saving": "eval_steps early_stopping_patience save_steps tensorboard",
     },
     "fine_tuning": {"": "train pooling max_length problem class_weights label_smoothing"},
+    "reward_model": {"": "centering_coefficient max_length overflow dropout normalise"},
+    "dpo": {
+        "": "loss_type beta label_smoothing simpo_margin desirable_weight undesirable_weight "
+        "nll_coefficient reference_free precompute_reference max_length overflow dropout"
+    },
     "autoregressive": {"": "sequence_length"},
     "data": {
-        "": "training_data reasoning_examples validation_data validation_fraction "
+        "": "training_data reasoning_examples preference_data validation_data validation_fraction "
         "text_field label_field pretrained_weights tokenizer output_dir"
     },
 }

@@ -92,13 +92,18 @@ class Tokenizer:
         ids: list[int] = self.encode_batch([text], max_length)[0].tolist()
         return ids
 
-    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> list[Array]:
-        """Return the ids of each text as int32; see :meth:`encode`."""
+    def encode_batch(
+        self, texts: Sequence[str], max_length: int | None = None, *, special_tokens: bool = True
+    ) -> list[Array]:
+        """Return the ids of each text as int32; see :meth:`encode`.
+
+        Without `special_tokens` those that the tokenizer adds are left out, and nothing is cut.
+        """
         if isinstance(texts, str):
             raise DataError("expected a list of texts, found one text")
         texts = list(_checked(texts))
         if max_length is None:
-            encodings = self._backend.encode_batch(texts)
+            encodings = self._backend.encode_batch(texts, add_special_tokens=special_tokens)
             return [np.array(e.ids, dtype=np.int32) for e in encodings]
         return self._truncated(texts, max_length)
 

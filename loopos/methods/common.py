@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import numpy as np
 
-from loopos.autograd import Parameter
+from loopos.autograd import Parameter, Tensor, record
 from loopos.data.batch import Batch
 from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.errors import ConfigError, DataError, NumericalError, nearest
@@ -217,6 +217,8 @@ def fit(
     *,
     labels: Array | None = None,
     loss_weights: Sequence[Array] | None = None,
+    make_batch: Callable[[Array, Array], Batch] | None = None,
+    lengths: Array | None = None,
     seed: int,
     evaluate: Callable[[], dict[str, Any]] | None,
     run: RunArguments,
@@ -237,12 +239,15 @@ def fit(
         Of the samples.
     loss_weights : sequence of ndarray float32, optional
         How much each token of each sample counts as a target.
+    make_batch, lengths : callable and ndarray of int [n], optional
+        ``(indices, sample_ids) -> Batch``, and the tokens of each sample, where a sample is more
+        than one sequence of `tokens`.
     seed : int
     evaluate : callable or None
     run : RunArguments
     """
 
-    def make_batch(indices: Array, sample_ids: Array) -> Batch:
+    def batch_of(indices: Array, sample_ids: Array) -> Batch:
         sequences = [tokens[i] for i in indices]
         marks = None if labels is None else labels[indices]
         weights = None if loss_weights is None else [loss_weights[i] for i in indices]
@@ -258,8 +263,8 @@ def fit(
         result = train(
             parameters,
             objective,
-            make_batch,
-            tokens.lengths,
+            make_batch or batch_of,
+            tokens.lengths if lengths is None else lengths,
             options,
             seed=seed,
             evaluate=evaluate,
@@ -275,6 +280,26 @@ def restore_best(result: TrainResult, parameters: Mapping[str, Parameter]) -> No
     best = result.best_checkpoint
     if best is not None and result.stopped_reason != "interrupted":
         load_checkpoint(best, parameters)
+
+
+def with_gradient(total: float, inputs: Sequence[Tensor], gradients: Sequence[Array]) -> Tensor:
+    """Return a sum whose gradient along some tensors is known: those of ``losses.py`` on the tape.
+
+    Parameters
+    ----------
+    total : float
+    inputs : sequence of Tensor
+    gradients : sequence of ndarray
+        Of `total` along each of `inputs`, in its shape.
+    """
+
+    def backward(grads: Sequence[Array | None]) -> Sequence[Array | None]:
+        assert grads[0] is not None  # of the only output
+        upstream = float(grads[0])
+        return [gradient * gradient.dtype.type(upstream) for gradient in gradients]
+
+    result: Tensor = record([np.asarray(total, dtype=np.float64)], inputs, backward)
+    return result
 
 
 def require_finite(value: float, what: str) -> float:

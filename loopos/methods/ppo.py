@@ -8,6 +8,7 @@ the value of each state. What each option stands for in papers and peers is said
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -35,7 +36,7 @@ from loopos.methods.policy_options import (
 from loopos.methods.policy_training import LearnerState, PolicyTrainer, Scored, copy_of
 from loopos.methods.policy_update import Terms
 from loopos.methods.rollouts import Rollout, response_states, segment_sums
-from loopos.models.lora import add_lora, without_adapters
+from loopos.models.lora import add_lora, merge_lora, unmerge_lora, without_adapters
 from loopos.models.transformer import Transformer
 
 __all__ = ["PRESETS", "Critic", "Options", "PPOTrainer", "preset"]
@@ -270,10 +271,14 @@ class PPOTrainer(PolicyTrainer):
         bias = getattr(start, "bias", None)
         if weight.shape != (1, source.config.d_model) or not source.config.causal:
             raise ConfigError("critic: expected a causal body under one linear output")
-        if source.adapters and not source.unmerged:
-            raise ConfigError("critic: merge the adapters of its body first")
-        shift = np.zeros(1, dtype) if bias is None else np.array(bias.data, dtype).reshape(1)
-        return Critic(self._trained(copy_of(source)), weight.copy(), shift)
+        with ExitStack() as stack:
+            if source.adapters and not source.unmerged:
+                merge_lora(source)
+                stack.callback(unmerge_lora, source)
+            body = self._trained(copy_of(source))
+        values = bias.data if isinstance(bias, Tensor) else bias
+        shift = np.zeros(1, dtype) if values is None else np.array(values, dtype).reshape(1)
+        return Critic(body, weight.copy(), shift)
 
     def _own_body(self, policy: Transformer) -> Transformer:
         if policy.adapters:  # the frozen weights are shared, the adapters are its own

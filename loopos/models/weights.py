@@ -137,7 +137,12 @@ def _base_of(directory: Path) -> str:
 
 
 def save_model(
-    model: Transformer, directory: str | Path, tokenizer: SavesTokenizer | None = None
+    model: Transformer,
+    directory: str | Path,
+    tokenizer: SavesTokenizer | None = None,
+    *,
+    head: Mapping[str, Array] | None = None,
+    head_config: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model so that transformers and :func:`load_model` read it back with equal logits.
 
@@ -152,6 +157,10 @@ def save_model(
         Made if need be; each file is written beside and renamed, other files stay.
     tokenizer : Tokenizer, optional
         Saved into the same directory.
+    head : mapping of str to ndarray, optional
+        Tensors of a head that stands beside the body.
+    head_config : mapping, optional
+        What ``config.json`` says of it.
 
     Raises
     ------
@@ -172,9 +181,11 @@ def save_model(
             raise NumericalError(f"{directory}: not saved, parameter '{name}' is not finite")
     family = family_for(model.config)
     values, prefix = _config_values(model, family, tokenizer)
+    if head:  # names with the prefix are those of a body under a head
+        prefix = family.prefix
     tensors = to_hf_tensors(family, model.config, arrays, prefix)
-    write_tensors(directory / _WEIGHTS, tensors | model.extra_tensors)
-    write_json(directory / _CONFIG, values)
+    write_tensors(directory / _WEIGHTS, tensors | model.extra_tensors | dict(head or {}))
+    write_json(directory / _CONFIG, values | dict(head_config or {}))
     if tokenizer is not None:
         tokenizer.save(directory)
 

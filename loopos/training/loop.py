@@ -44,7 +44,11 @@ _COLUMNS = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "to
 
 
 class Objective(Protocol):
-    """What is minimised: terms, each a sum over what it counts."""
+    """What is minimised: terms, each a sum over what it counts.
+
+    ``counts`` is asked of every microbatch of a step before the first ``losses``. An objective may
+    have a method ``figures() -> dict`` too: what to record of a step beside its terms.
+    """
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Return the count of each term, from the data alone, before any forward."""
@@ -336,6 +340,8 @@ class _Run:
         record |= {"loss": sum(means.values()), **(means if len(means) > 1 else {})}
         record |= {"learning_rate": rate, "grad_norm": norm, "tokens": tokens}
         record |= {"tokens_per_s": tokens / spent, "time_s": spent}
+        # Of an objective that measures more than it minimises: figures of the step that ends.
+        record |= getattr(self.objective, "figures", dict)()
         self.history.append(record)
         self.metrics_file.on_step(record)
         self.updating = False

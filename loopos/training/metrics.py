@@ -12,7 +12,9 @@ __all__ = [
     "classification_metrics",
     "confusion_matrix",
     "multi_label_metrics",
+    "pair_metrics",
     "regression_metrics",
+    "wins",
 ]
 
 Array = np.ndarray[Any, Any]
@@ -165,3 +167,80 @@ def multi_label_metrics(labels: Array, predictions: Array) -> dict[str, Any]:
         per_label[name] = values.tolist()
     metrics["per_label"] = per_label | {"support": support.tolist()}
     return metrics | {"count": len(labels)}
+
+
+def pair_metrics(
+    chosen: Array, rejected: Array, chosen_lengths: Array, rejected_lengths: Array, bins: int = 5
+) -> dict[str, Any]:
+    """Return how well scores agree with preferences.
+
+    Parameters
+    ----------
+    chosen, rejected : ndarray of float [n]
+        Scores of the two responses of each pair.
+    chosen_lengths, rejected_lengths : ndarray of int [n]
+        Tokens of the responses.
+    bins : int
+        Of the calibration table.
+
+    Returns
+    -------
+    dict
+        ``accuracy`` (share of pairs whose chosen response scores higher, equal scores count half);
+        ``margin`` and ``margin_deviation`` of the difference; ``score_mean`` and
+        ``score_deviation`` of all responses; ``longer_accuracy``, what choosing the longer
+        response would reach; ``length_correlation``, Pearson's, of score and length, where it is
+        defined; ``calibration_error``, the mean distance of confidence and accuracy;
+        ``calibration``, a list of ``from``, ``to``, ``count``, ``confidence`` and ``accuracy``:
+        of pairs by the probability that Bradley-Terry gives to the response with the higher score,
+        and how often that was the chosen one; ``count``.
+
+    Raises
+    ------
+    DataError
+        If the lengths differ or there is none.
+    """
+    columns = (chosen, rejected, chosen_lengths, rejected_lengths)
+    chosen, rejected, chosen_lengths, rejected_lengths = (
+        np.asarray(column, dtype=np.float64) for column in columns
+    )
+    if not chosen.size or len({np.shape(column) for column in columns}) > 1:
+        raise DataError("expected two scores and two lengths for each of one pair or more")
+    lead = chosen - rejected
+    scores = np.concatenate([chosen, rejected])
+    lengths = np.concatenate([chosen_lengths, rejected_lengths])
+    metrics: dict[str, Any] = {
+        "accuracy": wins(lead).mean(),
+        "margin": lead.mean(),
+        "margin_deviation": lead.std(),
+        "score_mean": scores.mean(),
+        "score_deviation": scores.std(),
+        "longer_accuracy": wins(chosen_lengths - rejected_lengths).mean(),
+    }
+    metrics = {name: float(value) for name, value in metrics.items()}
+    if scores.std() > 0 and lengths.std() > 0:
+        metrics["length_correlation"] = float(np.corrcoef(scores, lengths)[0, 1])
+    table = _calibration(lead, bins)
+    distances = [row["count"] * abs(row["confidence"] - row["accuracy"]) for row in table]
+    metrics["calibration_error"] = sum(distances) / chosen.size
+    return metrics | {"calibration": table, "count": chosen.size}
+
+
+def wins(lead: Array) -> Array:
+    """Return 1 where `lead` is above 0, 0 below, one half where there is nothing to choose."""
+    found: Array = (lead > 0) + 0.5 * (lead == 0)
+    return found
+
+
+def _calibration(lead: Array, bins: int) -> list[dict[str, Any]]:
+    confidence, right = 1 / (1 + np.exp(-np.abs(lead))), wins(lead)
+    edges = np.linspace(0.5, 1.0, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    table = []
+    for number in range(bins):
+        inside = place == number
+        if inside.any():
+            row = {"from": edges[number], "to": edges[number + 1], "count": int(inside.sum())}
+            row |= {"confidence": confidence[inside].mean(), "accuracy": right[inside].mean()}
+            table.append({n: v if n == "count" else float(v) for n, v in row.items()})
+    return table

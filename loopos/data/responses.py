@@ -1,0 +1,255 @@
+"""Prompts with their responses as token ids, and batches of them; what such data holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from loopos.data.batch import Batch
+from loopos.data.preferences import Judgements, Preferences
+from loopos.data.readers import Texts
+from loopos.data.report import DataReport, Finding
+from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder, first_of_each
+from loopos.data.tokenizer import Tokenizer
+from loopos.errors import DataError
+
+__all__ = ["Overflow", "PreferenceReport", "Responses", "encode_responses"]
+
+Array = np.ndarray[Any, Any]
+Overflow = Literal["drop", "error"]
+
+#: Prompts that are encoded at once.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Samples of one or two responses, each with its prompt before it.
+
+    Attributes
+    ----------
+    tokens : TokenStore
+        Prompt and response; the responses of a sample stand one after the other.
+    prompts : ndarray int64
+        How many of each are the prompt's.
+    per_sample : int
+        Responses of a sample.
+    rows : ndarray int64 [n]
+        Which row of the data each sample is.
+    too_long : ndarray int64
+        Rows that were left out as one of their responses is too long.
+    """
+
+    tokens: TokenStore
+    prompts: Array
+    per_sample: int
+    rows: Array
+    too_long: Array
+
+    @property
+    def lengths(self) -> Array:
+        """Tokens of each sample, all responses together, int64 [n]."""
+        total: Array = self.tokens.lengths.reshape(-1, self.per_sample).sum(axis=1)
+        return total
+
+    @property
+    def response_lengths(self) -> Array:
+        """Tokens of each response, int64."""
+        lengths: Array = self.tokens.lengths - self.prompts
+        return lengths
+
+    def batch(self, indices: Array, sample_ids: Array | None = None) -> Batch:
+        """Return the responses of some samples as one ragged batch.
+
+        ``labels`` are the places of the responses in `tokens`, ``loss_mask`` is True at the tokens
+        of responses.
+        """
+        each = np.arange(self.per_sample)
+        which = self._spread(np.asarray(indices, dtype=np.int64), each)
+        ids = None if sample_ids is None else self._spread(np.asarray(sample_ids), each)
+        return self.batch_of(which, ids)
+
+    def batch_of(self, which: Array, sample_ids: Array | None = None) -> Batch:
+        """Return single responses, by their places in `tokens`, as :meth:`batch` does."""
+        sequences = [self.tokens[i] for i in which.tolist()]
+        masks = [
+            np.arange(len(ids)) >= begin
+            for ids, begin in zip(sequences, self.prompts[which], strict=True)
+        ]
+        return Batch.from_sequences(sequences, which, masks, sample_ids)
+
+    def _spread(self, samples: Array, each: Array) -> Array:
+        return (samples[:, None] * self.per_sample + each).reshape(-1)
+
+    def mismatched(self, max_length: int) -> Responses:
+        """Return each sample's prompt with the response of the next one, cut to `max_length`."""
+        builder, count = TokenStoreBuilder(), len(self.tokens)
+        for place, begin in enumerate(self.prompts.tolist()):
+            other = (place + 1) % count
+            response = self.tokens[other][self.prompts[other] :]
+            builder.append(np.concatenate([self.tokens[place][:begin], response])[:max_length])
+        return replace(self, tokens=builder.finish())
+
+
+def encode_responses(
+    tokenizer: Tokenizer,
+    data: Preferences | Judgements,
+    max_length: int,
+    overflow: Overflow = "drop",
+) -> Responses:
+    """Encode prompts and responses, each response closed by the tokenizer's end-of-text token.
+
+    Prompt and response are encoded apart, as generation has them: a token never holds the end of
+    the one and the beginning of the other. Stored texts remember what they were encoded to.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+    data : Preferences or Judgements
+    max_length : int
+        Tokens of prompt and response together.
+    overflow : {"drop", "error"}
+        Whether rows with a longer response are left out, or refused.
+
+    Raises
+    ------
+    DataError
+        If a prompt or a response has no token, a row is refused, or none is left.
+    """
+    memo = data.texts.memo if isinstance(data.texts, TextStore) else {}
+    asked = (tokenizer, data.responses, max_length, overflow)
+    known = memo.get("responses")
+    if known is not None and all(
+        old is new or old == new
+        for old, new in zip(known[0][1:], asked[1:], strict=True)
+    ) and known[0][0] is tokenizer:  # fmt: skip
+        return cast(Responses, known[1])
+    builder, prompts, rows, too_long = TokenStoreBuilder(), list[int](), list[int](), list[int]()
+    for start in range(0, len(data.texts), _CHUNK):
+        for row, prompt, responses in _chunk(tokenizer, data, start):
+            longest = len(prompt) + max(map(len, responses))
+            if longest > max_length:
+                too_long.append(row)
+                if overflow == "error":
+                    raise DataError(
+                        f"{data.where[row]}: prompt and response have {longest} tokens, "
+                        f"expected {max_length} at most"
+                    )
+                continue
+            rows.append(row)
+            for response in responses:
+                builder.append(np.concatenate([prompt, response]))
+                prompts.append(len(prompt))
+    if not rows:
+        raise DataError(f"every row is longer than {max_length} tokens")
+    encoded = Responses(
+        builder.finish(), np.array(prompts, dtype=np.int64), len(data.responses),
+        np.array(rows, dtype=np.int64), np.array(too_long, dtype=np.int64),
+    )  # fmt: skip
+    memo["responses"] = asked, encoded
+    return encoded
+
+
+def _chunk(
+    tokenizer: Tokenizer, data: Preferences | Judgements, start: int
+) -> list[tuple[int, Array, list[Array]]]:
+    """Return row, prompt and responses of some rows as ids."""
+    end = tokenizer.eos_id
+    asked = tokenizer.encode_batch(list(data.texts[start : start + _CHUNK]))
+    answers = [
+        tokenizer.encode_batch(list(side[start : start + _CHUNK]), special_tokens=False)
+        for side in data.responses
+    ]
+    found = []
+    for index, prompt in enumerate(asked):
+        row = start + index
+        if end is not None and prompt[-1:] == [end]:  # some tokenizers close texts themselves
+            prompt = prompt[:-1]
+        responses = [side[index] for side in answers]
+        if end is not None:
+            responses = [ids if ids[-1:] == [end] else np.append(ids, np.int32(end))
+                         for ids in responses]  # fmt: skip
+        for what, ids in (("prompt", prompt), *(("response", ids) for ids in responses)):
+            if not len(ids):
+                raise DataError(f"{data.where[row]}: the tokenizer finds no token in the {what}")
+        found.append((row, prompt, responses))
+    return found
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PreferenceReport(DataReport):
+    """What preference data hold.
+
+    ``duplicates`` are rows that repeat prompt and responses; ``leaks`` are validation rows whose
+    prompt stands in the training set; ``tokens`` and ``lengths`` count prompts and all responses of
+    a row together.
+
+    Attributes
+    ----------
+    ties : Finding
+        Rows without a preference, left out.
+    too_long : Finding
+        Rows over `longest` tokens, left out; of both sets.
+    longest : int
+        Tokens of prompt and response at the most.
+    """
+
+    ties: Finding
+    too_long: Finding
+    longest: int
+
+    @classmethod
+    def of(
+        cls,
+        training: Preferences | Judgements,
+        validation: Preferences | Judgements | None,
+        encoded: Responses,
+        held_out: Responses | None,
+        max_length: int,
+    ) -> PreferenceReport:
+        """Look through the data, which has been encoded."""
+        sets = [training] if validation is None else [training, validation]
+        found = [encoded] if held_out is None else [encoded, held_out]
+        kept = [data.take(part.rows) for data, part in zip(sets, found, strict=True)]
+        base = DataReport.build(
+            _whole(kept[0]), _whole(kept[1]) if len(kept) > 1 else None, encoded.lengths, None
+        )
+        first = first_of_each(*(data.texts for data in kept))
+        rows = len(kept[0].texts)
+        leaks = [(data, np.flatnonzero(first[rows:] < rows)) for data in kept[1:]]
+        told = [getattr(data, "ties", []) for data in sets]
+        if told[-1] is told[0]:  # two parts of one set have the same list
+            told = told[:1]
+        ties = [place for places in told for place in places]
+        long = list(zip(sets, (part.too_long for part in found), strict=True))
+        values = {f.name: getattr(base, f.name) for f in fields(DataReport)}
+        values |= {"leaks": Finding.at(leaks), "warnings": []}
+        report = cls(**values, ties=Finding.of(ties), too_long=Finding.at(long), longest=max_length)
+        report.warnings.extend(report._warnings())
+        if report.too_long.count:
+            report.warnings.append(
+                f"{report.too_long.count} rows with a response of more than {max_length} tokens "
+                "are left out"
+            )
+        return report
+
+    def lines(self) -> list[str]:
+        """Return the report as lines of plain text."""
+        lines = super().lines()
+        warnings = next((i for i, line in enumerate(lines) if line.startswith("warning:")), None)
+        own = [f"{'ties':<15}{self.ties}", f"{f'over {self.longest}':<15}{self.too_long}"]
+        at = len(lines) if warnings is None else warnings
+        return [*lines[:at], *own, *lines[at:]]
+
+
+def _whole(data: Preferences | Judgements) -> Texts:
+    """Return rows with prompt and responses as one text."""
+    columns: Sequence[Sequence[str]] = (data.texts, *data.responses)
+    texts = TextStore.of("\0".join(row) for row in zip(*columns, strict=True))
+    return Texts(texts, data.where, dropped=data.dropped)

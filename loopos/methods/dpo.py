@@ -1,0 +1,317 @@
+"""Direct preference optimisation: a policy learns from preferences without a reward model.
+
+    trainer = DPOTrainer(loopos.load_model("policy"), tokenizer)
+    trainer.fit("preferences.jsonl", beta=0.1, learning_rate=1e-6)
+
+DPO and its relatives differ in the loss on the log-probabilities of whole responses
+(:mod:`loopos.methods.losses`). The reference is a frozen copy of the policy as it began; with
+LoRA it is the base without its adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loopos.autograd import Array, Tensor
+from loopos.data.preferences import Judgements, Preferences, read_judgements, read_preferences
+from loopos.data.readers import Source
+from loopos.data.responses import PreferenceReport, Responses, encode_responses
+from loopos.data.tokenizer import Tokenizer
+from loopos.errors import ConfigError, DataError
+from loopos.methods import losses
+from loopos.methods.common import (
+    fit,
+    require_finite,
+    train_only,
+    trained_body,
+    with_adapters,
+    with_overrides,
+)
+from loopos.methods.language_model import require_language_model
+from loopos.methods.logprobs import Reference, ResponseLogprobs, response_sums
+from loopos.methods.preference_objectives import Options, PairObjective, SingleObjective
+from loopos.models.lora import without_adapters
+from loopos.models.transformer import Transformer
+from loopos.training.loop import TrainResult
+from loopos.training.metrics import wins
+from loopos.training.trackers import Callback
+
+__all__ = ["DPOTrainer", "Options", "make", "read"]
+
+Data = Preferences | Judgements | Source
+
+
+class DPOTrainer:
+    """Trains a language model on preferences.
+
+    Parameters
+    ----------
+    model : Transformer
+        Causal, with a language-model head: the policy.
+    tokenizer : Tokenizer
+    reference : Transformer, optional
+        What the policy is held to. By default a copy of the policy as it is when training first
+        begins, or with adapters its base; it is never changed.
+    seed : int
+        Of shuffling, adapters and dropout.
+
+    Raises
+    ------
+    ConfigError
+        If the model is bidirectional, has no head, or a smaller vocabulary than the tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        reference: Transformer | None = None,
+        seed: int = 0,
+    ):
+        for network in (model, *([] if reference is None else [reference])):
+            require_language_model(network, tokenizer, "direct preference optimisation")
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.reference = reference
+
+    def fit(
+        self,
+        training_data: Data,
+        validation_data: Data | None = None,
+        options: Options | None = None,
+        *,
+        output_dir: str | Path | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: bool = False,
+        stop: Callable[[], bool] | None = None,
+        run_config: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> TrainResult:
+        """Train on preferences; parameters as :meth:`loopos.FineTuner.fit`.
+
+        Raises
+        ------
+        DataError
+            If a row cannot be used, or none is short enough.
+        ConfigError
+            If an option has no such name or value.
+        NumericalError
+            If a loss or gradient is not finite.
+        """
+        options = with_overrides(options or Options(), overrides)
+        training = _read(training_data, options)
+        encoded = self._encoded(training, options)
+        self.model = with_adapters(self.model, options, self.seed)
+        reference = self._reference(options)
+        evaluate = None
+        if validation_data is not None:
+            evaluate = self._evaluator(_read(validation_data, options), options)
+        train_only(self.model.parameters(), trained_body(self.model))
+        return fit(
+            self.model,
+            self.model.parameters(),
+            self._objective(training, encoded, reference, options),
+            encoded.tokens,
+            options,
+            make_batch=encoded.batch,
+            lengths=encoded.lengths,
+            seed=self.seed,
+            evaluate=evaluate,
+            run={
+                "output_dir": output_dir,
+                "callbacks": callbacks,
+                "resume": resume,
+                "stop": stop,
+                "run_config": run_config,
+            },
+        )
+
+    def report(
+        self,
+        training: Preferences | Judgements,
+        validation: Preferences | Judgements | None = None,
+        options: Options | None = None,
+    ) -> PreferenceReport:
+        """Return what the data holds, before anything is trained."""
+        options = options or Options()
+        held_out = None if validation is None else self._encoded(validation, options)
+        return PreferenceReport.of(
+            training, validation, self._encoded(training, options), held_out, self._limit(options)
+        )
+
+    def evaluate(self, data: Data, options: Options | None = None) -> dict[str, Any]:
+        """Return how the policy ranks responses, and how the reference does.
+
+        Of pairs: ``loss``; ``accuracy``, the share of pairs whose chosen response has the higher
+        implicit reward, equal ones count half; ``margin`` and means of the rewards;
+        ``reference_accuracy``, the same by the log-probabilities of the reference alone (its
+        implicit rewards are all 0, so that by definition it is right half of the time). Of single
+        responses: ``loss``, ``kl``, means of the rewards, and as ``accuracy`` the probability that
+        a good one has a higher reward than a bad one. ``count`` and ``left_out`` are rows.
+        """
+        options = options or Options()
+        return self._evaluator(_read(data, options), options)()
+
+    def save(self, directory: str | Path) -> None:
+        """Write model (or adapters) and tokenizer; transformers (PEFT) loads them back."""
+        self.model.save(directory, self.tokenizer)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _limit(self, options: Options) -> int:
+        limit = self.model.config.max_seq_len
+        if options.max_length is not None and options.max_length > limit:
+            raise ConfigError(
+                f"training.max_length: {options.max_length} is more than the model's "
+                f"max_seq_len {limit}"
+            )
+        return options.max_length or limit
+
+    def _encoded(self, data: Preferences | Judgements, options: Options) -> Responses:
+        return encode_responses(self.tokenizer, data, self._limit(options), options.overflow)
+
+    def _reference(self, options: Options) -> Transformer | None:
+        """Return the reference, made when it is first asked for; None where the loss has none."""
+        if not options.needs_reference:
+            return None
+        if self.reference is None:
+            base = without_adapters(self.model)  # the same arrays
+            if not self.model.adapters:
+                arrays = {name: p.data.copy() for name, p in base.parameters().items()}
+                base = Transformer(base.config, dtype=base.dtype, arrays=arrays)
+            self.reference = base
+        return self.reference
+
+    def _objective(
+        self,
+        data: Preferences | Judgements,
+        encoded: Responses,
+        reference: Transformer | None,
+        options: Options,
+    ) -> PairObjective | SingleObjective:
+        precompute = options.precompute_reference
+        said = Reference(reference, encoded, precompute)
+        if not isinstance(data, Judgements):
+            return PairObjective(self.model, said, options)
+        if len(encoded.rows) < 2:
+            raise DataError(f"{data.where[0]}: the loss 'kto' needs two rows at least, found one")
+        others = encoded.mismatched(self._limit(options))
+        said_of_others = Reference(reference, others, precompute)
+        desirable = data.desirable[encoded.rows]
+        return SingleObjective(self.model, said, others, said_of_others, desirable, options)
+
+    def _evaluator(
+        self, data: Preferences | Judgements, options: Options
+    ) -> Callable[[], dict[str, Any]]:
+        """Return a function that evaluates the policy as it is when called."""
+        encoded, reference = self._encoded(data, options), self._reference(options)
+        zeros = np.zeros(len(encoded.tokens))
+        said = zeros if reference is None else response_sums(reference, encoded)
+        lengths = encoded.response_lengths.astype(np.float64)
+        left_out = {"count": int(encoded.rows.size), "left_out": int(encoded.too_long.size)}
+
+        def found() -> ResponseLogprobs:
+            sums = response_sums(self.model, encoded)
+            return ResponseLogprobs(Tensor(zeros), np.arange(lengths.size), sums, lengths)
+
+        def pairs() -> dict[str, Any]:
+            objective, now = (
+                PairObjective(self.model, Reference(None, encoded, False), options),
+                found(),
+            )
+            total = objective.preference(now, said)[0] / encoded.rows.size
+            if options.cross_entropy > 0:
+                tokens = float(lengths[0::2].sum())
+                total -= options.cross_entropy * float(now.sums[0::2].sum()) / tokens
+            figures = {"loss": require_finite(total, "the loss on the evaluation data")}
+            rewards = objective.rewards(now, said)
+            figures["accuracy"] = _ranked(rewards)
+            figures["margin"] = float((rewards[0::2] - rewards[1::2]).mean())
+            figures |= {"rewards/chosen": float(rewards[0::2].mean()),
+                        "rewards/rejected": float(rewards[1::2].mean())}  # fmt: skip
+            if reference is not None:
+                figures["reference_accuracy"] = _ranked(said)
+            return figures | left_out
+
+        def single() -> dict[str, Any]:
+            objective = self._objective(data, encoded, reference, options)
+            assert isinstance(objective, SingleObjective)
+            now, desirable = found().sums, data.desirable[encoded.rows]  # type: ignore[union-attr]
+            kl = objective.reference_point(np.arange(lengths.size))
+            total, count, _ = losses.kto_loss_and_grad(
+                now, said, desirable, kl, options.strength, options.desirable_weight,
+                options.undesirable_weight,
+            )  # fmt: skip
+            rewards = options.strength * (now - said)
+            figures = {"loss": require_finite(total / count, "the loss on the evaluation data")}
+            figures["kl"] = kl
+            good, bad = rewards[desirable], rewards[~desirable]
+            for name, values in (("desirable", good), ("undesirable", bad)):
+                if values.size:
+                    figures[f"rewards/{name}"] = float(values.mean())
+            if good.size and bad.size:
+                figures["accuracy"] = _above(good, bad)
+                figures["reference_accuracy"] = _above(said[desirable], said[~desirable])
+            return figures | left_out
+
+        return single if isinstance(data, Judgements) else pairs
+
+
+def _ranked(values: Array) -> float:
+    """Return the share of pairs whose chosen response has the higher value, equal ones as half."""
+    return float(wins(values[0::2] - values[1::2]).mean())
+
+
+def _above(good: Array, bad: Array) -> float:
+    """Return the probability that one of `good` is above one of `bad`, equal ones as half."""
+    order = np.sort(bad)
+    below = np.searchsorted(order, good, side="left")
+    upto = np.searchsorted(order, good, side="right")
+    return float((below + upto).mean() / (2 * bad.size))
+
+
+def _read(data: Data, options: Options) -> Preferences | Judgements:
+    single = options.loss_type == "kto"
+    if not isinstance(data, (Preferences, Judgements)):
+        return read_judgements(data) if single else read_preferences(data)
+    if isinstance(data, Judgements) != single:
+        expected = "single responses with labels" if single else "pairs of responses"
+        raise DataError(f"{data.where[0]}: the loss '{options.loss_type}' needs {expected}")
+    return data
+
+
+def read(
+    source: Source,
+    text_field: str,
+    label_field: str,
+    *,
+    options: Options,
+    like: Preferences | Judgements | None = None,
+    num_classes: int | None = None,
+) -> Preferences | Judgements:
+    """Read preferences for a run: pairs, or single responses for "kto".
+
+    Raises
+    ------
+    ConfigError
+        If `num_classes` is given: a language model has none.
+    """
+    if num_classes is not None:
+        raise ConfigError("model.num_classes: a language model has no classes")
+    return _read(source, options)
+
+
+def make(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    training: Preferences | Judgements,
+    *,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> DPOTrainer:
+    """Make the trainer of a run."""
+    return DPOTrainer(model, tokenizer, seed=seed)
