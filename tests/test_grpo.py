@@ -11,7 +11,7 @@ from loopos.data.tokenizer import train_bpe
 from loopos.errors import ConfigError
 from loopos.methods import rollouts
 from loopos.methods.grpo import GRPOTrainer
-from loopos.methods.policy_training import Scored
+from loopos.methods.policy_state import Scored
 from loopos.methods.rewards import Normaliser
 from loopos.methods.rollouts import Prompts, Rollout
 from loopos.models.lora import LoraConfig

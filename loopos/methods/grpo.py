@@ -17,7 +17,8 @@ from loopos.errors import ConfigError
 from loopos.methods.common import with_overrides
 from loopos.methods.losses import grpo_advantages, rloo_advantages
 from loopos.methods.policy_options import PolicyOptions, require, require_choice, require_numbers
-from loopos.methods.policy_training import PolicyTrainer, Scored
+from loopos.methods.policy_state import Scored
+from loopos.methods.policy_training import PolicyTrainer
 from loopos.methods.rollouts import Rollout, segment_sums, take_segments
 from loopos.models.transformer import Transformer
 

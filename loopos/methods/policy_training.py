@@ -13,7 +13,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from loopos.methods.policy_checks import (
     require_small,
 )
 from loopos.methods.policy_options import PolicyOptions
+from loopos.methods.policy_state import LearnerState, Scored, copy_of
 from loopos.methods.policy_update import PolicyUpdates
 from loopos.methods.rewards import Normaliser, Reward
 from loopos.methods.rollouts import (
@@ -53,46 +54,12 @@ from loopos.training.online import EndOfRun, train_online
 from loopos.training.options import make_optimizer
 from loopos.training.trackers import Callback
 
-__all__ = ["PolicyTrainer", "Samples", "copy_of"]
+__all__ = ["PolicyTrainer", "Samples"]
 
 #: Uses of the seed, so that no two of them share random numbers.
 _SAMPLING, _EVALUATION, _CALIBRATION = 1, 2, 3
 
 Samples = Callable[[int, list[dict[str, Any]]], None]
-
-
-@dataclass(frozen=True)
-class LearnerState:
-    """What changes beside weights and optimizer."""
-
-    steps: int
-    kl_coefficient: float
-    normaliser: Normaliser
-    #: Of the scores since the last evaluation, and whether this has been told since.
-    score_sum: float = 0.0
-    score_count: int = 0
-    scores_told: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """Scores of a rollout: as the reward gave them, and as they count."""
-
-    raw: Array
-    final: Array
-    parts: dict[str, float]
-    normaliser: Normaliser
-
-
-def copy_of(model: Transformer) -> Transformer:
-    """Return a frozen copy of a model, adapters merged or left out as they are in it."""
-    arrays = {n: p.data.copy() for n, p in without_adapters(model).parameters().items()}
-    if model.unmerged:
-        arrays |= {n: model.parameters()[n].data.copy() for n in model.unmerged}
-    copy = Transformer(model.config, dtype=model.dtype, arrays=arrays)
-    for parameter in copy.parameters().values():
-        parameter.requires_grad = False
-    return copy
 
 
 class PolicyTrainer(PolicyUpdates):

@@ -33,7 +33,8 @@ from loopos.methods.policy_options import (
     require_choice,
     require_numbers,
 )
-from loopos.methods.policy_training import LearnerState, PolicyTrainer, Scored, copy_of
+from loopos.methods.policy_state import LearnerState, Scored, copy_of
+from loopos.methods.policy_training import PolicyTrainer
 from loopos.methods.policy_update import Terms
 from loopos.methods.rollouts import Rollout, response_states, segment_sums
 from loopos.models.lora import add_lora, merge_lora, unmerge_lora, without_adapters
