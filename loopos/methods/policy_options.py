@@ -124,11 +124,11 @@ class PolicyOptions(TrainingOptions):
             if not holds:
                 raise ConfigError(f"training.{name}: of no use to a method that samples prompts")
 
-    def sampling(self, seed: int) -> SamplingOptions:
-        """Return how responses are sampled."""
+    def sampling(self, seed: int, num_samples: int = 1) -> SamplingOptions:
+        """Return how responses are sampled, so many to each prompt."""
         return SamplingOptions(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-            stop_ids=self.stop_ids, seed=seed,
+            stop_ids=self.stop_ids, seed=seed, num_samples=num_samples,
         )  # fmt: skip
 
     @property

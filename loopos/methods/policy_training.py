@@ -229,11 +229,11 @@ class PolicyTrainer(PolicyUpdates):
     def _sampled(self, prompts: Prompts, samples: Array, seed: int | None = None) -> Rollout:
         if seed is None:
             seed = derive_key(self.seed, _SAMPLING, self._state.steps)
-        options, repeats = self.options, self.group_size
+        options = self.options
         return sample_rollout(
-            self.policy, self.tokenizer, prompts.take(np.arange(len(prompts)), repeats),
-            options.sampling(seed), samples=np.repeat(samples, repeats),
-            weights=options.rollout_weights, batch_size=options.rollout_batch_size,
+            self.policy, self.tokenizer, prompts, options.sampling(seed, self.group_size),
+            samples=samples, weights=options.rollout_weights,
+            batch_size=options.rollout_batch_size,
         )  # fmt: skip
 
     def _step(

@@ -314,7 +314,9 @@ def sample_rollout(
     weights: str = "float32",
     batch_size: int = 64,
 ) -> Rollout:
-    """Let a policy answer every prompt once, from its whole distribution.
+    """Let a policy answer every prompt, ``options.num_samples`` times in a row.
+
+    Tokens are drawn from its whole distribution.
 
     Parameters
     ----------
@@ -341,13 +343,14 @@ def sample_rollout(
         raise ConfigError("temperature: rollouts need one above 0")
     found = generate(model, prompts.ids, options, tokenizer=tokenizer, weights=weights,
                      batch_size=batch_size)  # fmt: skip
+    repeats = options.num_samples
     return Rollout.of(
-        prompts,
+        prompts.take(np.arange(len(prompts)), repeats),
         [g.ids for g in found],
         logprobs=[g.logprobs for g in found],
         ended=[g.stop_reason == "stop_token" for g in found],
         texts=None if tokenizer is None else [g.text for g in found],
-        samples=samples,
+        samples=np.repeat(samples, repeats),
     )
 
 
