@@ -41,6 +41,7 @@ from loopos.methods.policy_state import LearnerState, Scored, copy_of
 from loopos.methods.policy_update import PolicyUpdates
 from loopos.methods.rewards import Normaliser, Reward
 from loopos.methods.rollouts import (
+    Forward,
     Prompts,
     Rollout,
     collect,
@@ -253,9 +254,12 @@ class PolicyTrainer(PolicyUpdates):
         options = self.options
         rollout.require_tokens()
         require_ends(rollout, self._stops)
+        whole = options.minibatches * options.gradient_accumulation_steps == 1
+        recorded: list[Forward] = []
         data = collect(
             self.policy, rollout, options.temperature, self.reference,
             options.exact_kl or options.kl_estimator == "exact", self._values(),
+            recorded if whole else None,
         )  # fmt: skip
         self._check(rollout, data)
         kl = self._kl(data)
@@ -267,7 +271,9 @@ class PolicyTrainer(PolicyUpdates):
         require_finite(learnt, arrays)
         self._starts_as_reference = False
         started = time.perf_counter()
-        updates = self._update(learnt, arrays, rate, on_update)
+        if learnt is not rollout:
+            recorded.clear()
+        updates = self._update(learnt, arrays, rate, on_update, recorded)
         on_update()  # also where nothing was updated: the state changes now
         state = self._state
         record |= {

@@ -15,7 +15,7 @@ from loopos.errors import ConfigError, NumericalError
 from loopos.methods.losses import kl_estimate, kl_loss_and_grad, ppo_loss_and_grad
 from loopos.methods.policy_checks import RATIO_TOLERANCE, require_small
 from loopos.methods.policy_options import PolicyOptions
-from loopos.methods.rollouts import Rollout, response_logprobs, response_states, take_segments
+from loopos.methods.rollouts import Forward, Rollout, forward_pass, take_segments
 from loopos.models.transformer import Transformer
 from loopos.training.optim import AdamW, Optimizer, gradient_norm
 
@@ -91,14 +91,14 @@ class PolicyUpdates(ABC):
         return float(rollout.response_offsets[-1])
 
     def _other_terms(
-        self, states: Tensor | None, part: Rollout, data: dict[str, Array], count: float
+        self, done: Forward, part: Rollout, data: dict[str, Array], count: float
     ) -> tuple[Terms, dict[str, float]]:
         """Return further terms of the loss, and their values by name, "loss" the sum of them.
 
         Parameters
         ----------
-        states : Tensor [M, C] or None
-            Of the policy, where the trunk is shared.
+        done : Forward
+            The pass over `part`; without the policy's states where the trunk is not shared.
         part : Rollout
         data : dict of str to ndarray [M]
         count : float
@@ -107,9 +107,17 @@ class PolicyUpdates(ABC):
         return [], {}
 
     def _update(
-        self, rollout: Rollout, data: dict[str, Array], rate: float, on_update: Callable[[], None]
+        self,
+        rollout: Rollout,
+        data: dict[str, Array],
+        rate: float,
+        on_update: Callable[[], None],
+        recorded: list[Forward],
     ) -> dict[str, Any]:
-        """Go over the samples several times; return the figures."""
+        """Go over the samples several times; return the figures.
+
+        A pass over the whole rollout that was recorded already is taken for the first one.
+        """
         options, sums, count = self.options, _Sums(), len(rollout)
         pieces = options.minibatches * options.gradient_accumulation_steps
         if 0 < count < pieces:
@@ -118,8 +126,11 @@ class PolicyUpdates(ABC):
             )
         for epoch in range(options.ppo_epochs if count else 0):
             order = np.random.default_rng([self.seed, self.steps, epoch]).permutation(count)
+            if recorded:
+                order = np.arange(count)
             for chosen in np.array_split(order, options.minibatches):
-                found = self._gradients(rollout, data, chosen, first=sums.updates == 0)
+                done = recorded.pop() if recorded else None
+                found = self._gradients(rollout, data, chosen, sums.updates == 0, done)
                 limit = options.target_kl
                 if limit is not None and found["approx_kl"] / found["tokens"] > limit:
                     return sums.figures()
@@ -129,7 +140,12 @@ class PolicyUpdates(ABC):
         return sums.figures()
 
     def _gradients(
-        self, rollout: Rollout, data: dict[str, Array], chosen: Array, first: bool
+        self,
+        rollout: Rollout,
+        data: dict[str, Array],
+        chosen: Array,
+        first: bool,
+        done: Forward | None = None,
     ) -> dict[str, float]:
         """Compute the gradients of one minibatch; return its sums."""
         for parameter in self.optimizer.parameters.values():
@@ -143,14 +159,13 @@ class PolicyUpdates(ABC):
                 name: take_segments(x, rollout.response_offsets, indices)
                 for name, x in data.items()
             }
-            states: Tensor | None = response_states(self.policy, part)
-            assert states is not None
-            terms, found = self._policy_terms(states, part, arrays, denominator, first)
+            now = done or forward_pass(self.policy, part, self.options.temperature)
+            terms, found = self._policy_terms(now, part, arrays, denominator, first)
             self._require_finite(found, part)
             if not self.shared_trunk:  # one network's activations at a time
                 backward(terms)
-                terms, states = [], None
-            more, others = self._other_terms(states, part, arrays, values)
+                terms, now.states = [], None
+            more, others = self._other_terms(now, part, arrays, values)
             loss = found.pop("loss") + others.pop("loss", 0.0)
             found |= others | {"loss": loss}  # last, so that its part at fault is named
             self._require_finite(found, part)
@@ -165,10 +180,9 @@ class PolicyUpdates(ABC):
                 raise NumericalError(f"{name} is {value} (samples {shown})")
 
     def _policy_terms(
-        self, states: Tensor, part: Rollout, data: dict[str, Array], denominator: float, first: bool
+        self, done: Forward, part: Rollout, data: dict[str, Array], denominator: float, first: bool
     ) -> tuple[Terms, dict[str, float]]:
-        options = self.options
-        logprobs, entropy = response_logprobs(self.policy, states, part, options.temperature)
+        options, logprobs, entropy = self.options, done.logprobs, done.entropy
         log_ratio, kind = logprobs.data - data["logprobs"], logprobs.dtype.type
         if first:
             require_small(

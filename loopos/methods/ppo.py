@@ -36,7 +36,7 @@ from loopos.methods.policy_options import (
 from loopos.methods.policy_state import LearnerState, Scored, copy_of
 from loopos.methods.policy_training import PolicyTrainer
 from loopos.methods.policy_update import Terms
-from loopos.methods.rollouts import Rollout, response_states, segment_sums
+from loopos.methods.rollouts import Forward, Rollout, response_states, segment_sums
 from loopos.models.lora import add_lora, merge_lora, unmerge_lora, without_adapters
 from loopos.models.transformer import Transformer
 
@@ -344,11 +344,13 @@ class PPOTrainer(PolicyTrainer):
         return rollout, arrays, figures
 
     def _other_terms(
-        self, states: Tensor | None, part: Rollout, data: dict[str, Array], count: float
+        self, done: Forward, part: Rollout, data: dict[str, Array], count: float
     ) -> tuple[Terms, dict[str, float]]:
         options = self.options
         valued, real = self._valued(part)
-        values = self.critic.values(valued, states)
+        values = done.values
+        if values is None:
+            values = self.critic.values(valued, done.states)
         old, returns = data["values"], data["returns"]
         if not real.all():
             old = _with_ends(old, data["end_values"], real)

@@ -7,6 +7,7 @@ tokens are predicted by the states one position before them: those rows alone go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -21,8 +22,9 @@ from loopos.errors import ConfigError, DataError, NumericalError
 from loopos.generation import SamplingOptions, generate
 from loopos.models.transformer import Transformer
 
-__all__ = ["Prompts", "Rollout", "collect", "in_pieces", "response_logprobs", "response_states",
-           "sample_rollout", "segment_sums", "take_segments"]  # fmt: skip
+__all__ = ["Forward", "Prompts", "Rollout", "collect", "forward_pass", "in_pieces",
+           "response_logprobs", "response_states", "sample_rollout", "segment_sums",
+           "take_segments"]  # fmt: skip
 
 #: Tokens in one pass without gradients.
 _PASS_TOKENS = 8192
@@ -380,6 +382,31 @@ def response_logprobs(
     return ops.linear_logprobs(states, model.head_weight, rollout.targets, temperature)
 
 
+@dataclass
+class Forward:
+    """A pass of the policy (and the critic) over a rollout, on the tape.
+
+    Attributes
+    ----------
+    states : Tensor [M, C] or None
+        Of the policy.
+    logprobs, entropy : Tensor [M]
+    values : Tensor or None
+        Of the critic.
+    """
+
+    states: Tensor | None
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor | None = None
+
+
+def forward_pass(model: Transformer, rollout: Rollout, temperature: float) -> Forward:
+    """Return the policy's part of a pass."""
+    states = response_states(model, rollout)
+    return Forward(states, *response_logprobs(model, states, rollout, temperature))
+
+
 def collect(
     model: Transformer,
     rollout: Rollout,
@@ -387,8 +414,9 @@ def collect(
     reference: Transformer | None = None,
     exact: bool = False,
     values: Callable[[Rollout, Tensor], Tensor] | None = None,
+    recorded: list[Forward] | None = None,
 ) -> dict[str, Array]:
-    """Compute in training precision, without gradients, what is frozen for a step.
+    """Compute in training precision what is frozen for a step.
 
     Parameters
     ----------
@@ -402,6 +430,8 @@ def collect(
         Also the exact KL to the reference.
     values : callable, optional
         Of a critic: a value for each response token, from the rollout and the policy's states.
+    recorded : list of Forward, optional
+        Gets the pass itself, on the tape, where one pass holds all; else nothing is recorded.
 
     Returns
     -------
@@ -410,22 +440,30 @@ def collect(
         "values".
     """
     found: dict[str, list[Array]] = {}
-    with no_grad():
-        for piece in in_pieces(rollout):
-            states = response_states(model, piece)
-            logprobs, entropy = response_logprobs(model, states, piece, temperature)
-            made = {"logprobs": logprobs.data, "entropy": entropy.data}
+    pieces = list(in_pieces(rollout))
+    keep = recorded is not None and len(pieces) == 1
+    for piece in pieces:
+        with nullcontext() if keep else no_grad():
+            done = forward_pass(model, piece, temperature)
+            assert done.states is not None
             if values is not None:
-                made["values"] = values(piece, states).data
+                done.values = values(piece, done.states)
+        if keep and recorded is not None:
+            recorded.append(done)
+        # Copies: what is frozen is not to change with what is on the tape.
+        made = {"logprobs": done.logprobs.data.copy(), "entropy": done.entropy.data.copy()}
+        if done.values is not None:
+            made["values"] = done.values.data.copy()
+        with no_grad():
             if reference is not None:
                 ref_states = response_states(reference, piece)
                 ref = response_logprobs(reference, ref_states, piece, temperature)[0]
                 made["ref_logprobs"] = ref.data
                 if exact:
                     made["exact_kl"] = ops.linear_kl(
-                        states, model.head_weight, ref_states.data, reference.head_weight.data,
-                        temperature,
+                        done.states, model.head_weight, ref_states.data,
+                        reference.head_weight.data, temperature,
                     ).data  # fmt: skip
-            for name, array in made.items():
-                found.setdefault(name, []).append(array)
+        for name, array in made.items():
+            found.setdefault(name, []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
