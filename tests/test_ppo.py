@@ -355,6 +355,22 @@ def test_options_that_change_the_memory_only():
     require_same(found[0], found[2])
 
 
+@pytest.mark.parametrize("more", [{}, {"critic": "shared"}, {"score_after_end": True}])
+def test_the_first_pass_may_be_the_one_that_was_recorded(more, monkeypatch):
+    found = []
+    for tokens in (8192, 20):  # in pieces nothing is recorded, and the pass is made again
+        monkeypatch.setattr(rollouts, "_PASS_TOKENS", tokens)
+        made = trainer(model(0, np.float64), **more)
+        rollout, passes = made.sample(PROMPTS[:6]), []
+        forward = made.policy.get_hidden_states
+        made.policy.get_hidden_states = lambda *a, f=forward, p=passes: p.append(1) or f(*a)
+        made.learn_from(rollout)
+        found.append(weights(made))
+        assert (len(passes) == 4) == (tokens == 8192)  # one for each epoch
+    for name in found[0]:
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
