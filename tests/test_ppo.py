@@ -261,6 +261,8 @@ def test_with_adapters_the_reference_is_the_base():
         assert np.shares_memory(p.data, made.critic.body.parameters()[name].data)
     ups = [p for name, p in made.policy.parameters().items() if name.endswith("lora_b")]
     assert all(np.any(p.data) for p in ups)
+    again = trainer(made.policy)  # whose adapters are not those of the reference any more
+    assert again.step(PROMPTS[:6])["kl/mean"] != 0
     twin = trainer(model(), lora=LoraConfig(rank=2))
     twin.step(PROMPTS[:6])
     assert twin.policy.adapters
@@ -388,6 +390,7 @@ def test_the_first_pass_may_be_the_one_that_was_recorded(more, monkeypatch):
         ({"critic": "shared", "score_after_end": True}, "needs a separate critic"),
         ({"tf1_epsilon": True, "optimizer": "sgd"}, "sgd, which has no eps"),
         ({"max_new_tokens": True}, "training.max_new_tokens"),
+        ({"seed": -1}, "seed: expected a whole number that is not negative"),
     ],
 )
 def test_options_that_cannot_be(more, message):

@@ -82,15 +82,21 @@ class PolicyTrainer(PolicyUpdates):
     ):
         if tokenizer is not None:
             require_language_model(policy, tokenizer, self.method)
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ConfigError(f"seed: expected a whole number that is not negative, found {seed!r}")
         self.options, self.tokenizer, self.seed = options, tokenizer, int(seed)
         self.policy = with_adapters(policy, options, self.seed)
         self.policy.gradient_checkpointing = options.gradient_checkpointing
         _ = self.policy.head_weight  # says what is missing
         self.reward = Reward(reward)
         train_only(self.policy.parameters(), trained_body(self.policy))
-        #: Until the first update, where the reference is a copy of the policy.
-        self._starts_as_reference = reference is None or reference is policy
-        self.reference = self._reference(None if reference is policy else reference)
+        if reference is policy:
+            reference = None
+        self.reference = self._reference(reference)
+        self._base_is_reference = reference is None and bool(self.policy.adapters)
+        ups = [up for adapter in self.policy.adapters.values() for up in adapter.b.values()]
+        #: Until the first update: whether the reference computes what the policy does.
+        self._starts_as_reference = reference is None and not any(np.any(up.data) for up in ups)
         #: The table of the last step: prompt, response, score, tokens, whether it ended.
         self.samples: list[dict[str, Any]] = []
         self._on_samples: Samples | None = None
@@ -131,7 +137,7 @@ class PolicyTrainer(PolicyUpdates):
         """Return what is trained, as "policy.<name>", and beside it what is frozen."""
         found = {f"policy.{name}": p for name, p in self.policy.parameters().items()}
         found |= self._more_parameters()
-        if self.reference is not None and not self.policy.adapters:
+        if self.reference is not None and not self._base_is_reference:
             for name, p in self.reference.parameters().items():
                 p.requires_grad = False
                 found[f"reference.{name}"] = p
