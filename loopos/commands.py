@@ -26,7 +26,7 @@ _TEXT = typer.Option("--text-field", metavar="NAME", help="Name of the field of 
 
 #: What optional packages are for.
 _EXTRAS = {
-    "parquet": "pyarrow", "gguf": "gguf", "hub": "huggingface_hub",
+    "parquet": "pyarrow", "gguf": "gguf", "hub": "huggingface_hub", "plot": "matplotlib",
     "tensorboard": "tensorboard",
 }  # fmt: skip
 
@@ -286,6 +286,10 @@ def evaluate(
 def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dict[str, Any]:
     from loopos.data.readers import read_labelled, read_texts
 
+    if (_inner(model) / "reward_model.json").is_file():
+        from loopos.methods.reward_model import RewardTrainer
+
+        return RewardTrainer.load(_inner(model)).evaluate(data)
     if _is_language_model(model):
         from loopos.data.tokenizer import load_tokenizer
         from loopos.methods.pretraining import Pretrainer

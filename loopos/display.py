@@ -144,6 +144,8 @@ def show_summary(summary: Summary) -> None:
     say(f"saved in {summary.output_dir}")
     if (summary.output_dir / "model" / "classifier.json").exists():
         say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
+    elif (summary.output_dir / "model" / "reward_model.json").exists():
+        say(f"next: loopos evaluate {shlex.quote(str(summary.output_dir))} pairs.jsonl")
     else:
         say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
 

@@ -1,12 +1,16 @@
 """Direct preference optimisation: the losses, the reference that never changes, resuming."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from loopos.autograd import backward
 from loopos.backends import available_backends, use_backend
+from loopos.backends.threads import thread_limit
 from loopos.config import load_config
 from loopos.data.batch import Batch
 from loopos.data.preferences import read_judgements, read_preferences
@@ -61,13 +65,11 @@ def data_of(kind):
     return SINGLE if kind == "kto" else ROWS
 
 
-def trained(tokenizer, kind="sigmoid", data=None, dropout=0.0, **options):
+def trained(tokenizer, kind="sigmoid", rate=0.0, **options):
     """Return a trainer after some steps, and their records."""
-    trainer = DPOTrainer(model(dropout=dropout), tokenizer)
+    trainer = DPOTrainer(model(dropout=rate), tokenizer)
     defaults = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 6}
-    result = trainer.fit(
-        data if data is not None else data_of(kind), loss_type=kind, **(defaults | options)
-    )
+    result = trainer.fit(data_of(kind), loss_type=kind, **(defaults | options))
     return trainer, result.history
 
 
@@ -184,7 +186,7 @@ def test_the_loss_is_that_of_the_pure_function(tokenizer, kind):
 
 
 def test_every_loss_trains_another_model(tokenizer):
-    results = [weights(trained(tokenizer, kind, data=None)[0]) for kind in LOSSES]
+    results = [weights(trained(tokenizer, kind)[0]) for kind in LOSSES]
     tables = [result["embeddings.tokens"] for result in results]
     for i, one in enumerate(tables):
         assert np.isfinite(one).all()
@@ -210,8 +212,8 @@ def test_every_loss_trains_another_model(tokenizer):
     ids=str,
 )
 def test_every_option_changes_the_result(tokenizer, kind, option):
-    plain, _ = trained(tokenizer, kind, dropout=0.3)
-    changed, _ = trained(tokenizer, kind, dropout=0.3, **option)
+    plain, _ = trained(tokenizer, kind, rate=0.3)
+    changed, _ = trained(tokenizer, kind, rate=0.3, **option)
     probe = read_preferences(ROWS)
     sums = [response_sums(t.model, t._encoded(probe, Options())) for t in (plain, changed)]
     assert not np.array_equal(*sums)
@@ -290,6 +292,26 @@ def test_the_reference_never_changes(tokenizer, kind, lora, precompute):
         assert shared is trainer.model.parameters()["layers.0.mlp.up.weight"].data
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+def test_the_reference_is_asked_once_for_the_same_responses(tokenizer, kind, monkeypatch):
+    calls = []
+
+    def counted(model, encoded, *arguments):
+        calls.append(len(encoded.tokens))
+        return response_sums(model, encoded, *arguments)
+
+    monkeypatch.setattr("loopos.methods.dpo.response_sums", counted)
+    data = (read_judgements if kind == "kto" else read_preferences)(data_of(kind))
+    trainer = DPOTrainer(model(), tokenizer)
+    trainer.fit(data, loss_type=kind, max_steps=1)
+    assert len(calls) == 1 + (kind == "kto")
+    trainer.fit(data, loss_type=kind, max_steps=1)
+    assert len(calls) == 1 + (kind == "kto")
+    trainer.reference = model(9)
+    trainer.fit(data, loss_type=kind, max_steps=1)
+    assert len(calls) == 2 * (1 + (kind == "kto"))
+
+
 def test_a_reference_is_made_only_where_the_loss_asks_for_one(tokenizer):
     for kind, option in (("orpo", {}), ("simpo", {}), ("sigmoid", {"reference_free": True})):
         trainer, _ = trained(tokenizer, kind, max_steps=1, **option)
@@ -352,7 +374,7 @@ def test_the_report_is_of_pairs(tokenizer):
 )
 def test_four_steps_are_two_and_two_more(tokenizer, tmp_path, kind, options):
     options = options | {"batch_size": 6, "num_epochs": 2, "max_steps": 4, "learning_rate": 1e-3}
-    whole, history = trained(tokenizer, kind, dropout=0.1, **options)
+    whole, history = trained(tokenizer, kind, rate=0.1, **options)
     steps = iter((False, True))
     stopped = DPOTrainer(model(dropout=0.1), tokenizer)
     result = stopped.fit(
@@ -367,6 +389,28 @@ def test_four_steps_are_two_and_two_more(tokenizer, tmp_path, kind, options):
         assert {n: v for n, v in found.items() if "_s" not in n} == {
             n: v for n, v in expected.items() if "_s" not in n
         }
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_backends_agree_over_twenty_steps(tokenizer, kind):
+    found = {}
+    for backend in BACKENDS:
+        with use_backend(backend):
+            history = trained(tokenizer, kind, max_steps=20, num_epochs=5, learning_rate=1e-3)[1]
+            found[backend] = [record["loss"] for record in history]
+    assert len(set(found["numpy"])) == 20
+    for losses_found in found.values():
+        np.testing.assert_allclose(losses_found, found["numpy"], rtol=1e-3)
+
+
+@pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled kernels are not there")
+def test_a_policy_has_the_same_bytes_at_any_number_of_threads(tokenizer):
+    found = []
+    for threads in (1, 2, 5):
+        with use_backend("cython"), thread_limit(threads):
+            found.append(weights(trained(tokenizer, batch_size=12)[0]))
+    equal(found[0], found[1])
+    equal(found[0], found[2])
 
 
 # -- what does not fit -----------------------------------------------------------------------------
@@ -461,14 +505,43 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(configure, tmp_path)
     assert figures[0] == figures[1]
 
 
-def test_the_command_line_validates_and_says_what_does_not_fit(configure, tmp_path, capsys):
-    from loopos.cli import main
+KILLED = """
+import os, signal, sys
+from loopos.backends.threads import thread_limit
+from loopos.config import load_config
+from loopos.runner import run
+steps = iter(range(1, 100))
+run(load_config("run.json", ["training.save_steps=2"]),
+    stop=lambda: next(steps) == 3 and os.kill(os.getpid(), signal.SIGKILL))
+"""
 
-    assert main(["validate", "run.json"]) == 0
-    assert "ties" in capsys.readouterr().out
-    assert main(["validate", "run.json", "training.simpo_margin=1"]) == 2
-    assert "simpo_margin: the loss 'sigmoid' has none" in capsys.readouterr().err
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals that kill")
+def test_a_run_that_was_killed_continues_to_the_same_bytes(configure, tmp_path):
+    run(configure("data.output_dir=whole", "training.save_steps=2"))
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000002"]
+    run(configure("training.save_steps=2"), resume=True)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("whole/model", "out/model"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_command_line_validates_and_says_what_does_not_fit(configure, tmp_path):
+    def loopos(*arguments):
+        command = [sys.executable, "-m", "loopos", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    code, said = loopos("validate", "run.json")
+    assert (code, "ties" in said) == (0, True), said
+    code, said = loopos("validate", "run.json", "--set=training.simpo_margin=1")
+    assert (code, "simpo_margin: the loss 'sigmoid' has none" in said) == (2, True), said
+    code, said = loopos("run", "run.json")
+    assert code == 0, said
+    assert "reference_accuracy" in said
     with (tmp_path / "p.jsonl").open("a") as file:
         file.write('{"prompt": "a", "chosen": "b"}\n')
-    assert main(["run", "run.json"]) == 2
-    assert "p.jsonl:25: no field 'rejected'" in capsys.readouterr().err
+    code, said = loopos("run", "run.json", "--output-dir=other")
+    assert (code, "p.jsonl:25: no field 'rejected'" in said) == (2, True), said

@@ -9,7 +9,7 @@ from loopos.data.preferences import plain_chat, read_judgements, read_preference
 from loopos.data.readers import split
 from loopos.data.responses import PreferenceReport, encode_responses
 from loopos.data.tokenizer import Tokenizer, train_bpe
-from loopos.errors import DataError
+from loopos.errors import ConfigError, DataError
 
 ROWS = [
     {"prompt": "Say a:", "chosen": " a b", "rejected": " b"},
@@ -138,18 +138,46 @@ def test_conversations_are_lines_of_roles_without_a_template(row):
     assert (data.chosen[0], data.rejected[0]) == (" Hello", " Go")
 
 
-def test_conversations_are_written_as_asked():
-    def render(messages, begin):
-        body = "".join(f"<{m['role']}>{m['content']}</>" for m in messages)
-        return body + ("<assistant>" if begin else "")
+def render(messages, *, add_generation_prompt=False):
+    body = "".join(f"<{m['role']}>{m['content']}</>\n" for m in messages)
+    return body + ("<assistant>" if add_generation_prompt else "")
 
+
+def test_conversations_are_written_as_asked():
     row = {"chosen": [USER, GO, USER, HELLO], "rejected": [USER, GO, USER, GO]}
-    data = read_preferences([row], render)
-    assert data.texts[0] == "<user>Hi</><assistant>Go</><user>Hi</><assistant>"
-    assert (data.chosen[0], data.rejected[0]) == ("Hello</>", "Go</>")
+    plain = read_preferences([row, ROWS[0]])
+    data = plain.take([1, 0]).written(render)
+    assert data.texts[1] == "<user>Hi</>\n<assistant>Go</>\n<user>Hi</>\n<assistant>"
+    assert (data.chosen[1], data.rejected[1]) == ("Hello</>\n", "Go</>\n")
+    assert (data.texts[0], data.chosen[0]) == ("Say a:", " a b")
     assert plain_chat([USER, HELLO]) == "user: Hi\nassistant: Hello"
-    wrong = refused(read_preferences, [row], lambda messages, begin: "b" if begin else "a")
-    assert wrong == "row 1: the template writes 'chosen' not as a continuation"
+    single = read_judgements([row]).written(render)
+    assert list(single.completions) == ["Hello</>\n", "Go</>\n"]
+    untouched = read_preferences(ROWS)
+    assert untouched.written(render) is untouched
+    wrong = refused(plain.written, lambda messages, **_: "a" * (9 - len(messages)))
+    assert wrong == "row 1: the template writes an answer not as a continuation of its prompt"
+
+
+def test_a_template_has_special_tokens_of_its_own(tokenizer):
+    data = read_preferences([{"prompt": [USER], "chosen": [HELLO], "rejected": [GO]}, ROWS[0]])
+    encoded = encode_responses(tokenizer, data, 64, render=render)
+    begin = tokenizer.encode("<user>Hi</>\n<assistant>")
+    assert encoded.tokens[0].tolist() == [*begin, *tokenizer.encode("Hello</>")]
+    assert encoded.tokens[3].tolist()[-1] == tokenizer.eos_id  # a row of texts
+    plain = encode_responses(tokenizer, data, 64)
+    assert tokenizer.decode(plain.tokens[0][:-1]) == "user: Hi\nassistant: Hello"
+    assert plain.tokens[0][-1] == tokenizer.eos_id
+
+
+def test_a_template_is_never_passed_over(tokenizer):
+    other = train_bpe([text for row in ROWS for text in row.values()], 270)
+    other.chat_template = "{{ messages }}"
+    data = read_preferences([{"prompt": [USER], "chosen": [HELLO], "rejected": [GO]}])
+    with pytest.raises(ConfigError, match="the tokenizer has a chat template"):
+        encode_responses(other, data, 64)
+    assert len(encode_responses(other, data, 64, render=render).rows) == 1
+    assert len(encode_responses(other, read_preferences(ROWS), 64).rows) == 4
 
 
 @pytest.mark.parametrize(
@@ -167,14 +195,16 @@ def test_conversations_are_written_as_asked():
         ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"},
          "message 1 of 'prompt': expected 'role' and 'content', both text, "
          "found {'role': 'user'}"),
+        ({"prompt": [USER | {"extra": b"x"}], "chosen": "b", "rejected": "c"},
+         "a message holds what JSON cannot: Object of type bytes is not JSON serializable"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 2},
          "'score_chosen' 1 is below 'score_rejected' 2"),
         ({"prompt": "a", "chosen": "\ud800", "rejected": "c"},
          "'chosen' has half a surrogate pair, so no text"),
     ],
 )  # fmt: skip
-def test_what_is_no_pair_is_refused_with_its_place(written, row, message):
-    assert refused(read_preferences, written([ROWS[0], row])) == f"p.jsonl:2: {message}"
+def test_what_is_no_pair_is_refused_with_its_place(row, message):
+    assert refused(read_preferences, [ROWS[0], row]) == f"row 2: {message}"
 
 
 def test_sets_without_a_pair_are_refused(written):

@@ -1,12 +1,16 @@
 """Reward models, by the numbered lines of the reference (shown as R1 ... R5)."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from loopos.autograd import backward
 from loopos.backends import available_backends, use_backend
+from loopos.backends.threads import thread_limit
 from loopos.config import load_config
 from loopos.data.batch import Batch
 from loopos.data.preferences import read_preferences
@@ -321,6 +325,30 @@ def test_four_steps_are_two_and_two_more(tokenizer, tmp_path, options):
     np.testing.assert_array_equal(resumed.reward_model.bias, whole.reward_model.bias)
 
 
+def test_backends_agree_over_twenty_steps(tokenizer):
+    found = {}
+    for backend in BACKENDS:
+        with use_backend(backend):
+            trainer = trainer_of(tokenizer)
+            result = trainer.fit(ROWS, max_steps=20, num_epochs=5, batch_size=6)
+            found[backend] = [record["loss"] for record in result.history]
+    assert len(set(found["numpy"])) == 20
+    for losses in found.values():
+        np.testing.assert_allclose(losses, found["numpy"], rtol=1e-3)
+
+
+@pytest.mark.skipif("cython" not in BACKENDS, reason="the compiled kernels are not there")
+def test_a_reward_model_has_the_same_bytes_at_any_number_of_threads(tokenizer):
+    found = []
+    for threads in (1, 2, 5):
+        with use_backend("cython"), thread_limit(threads):
+            trainer = trainer_of(tokenizer)
+            trainer.fit(ROWS, max_steps=3, learning_rate=1e-2)
+            found.append(weights(trainer))
+    equal(found[0], found[1])
+    equal(found[0], found[2])
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 LLAMA = {"norm": "rms_norm", "activation": "swiglu", "positions": "rope", "tied": False,
@@ -497,6 +525,37 @@ def test_a_run_that_was_stopped_continues_to_the_same_bytes(configure, tmp_path)
     one, other = (tmp_path / name / "model" for name in ("whole", "out"))
     for file in ("model.safetensors", "reward_model.json", "config.json"):
         assert (one / file).read_bytes() == (other / file).read_bytes(), file
+
+
+KILLED = """
+import os, signal, sys
+from loopos.backends.threads import thread_limit
+from loopos.config import load_config
+from loopos.runner import run
+steps = iter(range(1, 100))
+run(load_config("run.json", ["training.save_steps=2"]),
+    stop=lambda: next(steps) == 3 and os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs signals that kill")
+def test_a_run_that_was_killed_continues_to_the_same_bytes(configure, tmp_path):
+    run(configure("data.output_dir=whole", "training.save_steps=2"))
+    killed = subprocess.run([sys.executable, "-c", KILLED], cwd=tmp_path, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "out" / "checkpoints").glob("step-*")] == ["step-00000002"]
+    run(configure("training.save_steps=2"), resume=True)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("whole/model", "out/model"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_run_is_evaluated_on_other_pairs(configure, tmp_path):
+    run(configure())
+    command = [sys.executable, "-m", "loopos", "evaluate", "out", "p.jsonl", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures == RewardTrainer.load(tmp_path / "out" / "model").evaluate("p.jsonl")
 
 
 def test_rows_and_classes_that_do_not_fit_name_their_place(configure, tmp_path):

@@ -8,13 +8,15 @@ Rows have ``prompt``, ``chosen`` and ``rejected``, each a text or a list of mess
 from __future__ import annotations
 
 import array
+import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -27,6 +29,7 @@ from loopos.errors import DataError
 __all__ = [
     "Judgements",
     "Preferences",
+    "Render",
     "plain_chat",
     "read_judgements",
     "read_preferences",
@@ -34,8 +37,8 @@ __all__ = [
 
 Array = np.ndarray[Any, Any]
 Message = Mapping[str, Any]
-#: Writes messages as one text; with True, up to where the assistant begins to answer.
-Render = Callable[[Sequence[Message], bool], str]
+#: A prompt's messages, and those of each response.
+_Messages = tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]
 
 _SIDES = ("chosen", "rejected")
 #: What stands for true and false in files without a type for them.
@@ -44,14 +47,79 @@ _TRUTHS = {"true": True, "1": True, "false": False, "0": False}
 _NUMBERS = 10_000
 
 
-def plain_chat(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+class Render(Protocol):
+    """Writes messages as one text."""
+
+    def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        """Return the text, if asked up to where the assistant begins to answer."""
+
+
+def plain_chat(messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
     """Return messages as lines of role and text, for models without a template of their own."""
     lines = [f"{message['role']}: {message['content']}" for message in messages]
     return "\n".join([*lines, "assistant:"] if add_generation_prompt else lines)
 
 
 @dataclass(frozen=True)
-class Preferences(Texts):
+class _Answered(Texts):
+    """Prompts with responses.
+
+    Attributes
+    ----------
+    conversations : sequence of str or None
+        Of each row its messages as JSON, nothing where it has texts; None where all rows have.
+    """
+
+    conversations: Sequence[str] | None = field(default=None, kw_only=True)
+
+    @property
+    @abstractmethod
+    def responses(self) -> tuple[Sequence[str], ...]:
+        """The responses of each row."""
+
+    @abstractmethod
+    def _with(self, texts: Sequence[str], responses: Sequence[Sequence[str]]) -> Self:
+        """Return the same rows with other texts."""
+
+    @property
+    def corpus(self) -> Sequence[str]:
+        """All prompts and responses, for making a tokenizer."""
+        return TextStore.of(text for part in (self.texts, *self.responses) for text in part)
+
+    def parts(self) -> Iterator[str]:
+        """Yield prompts and responses, in parts."""
+        for text in (text for part in (self.texts, *self.responses) for text in part):
+            yield text + "\0"
+
+    def written(self, render: Render) -> Self:
+        """Return the rows with conversations written by `render`, not as lines of role and text.
+
+        Raises
+        ------
+        DataError
+            If an answer is not written as a continuation of its prompt.
+        """
+        if self.conversations is None:
+            return self
+        columns = (self.texts, *self.responses)
+        builders = [TextStoreBuilder() for _ in columns]
+        for index, kept in enumerate(self.conversations):
+            texts = [column[index] for column in columns]
+            if kept:
+                asked, answers = json.loads(kept)
+                texts = _rendered(asked, answers, render, self.where[index])
+            for builder, text in zip(builders, texts, strict=True):
+                builder.append(text)
+        prompts, *responses = (builder.finish() for builder in builders)
+        return self._with(prompts, responses)
+
+
+def _taken(texts: Sequence[str] | None, indices: Sequence[int] | Array) -> Sequence[str] | None:
+    return None if texts is None else taken(texts, indices)
+
+
+@dataclass(frozen=True)
+class Preferences(_Answered):
     """Pairs of responses.
 
     Attributes
@@ -76,11 +144,6 @@ class Preferences(Texts):
         """The responses of each row, the chosen one first."""
         return self.chosen, self.rejected
 
-    @property
-    def corpus(self) -> Sequence[str]:
-        """All prompts and responses, for making a tokenizer."""
-        return TextStore.of(text for part in (self.texts, *self.responses) for text in part)
-
     def take(self, indices: Sequence[int] | Array) -> Preferences:
         """Return the pairs at `indices`; of stored ones a view."""
         margins = self.margins
@@ -91,19 +154,21 @@ class Preferences(Texts):
             chosen=taken(self.chosen, indices),
             rejected=taken(self.rejected, indices),
             margins=None if margins is None else margins[np.asarray(indices, dtype=np.int64)],
+            conversations=_taken(self.conversations, indices),
         )
+
+    def _with(self, texts: Sequence[str], responses: Sequence[Sequence[str]]) -> Preferences:
+        return replace(self, texts=texts, chosen=responses[0], rejected=responses[1])
 
     def parts(self) -> Iterator[str]:
         """Yield prompts, responses and margins, in parts."""
         yield from super().parts()
-        for text in (text for side in self.responses for text in side):
-            yield text + "\0"
         if self.margins is not None:
             yield from _written(self.margins)
 
 
 @dataclass(frozen=True)
-class Judgements(Texts):
+class Judgements(_Answered):
     """Responses that are each good or bad by themselves.
 
     Attributes
@@ -124,11 +189,6 @@ class Judgements(Texts):
         """The response of each row."""
         return (self.completions,)
 
-    @property
-    def corpus(self) -> Sequence[str]:
-        """All prompts and responses, for making a tokenizer."""
-        return TextStore.of(text for part in (self.texts, *self.responses) for text in part)
-
     def take(self, indices: Sequence[int] | Array) -> Judgements:
         """Return the rows at `indices`; of stored ones a view."""
         return replace(
@@ -137,13 +197,15 @@ class Judgements(Texts):
             where=taken(self.where, indices),
             completions=taken(self.completions, indices),
             desirable=self.desirable[np.asarray(indices, dtype=np.int64)],
+            conversations=_taken(self.conversations, indices),
         )
+
+    def _with(self, texts: Sequence[str], responses: Sequence[Sequence[str]]) -> Judgements:
+        return replace(self, texts=texts, completions=responses[0])
 
     def parts(self) -> Iterator[str]:
         """Yield prompts, responses and labels, in parts."""
         yield from super().parts()
-        for text in self.completions:
-            yield text + "\0"
         yield from _written(self.desirable)
 
 
@@ -157,7 +219,49 @@ def _written(values: Array) -> Iterator[str]:
 # -- pairs ---------------------------------------------------------------------------------------
 
 
-def read_preferences(source: Source, render: Render = plain_chat) -> Preferences:
+class _Kept:
+    """Takes rows of texts, those of conversations with their messages."""
+
+    def __init__(self, responses: int):
+        self._columns = [TextStoreBuilder() for _ in range(1 + responses)]
+        self._messages, self._some = TextStoreBuilder(), False
+        self.where, self.dropped = PlacesBuilder(), PlacesBuilder()
+
+    def add(self, row: Row, texts: Sequence[str], messages: _Messages | None) -> bool:
+        """Take a row; False if its prompt has nothing in it."""
+        filled = bool(texts[0].strip())
+        (self.where if filled else self.dropped).append(row.file, row.number)
+        if filled:
+            for builder, text in zip(self._columns, texts, strict=True):
+                builder.append(text)
+            self._some = self._some or messages is not None
+            self._messages.append("" if messages is None else _as_json(messages, row))
+        return filled
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def texts(self) -> list[TextStore]:
+        """Return prompts and responses."""
+        return [builder.finish() for builder in self._columns]
+
+    def rest(self) -> dict[str, Any]:
+        """Return what else a set knows of its rows."""
+        messages = self._messages.finish()
+        return {
+            "dropped": self.dropped.finish(),
+            "conversations": messages if self._some else None,
+        }
+
+
+def _as_json(messages: _Messages, row: Row) -> str:
+    try:
+        return json.dumps(messages)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{row.where}: a message holds what JSON cannot: {error}") from error
+
+
+def read_preferences(source: Source) -> Preferences:
     """Read pairs of responses.
 
     Parameters
@@ -168,8 +272,6 @@ def read_preferences(source: Source, render: Render = plain_chat) -> Preferences
         text in it is a message of the user or the assistant; without a prompt it is what the
         messages of both sides have in common. ``margin`` is a number that every row has or none;
         ``score_chosen`` and ``score_rejected`` tell ties.
-    render : callable
-        ``(messages, add_generation_prompt) -> str``: how conversations are written.
 
     Raises
     ------
@@ -179,37 +281,33 @@ def read_preferences(source: Source, render: Render = plain_chat) -> Preferences
     OutputError
         If there is more than memory should hold, and no room for a temporary file.
     """
-    kept = [TextStoreBuilder() for _ in range(3)]
-    where, dropped, ties = PlacesBuilder(), PlacesBuilder(), PlacesBuilder()
+    kept, ties = _Kept(2), PlacesBuilder()
     margins, given = array.array("d"), None
     with closing(iter_rows(source)) as rows:
         for row in rows:
-            texts = _pair(row, render)
+            texts, messages = _pair(row)
             margin = _number(row, "margin")
             given = margin is not None if given is None else given
             if given != (margin is not None):
                 has = "a 'margin'" if margin is not None else "no 'margin'"
                 raise DataError(f"{row.where}: has {has}, unlike the rows before")
-            tie = _tied(row) or texts[1] == texts[2]
-            target = ties if tie else dropped if not texts[0].strip() else where
-            target.append(row.file, row.number)
-            if target is where:
-                for builder, text in zip(kept, texts, strict=True):
-                    builder.append(text)
+            if _tied(row) or texts[1] == texts[2]:
+                ties.append(row.file, row.number)
+            elif kept.add(row, texts, messages):
                 margins.append(margin or 0.0)
     if given is None:
         raise DataError(f"{name_of(source)}: there is no row in it")
-    if not len(kept[0]):
+    if not len(kept):
         raise DataError(f"{name_of(source)}: no row has a prompt and two different responses")
-    prompts, chosen, rejected = (builder.finish() for builder in kept)
+    prompts, chosen, rejected = kept.texts()
     return Preferences(
-        prompts, where.finish(), chosen, rejected, np.array(margins) if given else None,
-        dropped=dropped.finish(), ties=ties.finish(),
+        prompts, kept.where.finish(), chosen, rejected, np.array(margins) if given else None,
+        ties=ties.finish(), **kept.rest(),
     )  # fmt: skip
 
 
-def _pair(row: Row, render: Render) -> tuple[str, str, str]:
-    """Return prompt, chosen and rejected response of a row."""
+def _pair(row: Row) -> tuple[list[str], _Messages | None]:
+    """Return prompt and responses of a row, and its messages if it is a conversation."""
     name = "messages" if "prompt" not in row.fields and "messages" in row.fields else "prompt"
     sides = [field_of(row, side) for side in _SIDES]
     if name in row.fields:
@@ -219,16 +317,20 @@ def _pair(row: Row, render: Render) -> tuple[str, str, str]:
         sides = [side[len(prompt) :] for side in sides]
     else:
         prompt = field_of(row, name)  # says what there is
-    if all(isinstance(value, str) for value in (prompt, *sides)):
-        for key, value in ((name, prompt), *zip(_SIDES, sides, strict=True)):
+    return _texts_of(row, name, prompt, dict(zip(_SIDES, sides, strict=True)))
+
+
+def _texts_of(
+    row: Row, name: str, prompt: Any, sides: Mapping[str, Any]
+) -> tuple[list[str], _Messages | None]:
+    """Return prompt and responses as texts, and as messages if one of them is a list of these."""
+    if all(isinstance(value, str) for value in (prompt, *sides.values())):
+        for key, value in ((name, prompt), *sides.items()):
             check_unicode(value, row, key)
-        return prompt, *sides
+        return [prompt, *sides.values()], None
     asked = _messages(row, name, prompt, "user")
-    answers = [
-        _answer(row, key, value, asked, render)
-        for key, value in zip(_SIDES, sides, strict=True)
-    ]  # fmt: skip
-    return render(asked, True), answers[0], answers[1]
+    answers = [_answer(row, key, value) for key, value in sides.items()]
+    return _rendered(asked, answers, plain_chat, row.where), (asked, answers)
 
 
 def _common(sides: Sequence[list[Any]]) -> list[Any]:
@@ -260,18 +362,30 @@ def _messages(row: Row, name: str, value: Any, role: str) -> list[dict[str, Any]
     return [dict(message) for message in value]
 
 
-def _answer(row: Row, name: str, value: Any, asked: list[dict[str, Any]], render: Render) -> str:
-    """Return a response as it continues the prompt."""
-    begun, whole = render(asked, True), [*asked, *_messages(row, name, value, "assistant")]
-    if whole[len(asked)]["role"] != "assistant":
+def _answer(row: Row, name: str, value: Any) -> list[dict[str, Any]]:
+    messages = _messages(row, name, value, "assistant")
+    if messages[0]["role"] != "assistant":
         raise DataError(
-            f"{row.where}: '{name}' begins with a message of the {whole[len(asked)]['role']}, "
+            f"{row.where}: '{name}' begins with a message of the {messages[0]['role']}, "
             "expected the assistant"
         )
-    written = render(whole, False)
-    if not written.startswith(begun):
-        raise DataError(f"{row.where}: the template writes '{name}' not as a continuation")
-    return written[len(begun) :]
+    return messages
+
+
+def _rendered(
+    asked: list[dict[str, Any]], answers: list[list[dict[str, Any]]], render: Render, where: str
+) -> list[str]:
+    """Return a prompt and, as they continue it, its responses."""
+    prompt = render(asked, add_generation_prompt=True)
+    texts = [prompt]
+    for answer in answers:
+        whole = render([*asked, *answer])
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"{where}: the template writes an answer not as a continuation of its prompt"
+            )
+        texts.append(whole[len(prompt) :])
+    return texts
 
 
 def _number(row: Row, name: str) -> float | None:
@@ -306,7 +420,7 @@ def _tied(row: Row) -> bool:
 # -- single responses ----------------------------------------------------------------------------
 
 
-def read_judgements(source: Source, render: Render = plain_chat) -> Judgements:
+def read_judgements(source: Source) -> Judgements:
     """Read responses that are judged by themselves.
 
     Parameters
@@ -314,42 +428,36 @@ def read_judgements(source: Source, render: Render = plain_chat) -> Judgements:
     source : path, sequence of paths, table or iterable of mappings
         Rows with ``prompt``, ``completion`` and ``label`` (true or false); or pairs as
         :func:`read_preferences` reads them, of which each makes a good response and a bad one.
-    render : callable
-        How conversations are written.
 
     Raises
     ------
     MissingFileError, DataError, OutputError
         As :func:`read_preferences`.
     """
-    prompts, completions = TextStoreBuilder(), TextStoreBuilder()
-    where, dropped, labels = PlacesBuilder(), PlacesBuilder(), array.array("b")
-    some = False
+    kept, labels, some = _Kept(1), array.array("b"), False
     with closing(iter_rows(source)) as rows:
         for row in rows:
             some = True
-            for prompt, completion, label in _judged(row, render):
-                if not prompt.strip():
-                    dropped.append(row.file, row.number)
-                    continue
-                prompts.append(prompt)
-                completions.append(completion)
-                where.append(row.file, row.number)
-                labels.append(label)
-    if not len(prompts):
+            for texts, messages, label in _judged(row):
+                if kept.add(row, texts, messages):
+                    labels.append(label)
+    if not len(kept):
         what = "no row has a prompt" if some else "there is no row in it"
         raise DataError(f"{name_of(source)}: {what}")
-    return Judgements(
-        prompts.finish(), where.finish(), completions.finish(),
-        np.array(labels, dtype=bool), dropped=dropped.finish(),
-    )  # fmt: skip
+    prompts, completions = kept.texts()
+    desirable = np.array(labels, dtype=bool)
+    return Judgements(prompts, kept.where.finish(), completions, desirable, **kept.rest())
 
 
-def _judged(row: Row, render: Render) -> list[tuple[str, str, bool]]:
-    """Return prompt, response and whether it is a good one, of each response of a row."""
+def _judged(row: Row) -> list[tuple[list[str], _Messages | None, bool]]:
+    """Return prompt and response, its messages and whether it is a good one, of each of a row."""
     if "completion" not in row.fields and "chosen" in row.fields:
-        prompt, chosen, rejected = _pair(row, render)
-        return [(prompt, chosen, True), (prompt, rejected, False)]
+        (prompt, *sides), messages = _pair(row)
+        answers = [None, None] if messages is None else [(messages[0], [a]) for a in messages[1]]
+        return [
+            ([prompt, side], answer, good)
+            for side, answer, good in zip(sides, answers, (True, False), strict=True)
+        ]
     prompt, completion = field_of(row, "prompt"), field_of(row, "completion")
     label = field_of(row, "label")
     desirable = label if isinstance(label, bool) else _TRUTHS.get(str(label).strip().lower())
@@ -357,10 +465,5 @@ def _judged(row: Row, render: Render) -> list[tuple[str, str, bool]]:
         raise DataError(
             f"{row.where}: expected 'label' to be true or false, found {reprlib.repr(label)}"
         )
-    if isinstance(prompt, str) and isinstance(completion, str):
-        for name, value in (("prompt", prompt), ("completion", completion)):
-            check_unicode(value, row, name)
-        return [(prompt, completion, desirable)]
-    asked = _messages(row, "prompt", prompt, "user")
-    answer = _answer(row, "completion", completion, asked, render)
-    return [(render(asked, True), answer, desirable)]
+    texts, messages = _texts_of(row, "prompt", prompt, {"completion": completion})
+    return [(texts, messages, desirable)]

@@ -9,12 +9,12 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from loopos.data.batch import Batch
-from loopos.data.preferences import Judgements, Preferences
+from loopos.data.preferences import Judgements, Preferences, Render
 from loopos.data.readers import Texts
 from loopos.data.report import DataReport, Finding
 from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder, first_of_each
 from loopos.data.tokenizer import Tokenizer
-from loopos.errors import DataError
+from loopos.errors import ConfigError, DataError
 
 __all__ = ["Overflow", "PreferenceReport", "Responses", "encode_responses"]
 
@@ -25,7 +25,7 @@ Overflow = Literal["drop", "error"]
 _CHUNK = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no single truth to compare by
 class Responses:
     """Samples of one or two responses, each with its prompt before it.
 
@@ -99,6 +99,7 @@ def encode_responses(
     data: Preferences | Judgements,
     max_length: int,
     overflow: Overflow = "drop",
+    render: Render | None = None,
 ) -> Responses:
     """Encode prompts and responses, each response closed by the tokenizer's end-of-text token.
 
@@ -113,23 +114,35 @@ def encode_responses(
         Tokens of prompt and response together.
     overflow : {"drop", "error"}
         Whether rows with a longer response are left out, or refused.
+    render : callable, optional
+        A chat template, which writes conversations: all their special tokens are its own, and what
+        closes a response too, white space after it left out. Without it they are lines of role and
+        text.
 
     Raises
     ------
+    ConfigError
+        If there are conversations and the tokenizer has a chat template, but no `render` is given.
     DataError
         If a prompt or a response has no token, a row is refused, or none is left.
     """
     memo = data.texts.memo if isinstance(data.texts, TextStore) else {}
-    asked = (tokenizer, data.responses, max_length, overflow)
+    asked = (tokenizer, data.responses, max_length, overflow, render)
     known = memo.get("responses")
     if known is not None and all(
         old is new or old == new
         for old, new in zip(known[0][1:], asked[1:], strict=True)
     ) and known[0][0] is tokenizer:  # fmt: skip
         return cast(Responses, known[1])
+    if data.conversations is not None and render is None and tokenizer.chat_template:
+        raise ConfigError(
+            "these are conversations and the tokenizer has a chat template: "
+            "give the trainer what renders it, chat=..."
+        )
+    written = data if render is None else data.written(render)
     builder, prompts, rows, too_long = TokenStoreBuilder(), list[int](), list[int](), list[int]()
     for start in range(0, len(data.texts), _CHUNK):
-        for row, prompt, responses in _chunk(tokenizer, data, start):
+        for row, prompt, responses in _chunk(tokenizer, written, start, render is not None):
             longest = len(prompt) + max(map(len, responses))
             if longest > max_length:
                 too_long.append(row)
@@ -154,22 +167,30 @@ def encode_responses(
 
 
 def _chunk(
-    tokenizer: Tokenizer, data: Preferences | Judgements, start: int
+    tokenizer: Tokenizer, data: Preferences | Judgements, start: int, templated: bool
 ) -> list[tuple[int, Array, list[Array]]]:
     """Return row, prompt and responses of some rows as ids."""
-    end = tokenizer.eos_id
-    asked = tokenizer.encode_batch(list(data.texts[start : start + _CHUNK]))
-    answers = [
-        tokenizer.encode_batch(list(side[start : start + _CHUNK]), special_tokens=False)
-        for side in data.responses
-    ]
+    end, some = tokenizer.eos_id, slice(start, start + _CHUNK)
+    prompts = list(data.texts[some])
+    chats = [False] * len(prompts)
+    if templated and data.conversations is not None:
+        chats = [bool(messages) for messages in data.conversations[some]]
+    asked = tokenizer.encode_batch(prompts)
+    if any(chats):
+        bare = tokenizer.encode_batch(prompts, special_tokens=False)
+        asked = [bare[i] if chat else asked[i] for i, chat in enumerate(chats)]
+    answers = []
+    for side in data.responses:
+        texts = [text.rstrip() if chat else text
+                 for text, chat in zip(side[some], chats, strict=True)]  # fmt: skip
+        answers.append(tokenizer.encode_batch(texts, special_tokens=False))
     found = []
-    for index, prompt in enumerate(asked):
+    for index, (prompt, chat) in enumerate(zip(asked, chats, strict=True)):
         row = start + index
-        if end is not None and prompt[-1:] == [end]:  # some tokenizers close texts themselves
-            prompt = prompt[:-1]
         responses = [side[index] for side in answers]
-        if end is not None:
+        if end is not None and not chat:
+            if prompt[-1:] == [end]:  # some tokenizers close texts themselves
+                prompt = prompt[:-1]
             responses = [ids if ids[-1:] == [end] else np.append(ids, np.int32(end))
                          for ids in responses]  # fmt: skip
         for what, ids in (("prompt", prompt), *(("response", ids) for ids in responses)):

@@ -13,11 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from loopos.autograd import Array, Tensor
-from loopos.data.preferences import Judgements, Preferences, read_judgements, read_preferences
+from loopos.data.preferences import (
+    Judgements,
+    Preferences,
+    Render,
+    read_judgements,
+    read_preferences,
+)
 from loopos.data.readers import Source
 from loopos.data.responses import PreferenceReport, Responses, encode_responses
 from loopos.data.tokenizer import Tokenizer
@@ -56,6 +63,9 @@ class DPOTrainer:
     reference : Transformer, optional
         What the policy is held to. By default a copy of the policy as it is when training first
         begins, or with adapters its base; it is never changed.
+    chat : callable, optional
+        Writes conversations as the model's chat template does, such as ``ChatTemplate.render``:
+        ``(messages, *, add_generation_prompt=False) -> str``.
     seed : int
         Of shuffling, adapters and dropout.
 
@@ -71,12 +81,15 @@ class DPOTrainer:
         tokenizer: Tokenizer,
         *,
         reference: Transformer | None = None,
+        chat: Render | None = None,
         seed: int = 0,
     ):
         for network in (model, *([] if reference is None else [reference])):
             require_language_model(network, tokenizer, "direct preference optimisation")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.reference = reference
+        self.reference, self.chat = reference, chat
+        self._known = WeakKeyDictionary[Responses, tuple[Transformer, Array]]()
+        self._mixed = WeakKeyDictionary[Responses, tuple[int, Responses]]()
 
     def fit(
         self,
@@ -172,7 +185,9 @@ class DPOTrainer:
         return options.max_length or limit
 
     def _encoded(self, data: Preferences | Judgements, options: Options) -> Responses:
-        return encode_responses(self.tokenizer, data, self._limit(options), options.overflow)
+        return encode_responses(
+            self.tokenizer, data, self._limit(options), options.overflow, self.chat
+        )
 
     def _reference(self, options: Options) -> Transformer | None:
         """Return the reference, made when it is first asked for; None where the loss has none."""
@@ -193,72 +208,96 @@ class DPOTrainer:
         reference: Transformer | None,
         options: Options,
     ) -> PairObjective | SingleObjective:
-        precompute = options.precompute_reference
-        said = Reference(reference, encoded, precompute)
+        said = self._said(reference, encoded, options)
         if not isinstance(data, Judgements):
             return PairObjective(self.model, said, options)
         if len(encoded.rows) < 2:
             raise DataError(f"{data.where[0]}: the loss 'kto' needs two rows at least, found one")
-        others = encoded.mismatched(self._limit(options))
-        said_of_others = Reference(reference, others, precompute)
+        others = self._others(encoded, options)
+        said_of_others = self._said(reference, others, options)
         desirable = data.desirable[encoded.rows]
         return SingleObjective(self.model, said, others, said_of_others, desirable, options)
+
+    def _said(
+        self, reference: Transformer | None, encoded: Responses, options: Options
+    ) -> Reference:
+        """Return what the reference says, computed once for the same responses."""
+        if reference is None or not options.precompute_reference:
+            return Reference(reference, encoded)
+        known = self._known.get(encoded)
+        if known is None or known[0] is not reference:
+            known = self._known[encoded] = reference, response_sums(reference, encoded)
+        return Reference(reference, encoded, known[1])
+
+    def _others(self, encoded: Responses, options: Options) -> Responses:
+        """Return each prompt with another row's response, made once for the same rows."""
+        limit = self._limit(options)
+        made = self._mixed.get(encoded)
+        if made is None or made[0] != limit:
+            made = self._mixed[encoded] = limit, encoded.mismatched(limit)
+        return made[1]
 
     def _evaluator(
         self, data: Preferences | Judgements, options: Options
     ) -> Callable[[], dict[str, Any]]:
         """Return a function that evaluates the policy as it is when called."""
         encoded, reference = self._encoded(data, options), self._reference(options)
-        zeros = np.zeros(len(encoded.tokens))
-        said = zeros if reference is None else response_sums(reference, encoded)
-        lengths = encoded.response_lengths.astype(np.float64)
-        left_out = {"count": int(encoded.rows.size), "left_out": int(encoded.too_long.size)}
+        objective = self._objective(data, encoded, reference, options)
+        said = objective.reference.of_all()
+        rows = {"count": int(encoded.rows.size), "left_out": int(encoded.too_long.size)}
 
-        def found() -> ResponseLogprobs:
+        def evaluate() -> dict[str, Any]:
             sums = response_sums(self.model, encoded)
-            return ResponseLogprobs(Tensor(zeros), np.arange(lengths.size), sums, lengths)
+            lengths = encoded.response_lengths.astype(np.float64)
+            if isinstance(objective, PairObjective):
+                owner = np.arange(sums.size)
+                found = ResponseLogprobs(Tensor(sums), owner, sums, lengths)
+                figures = _of_pairs(objective, found, said, options)
+                if reference is not None:
+                    figures["reference_accuracy"] = _ranked(said)
+            else:
+                figures = _of_single(objective, sums, said, options)
+            require_finite(figures["loss"], "the loss on the evaluation data")
+            return figures | rows
 
-        def pairs() -> dict[str, Any]:
-            objective, now = (
-                PairObjective(self.model, Reference(None, encoded, False), options),
-                found(),
-            )
-            total = objective.preference(now, said)[0] / encoded.rows.size
-            if options.cross_entropy > 0:
-                tokens = float(lengths[0::2].sum())
-                total -= options.cross_entropy * float(now.sums[0::2].sum()) / tokens
-            figures = {"loss": require_finite(total, "the loss on the evaluation data")}
-            rewards = objective.rewards(now, said)
-            figures["accuracy"] = _ranked(rewards)
-            figures["margin"] = float((rewards[0::2] - rewards[1::2]).mean())
-            figures |= {"rewards/chosen": float(rewards[0::2].mean()),
-                        "rewards/rejected": float(rewards[1::2].mean())}  # fmt: skip
-            if reference is not None:
-                figures["reference_accuracy"] = _ranked(said)
-            return figures | left_out
+        return evaluate
 
-        def single() -> dict[str, Any]:
-            objective = self._objective(data, encoded, reference, options)
-            assert isinstance(objective, SingleObjective)
-            now, desirable = found().sums, data.desirable[encoded.rows]  # type: ignore[union-attr]
-            kl = objective.reference_point(np.arange(lengths.size))
-            total, count, _ = losses.kto_loss_and_grad(
-                now, said, desirable, kl, options.strength, options.desirable_weight,
-                options.undesirable_weight,
-            )  # fmt: skip
-            rewards = options.strength * (now - said)
-            figures = {"loss": require_finite(total / count, "the loss on the evaluation data")}
-            figures["kl"] = kl
-            good, bad = rewards[desirable], rewards[~desirable]
-            for name, values in (("desirable", good), ("undesirable", bad)):
-                if values.size:
-                    figures[f"rewards/{name}"] = float(values.mean())
-            if good.size and bad.size:
-                figures["accuracy"] = _above(good, bad)
-                figures["reference_accuracy"] = _above(said[desirable], said[~desirable])
-            return figures | left_out
 
-        return single if isinstance(data, Judgements) else pairs
+def _of_pairs(
+    objective: PairObjective, found: ResponseLogprobs, said: Array, options: Options
+) -> dict[str, float]:
+    """Return loss and rewards of pairs, of which the reference says `said`."""
+    total = objective.preference(found, said)[0] / (found.sums.size // 2)
+    if options.cross_entropy > 0:
+        chosen, tokens = float(found.sums[0::2].sum()), float(found.lengths[0::2].sum())
+        total -= options.cross_entropy * chosen / tokens
+    rewards = objective.rewards(found, said)
+    return {
+        "loss": total,
+        "accuracy": _ranked(rewards),
+        "margin": float((rewards[0::2] - rewards[1::2]).mean()),
+        "rewards/chosen": float(rewards[0::2].mean()),
+        "rewards/rejected": float(rewards[1::2].mean()),
+    }
+
+
+def _of_single(
+    objective: SingleObjective, sums: Array, said: Array, options: Options
+) -> dict[str, float]:
+    """Return loss and rewards of single responses, of which the reference says `said`."""
+    kl, desirable = objective.reference_point(np.arange(sums.size)), objective.desirable
+    total, count, _ = losses.kto_loss_and_grad(
+        sums, said, desirable, kl, options.strength, options.desirable_weight,
+        options.undesirable_weight,
+    )  # fmt: skip
+    rewards = options.strength * (sums - said)
+    figures = {"loss": total / count, "kl": kl}
+    kinds = {"desirable": rewards[desirable], "undesirable": rewards[~desirable]}
+    figures |= {f"rewards/{name}": float(v.mean()) for name, v in kinds.items() if v.size}
+    if all(values.size for values in kinds.values()):
+        figures["accuracy"] = _above(*kinds.values())
+        figures["reference_accuracy"] = _above(said[desirable], said[~desirable])
+    return figures
 
 
 def _ranked(values: Array) -> float:

@@ -67,20 +67,34 @@ def response_sums(model: Transformer, encoded: Responses, batch_tokens: int = 40
 
 
 class Reference:
-    """What the reference says of responses: zeros without one."""
+    """What the reference says of responses: zeros without one.
 
-    def __init__(self, model: Transformer | None, encoded: Responses, precompute: bool):
-        self._model = model
-        self._known = None
-        if model is not None and precompute:
-            self._known = response_sums(model, encoded)
+    Parameters
+    ----------
+    model : Transformer or None
+        Never changed; nothing is recorded of it.
+    encoded : Responses
+    known : ndarray float64, optional
+        What it says of all of them, where that was computed already.
+    """
+
+    def __init__(self, model: Transformer | None, encoded: Responses, known: Array | None = None):
+        self._model, self._encoded, self._known = model, encoded, known
+
+    def of_all(self) -> Array:
+        """Return the log-probability of every response, float64."""
+        if self._known is not None:
+            return self._known
+        if self._model is None:
+            return np.zeros(len(self._encoded.tokens))
+        return response_sums(self._model, self._encoded)
 
     def sums(self, batch: Batch) -> Array:
         """Return the log-probability of each response of a batch."""
-        if self._model is None:
-            return np.zeros(batch.num_sequences)
         if self._known is not None:
             known: Array = self._known[batch.labels]
             return known
+        if self._model is None:
+            return np.zeros(batch.num_sequences)
         with no_grad():
             return response_logprobs(self._model, batch).sums

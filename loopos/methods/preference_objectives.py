@@ -134,7 +134,7 @@ class PairObjective:
     """The losses on pairs, chosen and rejected response one after the other."""
 
     def __init__(self, model: Transformer, reference: Reference, options: Options):
-        self._model, self._reference, self._options = model, reference, options
+        self._model, self.reference, self._options = model, reference, options
         self._sums: dict[str, float] = {}
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -149,7 +149,9 @@ class PairObjective:
         """Return the sum of each term over the pairs of a batch."""
         options = self._options
         found = response_logprobs(self._model, batch, dropout if options.dropout else None)
-        total, *grads = self.preference(found, self._reference.sums(batch))
+        reference = self.reference.sums(batch)
+        total, *grads = self.preference(found, reference)
+        self._add(found, reference)
         gradient = found.gradient(np.stack(grads, axis=1).reshape(-1))
         terms = {"preference": with_gradient(total, [found.tokens], [gradient])}
         if options.cross_entropy > 0:
@@ -178,7 +180,6 @@ class PairObjective:
                 chosen, rejected, reference[0::2], reference[1::2], beta, kind,
                 options.label_smoothing,
             )  # fmt: skip
-        self._add(found, reference)
         return total, grads[0], grads[1]
 
     def rewards(self, found: ResponseLogprobs, reference: Array) -> Array:
@@ -226,9 +227,9 @@ class SingleObjective:
         desirable: Array,
         options: Options,
     ):
-        self._model, self._reference, self._options = model, reference, options
+        self._model, self.reference, self._options = model, reference, options
         self._others, self._reference_of_others = others, reference_of_others
-        self._desirable = desirable
+        self.desirable = desirable
         self._step: list[Array] = []
         self._point: float | None = None
         self._sums: dict[str, float] = {}
@@ -247,7 +248,7 @@ class SingleObjective:
         if self._point is None:
             self._point = self.reference_point(np.concatenate(self._step))
         found = response_logprobs(self._model, batch, dropout if options.dropout else None)
-        desirable, reference = self._desirable[batch.labels], self._reference.sums(batch)
+        desirable, reference = self.desirable[batch.labels], self.reference.sums(batch)
         total, _, gradient = losses.kto_loss_and_grad(
             found.sums, reference, desirable, self._point, options.strength,
             options.desirable_weight, options.undesirable_weight,

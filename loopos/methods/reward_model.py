@@ -19,7 +19,7 @@ import numpy as np
 
 from loopos.autograd import Array, Tensor, no_grad
 from loopos.data.batch import Batch
-from loopos.data.preferences import Judgements, Preferences, read_preferences
+from loopos.data.preferences import Judgements, Preferences, Render, read_preferences
 from loopos.data.readers import Source
 from loopos.data.responses import Overflow, PreferenceReport, Responses, encode_responses
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
@@ -152,6 +152,9 @@ class RewardTrainer:
     model : Transformer or RewardModel
         A causal body, which gets a new head; or a reward model to go on with.
     tokenizer : Tokenizer
+    chat : callable, optional
+        Writes conversations as the model's chat template does, such as ``ChatTemplate.render``:
+        ``(messages, *, add_generation_prompt=False) -> str``.
     seed : int
         Of the head, of shuffling, adapters and dropout.
 
@@ -165,9 +168,16 @@ class RewardTrainer:
         If the model is bidirectional, or has a smaller vocabulary than the tokenizer.
     """
 
-    def __init__(self, model: Transformer | RewardModel, tokenizer: Tokenizer, *, seed: int = 0):
+    def __init__(
+        self,
+        model: Transformer | RewardModel,
+        tokenizer: Tokenizer,
+        *,
+        chat: Render | None = None,
+        seed: int = 0,
+    ):
         self.reward_model = model if isinstance(model, RewardModel) else RewardModel(model, seed)
-        self.tokenizer, self.seed = tokenizer, seed
+        self.tokenizer, self.chat, self.seed = tokenizer, chat, seed
         size = self.reward_model.body.config.vocab_size
         if tokenizer.vocab_size > size:
             raise ConfigError(
@@ -350,7 +360,9 @@ class RewardTrainer:
         return options.max_length or limit
 
     def _encoded(self, data: Preferences, options: Options) -> Responses:
-        return encode_responses(self.tokenizer, data, self._limit(options), options.overflow)
+        return encode_responses(
+            self.tokenizer, data, self._limit(options), options.overflow, self.chat
+        )
 
     def _scores(self, encoded: Responses, batch_tokens: int = 4096) -> Array:
         lengths = encoded.tokens.lengths
