@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from loopos import use_backend
+from loopos.backends import available_backends
 from loopos.data.tokenizer import train_bpe
 from loopos.errors import ConfigError
 from loopos.methods.reinforcement import ModelReward, ReinforcementTrainer
@@ -13,6 +14,7 @@ from loopos.models import load_model
 from loopos.models.reward import RewardModel, load_reward_model
 from loopos.models.transformer import Transformer, TransformerConfig
 
+FAST = "cython" if "cython" in available_backends() else "numpy"
 WORDS = ["red", "green", "blue", "grey"]
 PROMPTS = [f"say {a} {b}" for a in WORDS for b in WORDS]
 
@@ -47,7 +49,7 @@ def make(tokenizer, **more):
 
 
 def test_preferences_are_learnt_and_then_sought(tokenizer, preferences, tmp_path):
-    with use_backend("cython"):
+    with use_backend(FAST):
         trainer = make(tokenizer)
         start = {n: p.data.copy() for n, p in trainer.policy.parameters().items()}
         trainer.train_reward_model(preferences, learning_rate=3e-3, num_epochs=3)
