@@ -1,0 +1,46 @@
+"""What a trainer of policies keeps between steps and within one, and copies of its networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loopos.autograd import Array
+from loopos.methods.rewards import Normaliser
+from loopos.models.lora import without_adapters
+from loopos.models.transformer import Transformer
+
+__all__ = ["LearnerState", "Scored", "copy_of"]
+
+
+@dataclass(frozen=True)
+class LearnerState:
+    """What changes beside weights and optimizer."""
+
+    steps: int
+    kl_coefficient: float
+    normaliser: Normaliser
+    #: Of the scores since the last evaluation, and whether this has been told since.
+    score_sum: float = 0.0
+    score_count: int = 0
+    scores_told: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """Scores of a rollout: as the reward gave them, and as they count."""
+
+    raw: Array
+    final: Array
+    parts: dict[str, float]
+    normaliser: Normaliser
+
+
+def copy_of(model: Transformer) -> Transformer:
+    """Return a frozen copy of a model, adapters merged or left out as they are in it."""
+    arrays = {n: p.data.copy() for n, p in without_adapters(model).parameters().items()}
+    if model.unmerged:
+        arrays |= {n: model.parameters()[n].data.copy() for n in model.unmerged}
+    copy = Transformer(model.config, dtype=model.dtype, arrays=arrays)
+    for parameter in copy.parameters().values():
+        parameter.requires_grad = False
+    return copy
