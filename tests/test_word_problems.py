@@ -1,6 +1,8 @@
 """Word problems: every step is right, train and test never meet, the end is told."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from loopos.data.problems import LEVELS, SKILLS, check_answer, make_problems, verify
 from loopos.errors import ConfigError, DataError
+from loopos.files import builtin
 
 NUMBERS = re.compile(r"\d+")
 
@@ -196,3 +199,12 @@ GOLDEN = [
         "level": 2,
     },
 ]
+
+
+def test_shipped_problems_are_those_of_their_tool():
+    path = Path(__file__).parents[1] / "tools" / "make_problems.py"
+    spec = importlib.util.spec_from_file_location("make_problems_tool", path)
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    for name, count, split in tool.FILES:
+        assert builtin(name).read_text(encoding="utf-8") == tool.text_of(count, split)

@@ -11,7 +11,8 @@ are there already or ``--packages`` says where they are, checks their sha256, an
 * ``build/demo/pretraining.jsonl``: unlabelled text for ``tools/make_base_model.py``, which holds
   none of the validation sentences, nor anything close to one.
 
-The same seed gives the same bytes; the script prints the sha256 of all it wrote.
+The same seed gives the same bytes; the script prints the sha256 of all it wrote. The card is written
+anew: ``tools/make_problems.py`` adds its files to it.
 """
 
 from __future__ import annotations
@@ -221,6 +222,10 @@ def card(hashes: dict[str, str]) -> str:
   training file nor in the base model's pretraining text.
 - **Do not** judge a model that saw this text on SST-2, MR or other sets cut from the same reviews:
   their sentences are the same ones.
+
+`reasoning_train.jsonl` (1,000 rows) and `reasoning_validation.jsonl` (100 rows): arithmetic word
+problems with their steps and answers, made by `python tools/make_problems.py` from
+`loopos.data.problems`, seed 0; no calculation of the second file is one of the first.
 
 `base_model/` holds the small language model that `loopos demo` starts from, with a card of its own.
 

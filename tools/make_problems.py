@@ -4,12 +4,14 @@
 
 Makes ``loopos/assets/reasoning_train.jsonl`` and ``reasoning_validation.jsonl``: arithmetic word
 problems with steps and answers from :mod:`loopos.data.problems`, of its training and of its test
-split. The same seed gives the same bytes.
+split. The same seed gives the same bytes. Their sha256 goes into the data card beside them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 
 from loopos.data.problems import make_problems
@@ -32,9 +34,14 @@ def text_of(count: int, split: str) -> str:
 
 def main() -> None:
     """Write both files."""
+    card = (ASSETS / "README.md").read_text(encoding="utf-8")
+    card = re.sub(r"^\| `reasoning_.*\n", "", card, flags=re.MULTILINE)
     for name, count, split in FILES:
-        atomic_write_text(ASSETS / name, text_of(count, split))
-        print(f"{name}: {count} problems, {(ASSETS / name).stat().st_size:,} bytes")
+        text = text_of(count, split)
+        atomic_write_text(ASSETS / name, text)
+        card += f"| `{name}` | `{hashlib.sha256(text.encode()).hexdigest()}` |\n"
+        print(f"{name}: {count} problems, {len(text):,} characters")
+    atomic_write_text(ASSETS / "README.md", card)
 
 
 if __name__ == "__main__":
