@@ -18,8 +18,8 @@ Most of these are of the skill "change"; of the others, level 1 has 17 ("compari
 to the rest. Up to level 2 all that is added or taken away is at most 12, but for the sums of
 "comparison"; level 3 asks for sums and differences of any two numbers.
 
-A single step can be learned by a transformer of one million parameters within minutes; the answer
-without the steps cannot.
+The steps of level 2 can be learned by a transformer of less than one million parameters within
+minutes; the answer without the steps cannot.
 """
 
 from __future__ import annotations
