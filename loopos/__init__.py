@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     from loopos.methods.chain_of_thought import ChainOfThought as ChainOfThought
     from loopos.methods.dpo import DPOTrainer as DPOTrainer
     from loopos.methods.fine_tuning import FineTuner as FineTuner
+    from loopos.methods.grpo import GRPOTrainer as GRPOTrainer
+    from loopos.methods.ppo import PPOTrainer as PPOTrainer
     from loopos.methods.pretraining import Pretrainer as Pretrainer
+    from loopos.methods.reinforcement import ReinforcementTrainer as ReinforcementTrainer
     from loopos.methods.reward_model import RewardTrainer as RewardTrainer
     from loopos.methods.sft import SupervisedFineTuner as SupervisedFineTuner
     from loopos.models.adapter import LoraConfig as LoraConfig
@@ -68,7 +71,10 @@ _HOMES = {
     "loopos.methods.chain_of_thought": ["ChainOfThought"],
     "loopos.methods.dpo": ["DPOTrainer"],
     "loopos.methods.fine_tuning": ["FineTuner"],
+    "loopos.methods.grpo": ["GRPOTrainer"],
+    "loopos.methods.ppo": ["PPOTrainer"],
     "loopos.methods.pretraining": ["Pretrainer"],
+    "loopos.methods.reinforcement": ["ReinforcementTrainer"],
     "loopos.methods.sft": ["SupervisedFineTuner"],
     "loopos.methods.reward_model": ["RewardTrainer"],
     "loopos.models.adapter": ["LoraConfig"],
