@@ -34,8 +34,8 @@ VOCABULARY, TOKENIZER_TEXTS = 512, 5_000
 OPTIONS = Options(
     max_steps=3_000, num_epochs=1, batch_size=16, length_bucketing=True, learning_rate=2e-3,
     betas=(0.9, 0.99), weight_decay=0.05, scheduler="cosine", warmup_steps=100,
-    min_learning_rate=4e-5, max_grad_norm=1.0, eval_problems=ASKED, eval_samples=10, temperature=0.5,
-    max_new_tokens=110, generation_batch_size=64,
+    min_learning_rate=4e-5, max_grad_norm=1.0, eval_problems=ASKED, eval_samples=10,
+    temperature=0.5, max_new_tokens=110, generation_batch_size=64,
 )  # fmt: skip
 #: What the demo promises at least.
 PROMISED = 0.5
