@@ -14,3 +14,4 @@ html_extra_path = ["configuration.schema.json"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 nitpicky = False
+suppress_warnings = ["ref.python"]  # each method has its own Options
