@@ -297,6 +297,26 @@ def test_rounds_train_from_the_start_on_more(monkeypatch, tmp_path):
         assert np.array_equal(array, weights_of(cot)[name]), name
 
 
+@pytest.mark.parametrize("stopped_after", [1, 3, 4, 5])
+def test_rounds_go_on_byte_for_byte(monkeypatch, tmp_path, stopped_after):
+    monkeypatch.setattr(solving, "generate", canned(["1 + 2 = 3\nAnswer: 3"]))
+    data = ReasoningExamples.of([*DATA, ReasoningExample("p", (), "3")])
+    common = {"max_steps": 3, "batch_size": 4, "learning_rate": 1e-2, "rounds": 1, "samples": 1}
+    whole = trainer()
+    whole.fit(data, **common)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) == stopped_after
+
+    trainer().fit(data, output_dir=tmp_path, stop=stop, **common)
+    again = trainer()
+    again.fit(data, output_dir=tmp_path, resume=True, **common)
+    for name, array in weights_of(whole).items():
+        assert np.array_equal(array, weights_of(again)[name]), name
+
+
 def test_rounds_need_some_reasoning():
     with pytest.raises(DataError, match="nor any other has steps"):
         trainer().fit(ReasoningExamples.of([ReasoningExample("p", (), "3")]), rounds=1, max_steps=1)
