@@ -367,7 +367,9 @@ def test_the_first_pass_may_be_the_one_that_was_recorded(more, monkeypatch):
         made = trainer(model(0, np.float64), **more)
         rollout, passes = made.sample(PROMPTS[:6]), []
         forward = made.policy.get_hidden_states
-        made.policy.get_hidden_states = lambda *a, f=forward, p=passes: p.append(1) or f(*a)
+        made.policy.get_hidden_states = lambda *a, f=forward, p=passes, **k: (
+            p.append(1) or f(*a, **k)
+        )
         made.learn_from(rollout)
         found.append(weights(made))
         assert (len(passes) == 4) == (tokens == 8192)  # one for each epoch

@@ -6,11 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from loopos import ops
 from loopos.autograd import backward, no_grad
 from loopos.backends import use_backend
 from loopos.data.batch import Batch
 from loopos.errors import ConfigError, DataError
 from loopos.models import Transformer, TransformerConfig
+from loopos.models.lora import LoraConfig, add_lora
 from loopos.models.rope import RopeScaling
 from loopos.ops import DropoutKeys
 
@@ -468,6 +470,49 @@ def test_rope_runs_beyond_max_seq_len():
 
 
 # -- gradient checkpointing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA, BERT, QWEN3, MISTRAL])
+@pytest.mark.parametrize("how", ["plain", "recomputed", "dropped", "adapted"])
+@pytest.mark.parametrize("rows", [[0, 7, 8, 12], [12, 3], [8], []])
+def test_states_of_some_rows_are_those_of_all_and_so_are_the_gradients(config, how, rows):
+    model = scrambled(replace(config, dropout=0.5 if how == "dropped" else 0.0))
+    model.gradient_checkpointing = how == "recomputed"
+    if how == "adapted":
+        model = add_lora(model, LoraConfig(rank=2))
+        for adapter in model.adapters.values():
+            for up in adapter.b.values():
+                up.data[:] = 0.1
+    batch, rows = batch_for(config), np.array(rows, np.int64)
+
+    def of(states):
+        keys = DropoutKeys(seed=1, step=2) if how in ("dropped", "adapted") else None
+        y = states(keys)
+        if rows.size:
+            y.backward(np.random.default_rng(3).normal(size=y.shape))
+        found = {name: p.grad for name, p in model.parameters().items() if p.grad is not None}
+        found = {name: grad.copy() for name, grad in found.items()}
+        for p in model.parameters().values():
+            p.zero_grad()
+        return y.data, found
+
+    some, gradients = of(lambda keys: model.get_hidden_states(batch, keys, rows=rows))
+    whole, expected = of(lambda keys: ops.gather_rows(model.get_hidden_states(batch, keys), rows))
+    np.testing.assert_allclose(some, whole, rtol=1e-12)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_a_row_of_the_last_layer_does_not_depend_on_which_others_are_wanted():
+    model = Transformer(replace(GPT2, d_model=48, d_ff=96), seed=1)
+    batch = batch_for(GPT2)
+    with no_grad(), use_backend("cython"):
+        whole = model.get_hidden_states(batch).data
+        for rows in ([2], [12, 0], [5, 6, 7]):
+            np.testing.assert_array_equal(
+                model.get_hidden_states(batch, rows=np.array(rows)).data, whole[rows]
+            )
 
 
 @pytest.mark.parametrize("placement", ["pre", "post"])

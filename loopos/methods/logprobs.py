@@ -48,7 +48,7 @@ def response_logprobs(
     """Return the log-probabilities of the tokens under a batch's loss mask."""
     targets, weights = batch.next_token_targets()
     rows = np.flatnonzero(weights)  # the head sees only what predicts a response's token
-    hidden = ops.gather_rows(model.get_hidden_states(batch, dropout), rows)
+    hidden = model.get_hidden_states(batch, dropout, rows=rows)
     tokens, _ = ops.linear_logprobs(hidden, model.head_weight, targets[rows])
     owner = np.repeat(np.arange(batch.num_sequences), batch.lengths)[rows]
     # Added token by token, in their order: a response's sum does not depend on its batch.

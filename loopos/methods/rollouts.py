@@ -372,7 +372,7 @@ def in_pieces(rollout: Rollout) -> Iterator[Rollout]:
 
 def response_states(model: Transformer, rollout: Rollout) -> Tensor:
     """Return the states that predict the response tokens, ``[M, C]``; without dropout."""
-    return ops.gather_rows(model.get_hidden_states(rollout.inputs), rollout.rows)
+    return model.get_hidden_states(rollout.inputs, rows=rollout.rows)
 
 
 def response_logprobs(

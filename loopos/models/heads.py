@@ -112,8 +112,12 @@ class SequenceClassifier:
         DataError
             As :meth:`Transformer.get_hidden_states`, and if a sequence is empty.
         """
-        hidden = self.body.get_hidden_states(batch, dropout)
-        return ops.linear(pool(hidden, batch.offsets, self.pooling), self.weight, self.bias)
+        if self.pooling == "mean":
+            pooled = pool(self.body.get_hidden_states(batch, dropout), batch.offsets, "mean")
+        else:
+            rows = batch.offsets[1:] - 1 if self.pooling == "last" else batch.offsets[:-1]
+            pooled = self.body.get_hidden_states(batch, dropout, rows=rows)
+        return ops.linear(pooled, self.weight, self.bias)
 
     def save(
         self,

@@ -37,7 +37,7 @@ def linear_modules(model: Transformer) -> dict[str, tuple[str, ...]]:
     modules = {}
     for rule in family_for(model.config).rules(model.config):
         name = rule.names[0]
-        if re.match(r"layers\.\d+\.(attention|mlp)\.\w+\.weight$", name):
+        if re.match(r"layers\.\d+\.(attention|mlp)\.\w+(?<!_norm)\.weight$", name):
             layers = tuple(n.removesuffix(".weight") for n in rule.names)
             modules[rule.hf_name.removesuffix(".weight")] = layers
     return modules

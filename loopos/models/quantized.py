@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from loopos import ops
-from loopos.autograd import Parameter, Tensor, is_grad_enabled
+from loopos.autograd import Array, Parameter, Tensor, is_grad_enabled
 from loopos.backends import get_backend
 from loopos.backends.quantized import QuantizedWeight
 from loopos.data.batch import Batch
@@ -138,6 +138,7 @@ class QuantizedTransformer(Transformer):
         batch: Batch,
         dropout: DropoutKeys | None = None,
         cache: AttentionCache | None = None,
+        rows: Array | None = None,
     ) -> Tensor:
         """Run the network; see :meth:`Transformer.get_hidden_states`.
 
@@ -148,7 +149,7 @@ class QuantizedTransformer(Transformer):
         """
         if dropout is not None:
             raise self._not_trained()
-        return super().get_hidden_states(batch, None, cache)
+        return super().get_hidden_states(batch, None, cache, rows)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the head's scores of some rows; see :meth:`Transformer.logits`."""

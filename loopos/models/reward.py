@@ -82,8 +82,7 @@ class RewardModel:
         DataError
             As :meth:`Transformer.get_hidden_states`.
         """
-        hidden = self.body.get_hidden_states(batch, dropout)
-        last = ops.segment_last(hidden, batch.offsets)
+        last = self.body.get_hidden_states(batch, dropout, rows=batch.offsets[1:] - 1)
         return ops.reshape(ops.linear(last, self.weight, Tensor(self.bias)), (-1,))
 
     def normalise(self, scores: Array, scale: bool = False) -> None:

@@ -193,6 +193,7 @@ class Transformer:
         batch: Batch,
         dropout: DropoutKeys | None = None,
         cache: AttentionCache | None = None,
+        rows: Array | None = None,
     ) -> Tensor:
         """Run the network up to and with its last norm.
 
@@ -205,10 +206,13 @@ class Transformer:
         cache : AttentionCache, optional
             Holds the tokens before those of `batch`, which it takes in: generation, where nothing
             is recorded.
+        rows : ndarray of int [R], optional
+            The tokens whose states are wanted, each once. The last layer then computes no more than
+            these need: all keys and values, but not the perceptron of the other tokens.
 
         Returns
         -------
-        Tensor [N, d_model]
+        Tensor [N, d_model], or [R, d_model]
             What transformers calls ``last_hidden_state``.
 
         Raises
@@ -226,13 +230,15 @@ class Transformer:
         # What runs through the layers: the residual stream, and before it its norm.
         states: States = (self._norm("layers.0.attention_norm", x), x) if pre else (x,)
         layer = self._pre_norm_layer if pre else self._post_norm_layer
+        early = rows if self._keeps_all(dropout) else None
         for index in range(self.config.num_layers):
+            of_layer = early if index + 1 == self.config.num_layers else None
             if self.gradient_checkpointing:
-                run = partial(layer, index, cache=cache)
+                run = partial(layer, index, cache=cache, rows=of_layer)
                 states = self._recomputed(run, states, batch, dropout)
             else:
-                states = layer(index, states, batch, dropout, cache)
-        return states[0]
+                states = layer(index, states, batch, dropout, cache, of_layer)
+        return states[0] if rows is None or rows is early else ops.gather_rows(states[0], rows)
 
     def forward(self, batch: Batch, dropout: DropoutKeys | None = None) -> Tensor:
         """Return the logits ``[N, V]`` of every token; for people and tests.
@@ -279,8 +285,9 @@ class Transformer:
             raise ConfigError("a bidirectional model (causal is false) has no next-token loss")
         head = self.head_weight
         targets, weights = batch.next_token_targets()
-        hidden = self.get_hidden_states(batch, dropout)
-        return ops.linear_cross_entropy(hidden, head, targets, weights)
+        rows = np.flatnonzero(weights)
+        hidden = self.get_hidden_states(batch, dropout, rows=rows)
+        return ops.linear_cross_entropy(hidden, head, targets[rows], weights[rows])
 
     def save(self, directory: str | Path, tokenizer: SavesTokenizer | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors``; see :func:`weights.save_model`."""
@@ -289,6 +296,11 @@ class Transformer:
         save_model(self, directory, tokenizer)
 
     # -- the parts of the network ----------------------------------------------------------------
+
+    def _keeps_all(self, dropout: DropoutKeys | None) -> bool:
+        """Whether nothing is dropped: masks are made for whole sequences."""
+        rates = [self.config.dropout, *(adapter.dropout for adapter in self.adapters.values())]
+        return dropout is None or not any(rates)
 
     def _recomputed(
         self,
@@ -311,10 +323,13 @@ class Transformer:
         batch: Batch,
         dropout: DropoutKeys | None,
         cache: AttentionCache | None = None,
+        rows: Array | None = None,
     ) -> States:
         x, stream = states
         name, last = f"layers.{index}", index + 1 == self.config.num_layers
-        branch = self._attention(index, x, batch, dropout, cache)
+        branch = self._attention(index, x, batch, dropout, cache, rows)
+        if rows is not None:
+            stream = ops.gather_rows(stream, rows)
         x, stream = self._add_norm(f"{name}.mlp_norm", branch, stream)
         branch = self._mlp(name, x, batch, dropout)
         following = "final_norm" if last else f"layers.{index + 1}.attention_norm"
@@ -327,9 +342,12 @@ class Transformer:
         batch: Batch,
         dropout: DropoutKeys | None,
         cache: AttentionCache | None = None,
+        rows: Array | None = None,
     ) -> States:
         (x,), name = states, f"layers.{index}"
-        branch = self._attention(index, x, batch, dropout, cache)
+        branch = self._attention(index, x, batch, dropout, cache, rows)
+        if rows is not None:
+            x = ops.gather_rows(x, rows)
         x, _ = self._add_norm(f"{name}.attention_norm", branch, x)
         branch = self._mlp(name, x, batch, dropout)
         return self._add_norm(f"{name}.mlp_norm", branch, x)[:1]
@@ -382,6 +400,7 @@ class Transformer:
         batch: Batch,
         dropout: DropoutKeys | None,
         cache: AttentionCache | None = None,
+        rows: Array | None = None,
     ) -> Tensor:
         config, size, layer = self.config, self.config.head_size, f"layers.{index}"
         names = tuple(f"{layer}.attention.{name}" for name in "qkv")
@@ -406,6 +425,8 @@ class Transformer:
                 batch.sample_ids,
             )  # fmt: skip
         mixed = ops.reshape(mixed, (-1, config.num_heads * size))
+        if rows is not None:
+            mixed = ops.gather_rows(mixed, rows)
         (branch,) = self._linears((f"{layer}.attention.o",), mixed, batch, dropout)
         return self._drop(branch, batch, dropout)
 
