@@ -99,7 +99,9 @@ class Tensor:
         Gradient accumulated by `backward` since the last `zero_grad`; leaves only.
     """
 
-    __slots__ = ("_buffer", "_has_grad", "_lent", "_node", "_output", "data", "requires_grad")
+    __slots__ = (
+        "_buffer", "_has_grad", "_lent", "_node", "_output", "_rows", "data", "requires_grad",
+    )  # fmt: skip
 
     def __init__(self, data: Any, requires_grad: bool = False):
         self.data: Array = np.asarray(data)
@@ -109,6 +111,8 @@ class Tensor:
         self._buffer: Array | None = None
         self._has_grad = False
         self._lent = False
+        #: Where the rows of the buffer are that may differ from 0; None: anywhere.
+        self._rows: Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -123,13 +127,19 @@ class Tensor:
     @property
     def grad(self) -> Array | None:
         """The accumulated gradient, or None when there is none since `zero_grad`."""
+        self._rows = None  # who has the array may write to any of its rows
         return self._buffer if self._has_grad else None
+
+    @property
+    def grad_and_rows(self) -> tuple[Array | None, Array | None]:
+        """The gradient, to be read only, and which of its rows may differ from 0 (None: any)."""
+        return (self._buffer, self._rows) if self._has_grad else (None, None)
 
     def zero_grad(self) -> None:
         """Forget the gradient; its buffer is kept for the next one, unless it was given to us."""
         self._has_grad = False
         if self._lent:
-            self._buffer, self._lent = None, False
+            self._buffer, self._lent, self._rows = None, False, None
 
     def grad_buffer(self) -> Array:
         """Return the gradient's buffer for adding into, zero-filled when there is no gradient."""
@@ -144,9 +154,31 @@ class Tensor:
         The caller must fill all of it: from now on it counts as the gradient.
         """
         held, self._has_grad = self._has_grad, True
+        self._rows = None
         if self._buffer is None:
             self._buffer = np.empty_like(self.data, order="C")
         return self._buffer, held
+
+    def grad_rows_target(self, rows: Array) -> Array:
+        """Return the gradient's buffer for adding into these rows, and no others.
+
+        A table of which a batch uses few rows is then neither cleared nor, by an optimizer that
+        asks for :attr:`grad_and_rows`, walked through as a whole.
+        """
+        held, self._has_grad = self._has_grad, True
+        if self._buffer is None:
+            self._buffer = np.zeros(self.shape, self.dtype)
+            self._rows = np.zeros(len(self.data), bool)
+        elif not held:
+            if self._rows is None:
+                self._buffer.fill(0)
+                self._rows = np.zeros(len(self.data), bool)
+            else:
+                self._buffer[self._rows] = 0
+                self._rows[:] = False
+        if self._rows is not None:
+            self._rows[rows] = True
+        return self._buffer
 
     def add_grad(self, gradient: Array, scale: float = 1.0) -> None:
         """Add ``scale * gradient`` to the gradient; one pass over memory when it is the first."""
@@ -161,7 +193,7 @@ class Tensor:
         if self._has_grad or gradient.shape != self.shape or gradient.dtype != self.dtype:
             self.add_grad(gradient)
             return
-        self._buffer, self._has_grad, self._lent = gradient, True, True
+        self._buffer, self._has_grad, self._lent, self._rows = gradient, True, True, None
 
     def item(self) -> float:
         """Return the value of a tensor with one element as a Python float."""

@@ -161,7 +161,7 @@ def embedding(ids: Array, table: Tensor) -> Tensor:
 
     def backward(grads: Grads) -> Grads:
         if grads[0] is not None:
-            backend.embedding_backward(grads[0], ids, *table.grad_target())
+            backend.embedding_backward(grads[0], ids, table.grad_rows_target(ids))
         return (None,)
 
     return record([backend.embedding(ids, table.data)], (table,), backward)

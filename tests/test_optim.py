@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import loopos
+from loopos import ops
 from loopos.autograd import Parameter
 from loopos.errors import CheckpointError, ConfigError
 from loopos.training.optim import gradient_norm
@@ -228,3 +229,68 @@ def test_state_with_a_hole_is_refused_and_nothing_is_changed():
             optimizer.load_state_dict(holed)
     assert optimizer.steps == before
     assert optimizer.state_dict().keys() == state.keys()
+
+
+@pytest.mark.parametrize("backend", ["numpy", "numba", "cython"])
+@pytest.mark.parametrize(
+    ("build", "decay"),
+    [(loopos.AdamW, 0.0), (loopos.AdamW, 0.1), (loopos.Adam, 0.1), (loopos.SGD, 0.1)],
+)
+def test_rows_without_gradient_cost_nothing_and_change_nothing(backend, build, decay, monkeypatch):
+    if backend == "numba":
+        pytest.importorskip("numba")
+    batches = [np.array(ids) for ids in ([3, 3, 8], [8, 1], [3, 39, 20], [1, 1], [0, 5])]
+
+    def trained(dense):
+        rng = np.random.default_rng(0)
+        table = Parameter(rng.normal(size=(40, 17)).astype(np.float32), "table")
+        if dense:  # what holds the array itself may write anywhere
+            monkeypatch.setattr(Parameter, "grad_and_rows", property(lambda p: (p.grad, None)))
+        optimizer = build([table], learning_rate=0.05, weight_decay=decay)
+        for step, ids in enumerate(batches):
+            for part in (ids[:1], ids[1:]):  # two microbatches
+                y = ops.embedding(part, table)
+                y.backward(rng.normal(size=y.shape))
+            optimizer.step(scale=0.5)
+            optimizer.zero_grad()
+            if step == 2:
+                state = {n: np.copy(x) for n, x in optimizer.state_dict().items()}
+                optimizer = build([table], learning_rate=0.05, weight_decay=decay)
+                optimizer.load_state_dict(state)
+        monkeypatch.undo()
+        return table.data, optimizer.state_dict()
+
+    with loopos.use_backend(backend):
+        (some, state), (all_rows, expected) = trained(False), trained(True)
+    np.testing.assert_array_equal(some, all_rows)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(state[name], array)
+
+
+def test_only_rows_that_had_a_gradient_are_asked_of_the_backend():
+    table = Parameter(np.ones((6, 2), np.float32), "table")
+    optimizer = loopos.AdamW([table])
+    for ids, expected in (([1, 4], [1, 4]), ([4], [1, 4]), ([0], [0, 1, 4])):
+        y = ops.embedding(np.array(ids), table)
+        y.backward(np.ones(y.shape))
+        gradient, rows = table.grad_and_rows
+        assert np.flatnonzero(rows).tolist() == ids
+        assert np.flatnonzero(gradient.any(axis=1)).tolist() == ids
+        optimizer.step()
+        optimizer.zero_grad()
+        assert np.flatnonzero(optimizer._used_rows["table"]).tolist() == expected
+
+
+def test_a_gradient_that_was_handed_out_may_have_been_written_to():
+    table = Parameter(np.ones((6, 2), np.float32), "table")
+    optimizer = loopos.AdamW([table], weight_decay=0.0)
+    y = ops.embedding(np.array([1]), table)
+    y.backward(np.ones(y.shape))
+    table.grad[5] = 1.0
+    assert table.grad_and_rows[1] is None
+    optimizer.step()
+    assert np.flatnonzero((table.data != 1).any(axis=1)).tolist() == [1, 5]
+    optimizer.zero_grad()
+    y = ops.embedding(np.array([2]), table)
+    y.backward(np.ones(y.shape))
+    assert np.flatnonzero(table.grad.any(axis=1)).tolist() == [2]

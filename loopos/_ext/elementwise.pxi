@@ -245,13 +245,17 @@ cdef class Tensors:
 
 
 def adamw(tensors, double beta1, double beta2, double eps, double grad_scale, bint decoupled, int threads):
-    """One AdamW step of many tensors in place: (p, g, m, v, learning rate, weight decay, step)."""
+    """One AdamW step of many tensors in place: (p, g, m, v, learning rate, weight decay, step, rows).
+
+    `rows` is None, or a bool for each row: whether its gradient or its moments may differ from 0.
+    """
     cdef Tensors job = Tensors(len(tensors))
     cdef loopos_tensor *tensor
+    cdef const uint8_t[::1] used
     cdef int status
     cdef double rate, decay
     cdef long step
-    for p, g, m, v, rate, decay, step in tensors:
+    for p, g, m, v, rate, decay, step, rows in tensors:
         for name, array in (("g", g), ("m", m), ("v", v)):
             same(array, name, p)
         tensor = job.append(g, "g")
@@ -260,6 +264,13 @@ def adamw(tensors, double beta1, double beta2, double eps, double grad_scale, bi
         tensor.root = <float>(1.0 / (1.0 - beta2 ** step) ** 0.5)
         tensor.shrink = <float>(1.0 - rate * decay) if decoupled else 1.0
         tensor.l2 = 0.0 if decoupled else <float>decay
+        tensor.rows, tensor.columns = NULL, 0
+        if rows is not None and tensor.l2 == 0.0 and tensor.n:
+            if rows.shape != p.shape[:1] or rows.dtype != bool:
+                raise ValueError(f"rows: expected bool[{len(p)}], found {rows.dtype}{list(rows.shape)}")
+            used = rows.view("uint8")
+            tensor.rows, tensor.columns = &used[0], tensor.n // len(rows)
+            job.arrays.append(rows)
     job.update.grad_scale, job.update.eps = <float>grad_scale, <float>eps
     job.update.beta1, job.update.one_minus_beta1 = <float>beta1, <float>(1.0 - beta1)
     job.update.beta2, job.update.one_minus_beta2 = <float>beta2, <float>(1.0 - beta2)

@@ -4,7 +4,7 @@
 ``loopos.get_include()`` is the only directory that the build needs.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "loopos.h" nogil:
     ctypedef void (*loopos_task)(void *context, long index, void *scratch) noexcept nogil
@@ -203,6 +203,8 @@ cdef extern from "loopos.h" nogil:
         float root
         float shrink
         float l2
+        const uint8_t *rows
+        long columns
 
     ctypedef struct loopos_update:
         const loopos_tensor *tensors

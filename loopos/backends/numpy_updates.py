@@ -24,7 +24,11 @@ def _blocks(*arrays: Array | None) -> Iterator[tuple[Any, ...]]:
 
 
 class AdamwTensor(NamedTuple):
-    """A parameter with its gradient, moments and own numbers; see :meth:`UpdateOps.adamw`."""
+    """A parameter with its gradient, moments and own numbers; see :meth:`UpdateOps.adamw`.
+
+    `rows` says of each row (bool ``[len(p)]``) whether its gradient or its moments may differ from
+    0; the others need no more than their decay. None: all rows may.
+    """
 
     p: Array
     g: Array
@@ -33,6 +37,11 @@ class AdamwTensor(NamedTuple):
     learning_rate: float
     weight_decay: float
     step: int
+    rows: Array | None = None
+
+    def some_rows(self, decoupled: bool) -> bool:
+        """Whether rows are left out: not where the decay of weights is part of the gradient."""
+        return self.rows is not None and (decoupled or self.weight_decay == 0)
 
 
 class UpdateOps:
@@ -133,10 +142,17 @@ class UpdateOps:
     ) -> None:
         """One :meth:`adamw` step of every tensor."""
         for t in tensors:
+            arrays = (t.p, t.g, t.m, t.v)
+            if t.some_rows(decoupled):
+                arrays = (t.p[t.rows], t.g[t.rows], t.m[t.rows], t.v[t.rows])
             self.adamw(
-                t.p, t.g, t.m, t.v, t.learning_rate, beta1, beta2, eps, t.weight_decay, t.step,
-                grad_scale, decoupled,
+                *arrays, t.learning_rate, beta1, beta2, eps, t.weight_decay, t.step, grad_scale,
+                decoupled,
             )  # fmt: skip
+            if t.some_rows(decoupled):
+                if t.weight_decay:
+                    t.p[...] *= t.p.dtype.type(1.0 - t.learning_rate * t.weight_decay)
+                t.p[t.rows], _, t.m[t.rows], t.v[t.rows] = arrays
 
     def sgd(
         self,

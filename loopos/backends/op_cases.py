@@ -454,26 +454,36 @@ def adamw(shape: tuple[int, ...], step: int, decoupled: bool) -> OpCase:
     return OpCase("adamw", label, inputs, forward, in_place=("p", "m", "v"))
 
 
-def adamw_many(*shapes: tuple[int, ...]) -> OpCase:
-    """One optimizer step of several tensors, each with numbers of its own."""
+def adamw_many(*shapes: tuple[int, ...], some_rows: bool = False) -> OpCase:
+    """One optimizer step of several tensors, each with numbers of its own.
+
+    With `some_rows` two rows of three have neither a gradient nor moments, and the op is told so.
+    """
     numbers = range(len(shapes))
+    used = [np.arange(shape[0]) % 3 == 1 for shape in shapes]
 
     def inputs(rng: Rng) -> Inputs:
         a = {f"{name}{i}": rng.normal(size=shapes[i]) for i in numbers for name in "pgm"}
-        return a | {f"v{i}": rng.uniform(0.01, 1, size=shapes[i]) for i in numbers}
+        a |= {f"v{i}": rng.uniform(0.01, 1, size=shapes[i]) for i in numbers}
+        for i in numbers if some_rows else ():
+            for name in "gmv":
+                a[f"{name}{i}"][~used[i]] = 0
+        return a
 
     def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
         tensors = [
             AdamwTensor(
-                a[f"p{i}"], a[f"g{i}"], a[f"m{i}"], a[f"v{i}"], 1e-2 / (i + 1), 0.1 * i, i + 1
+                a[f"p{i}"], a[f"g{i}"], a[f"m{i}"], a[f"v{i}"], 1e-2 / (i + 1), 0.1 * i, i + 1,
+                used[i] if some_rows else None,
             )
             for i in numbers
-        ]
+        ]  # fmt: skip
         be.adamw_many(tensors, 0.9, 0.999, 1e-8, 0.5)
         return [a[f"{name}{i}"] for i in numbers for name in "pmv"]
 
     changed = tuple(f"{name}{i}" for i in numbers for name in "pmv")
-    return OpCase("adamw_many", f"{len(shapes)} tensors", inputs, forward, in_place=changed)
+    label = f"{len(shapes)} tensors{', some rows' if some_rows else ''}"
+    return OpCase("adamw_many", label, inputs, forward, in_place=changed)
 
 
 def add(n: int, c: int, scale: float) -> OpCase:
@@ -594,6 +604,7 @@ CASES: list[OpCase] = [
     add(70, 301, -0.3),
     adamw((7, 5), 1, True),
     adamw_many((7, 5), (0, 3), (40001,), (3,)),
+    adamw_many((7, 5), (0, 3), (901, 50), (3,), some_rows=True),
     adamw((40001,), 9, True),
     adamw((7, 5), 3, False),
     sgd((7, 5), False, True),

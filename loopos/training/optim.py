@@ -24,7 +24,7 @@ DecayGroups = Literal["matrices", "all"] | Callable[[str, Parameter], bool]
 
 def gradient_norm(parameters: Iterable[Parameter]) -> float:
     """Return the global L2 norm of all gradients that are there."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [grad for grad, _ in (p.grad_and_rows for p in parameters) if grad is not None]
     return float(np.sqrt(get_backend().sum_squares(grads)))
 
 
@@ -34,6 +34,7 @@ class _Update(NamedTuple):
     name: str
     data: Array
     grad: Array
+    rows: Array | None
     rate: float
     decay: float
 
@@ -105,19 +106,20 @@ class Optimizer(ABC):
             If a parameter's array cannot be updated in place; nothing is changed then.
         """
         rate = self.learning_rate if learning_rate is None else learning_rate
-        due = [(n, p) for n, p in self.parameters.items() if p.requires_grad and p.grad is not None]
-        for name, parameter in due:
+        due = [(n, p, *p.grad_and_rows) for n, p in self.parameters.items() if p.requires_grad]
+        due = [entry for entry in due if entry[2] is not None]
+        for name, parameter, _, _ in due:
             flags = parameter.data.flags
             if not (flags.c_contiguous and flags.writeable):
                 # A backend walks the flat array: of any other it would update a copy, in silence.
                 raise ConfigError(f"parameter '{name}' is not a writeable, C-contiguous array")
         self.steps += 1
         updates = []
-        for name, parameter in due:
-            assert parameter.grad is not None
+        for name, parameter, grad, rows in due:
+            assert grad is not None
             decay = self.weight_decay if name in self._decayed else 0.0
             own = rate * self.rate_factors.get(name, 1.0)
-            updates.append(_Update(name, parameter.data, parameter.grad, own, decay))
+            updates.append(_Update(name, parameter.data, grad, rows, own, decay))
         self._apply(updates, scale)
 
     @abstractmethod
@@ -248,6 +250,8 @@ class AdamW(Optimizer):
             _require(0 <= beta < 1, "betas", "numbers in [0, 1)", beta)
         _require(eps > 0, "eps", "a positive number", eps)
         self.betas, self.eps = betas, eps
+        #: Rows whose moments may differ from 0, of parameters that ever had a gradient in some.
+        self._used_rows: dict[str, Array] = {}
 
     def _apply(self, updates: list[_Update], scale: float) -> None:
         tensors = []
@@ -255,12 +259,34 @@ class AdamW(Optimizer):
             first, second = (self._slot(slot, update.name, update.data) for slot in self.slots)
             count = self._state["updates"].setdefault(update.name, np.zeros((), np.int64))
             count += 1
+            rows = self._rows_in_use(update.name, update.rows, first, second)
             tensors.append(
                 AdamwTensor(
-                    update.data, update.grad, first, second, update.rate, update.decay, int(count)
+                    update.data, update.grad, first, second, update.rate, update.decay, int(count),
+                    rows,
                 )
-            )
+            )  # fmt: skip
         get_backend().adamw_many(tensors, *self.betas, self.eps, scale, self._decoupled)
+
+    def _rows_in_use(
+        self, name: str, rows: Array | None, first: Array, second: Array
+    ) -> Array | None:
+        """Return which rows are not 0 in the gradient and both moments; None: any may be."""
+        if rows is None:
+            self._used_rows.pop(name, None)
+            return None
+        if name not in self._used_rows:
+            used = np.zeros(len(first), bool)
+            for moment in (first, second):
+                used |= moment.any(axis=tuple(range(1, moment.ndim)))
+            self._used_rows[name] = used
+        self._used_rows[name] |= rows
+        return self._used_rows[name]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Optimizer.load_state_dict`."""
+        super().load_state_dict(state)
+        self._used_rows = {}
 
 
 class Adam(AdamW):

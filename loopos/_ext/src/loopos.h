@@ -206,12 +206,15 @@ typedef struct {
 
 /* Tensors that are updated in one job of `tasks` tasks; each starts at its `first_task` and has one
    for every 16384 elements. AdamW: m and v, then p = p shrink - rate m / (sqrt(v) root + eps), where
-   l2 p is added to the gradient first. */
+   l2 p is added to the gradient first. Where `rows` is not NULL, rows of `columns` elements for which
+   it holds 0 have neither gradient nor moments: they only shrink (l2 is 0 then). */
 typedef struct {
     float *p, *m, *v;
     const float *g;
     long n, first_task;
     float rate, root, shrink, l2;
+    const uint8_t *rows;
+    long columns;
 } loopos_tensor;
 typedef struct {
     const loopos_tensor *tensors;
