@@ -249,6 +249,8 @@ def as_int32(array):
     """
     if not isinstance(array, cnp.ndarray):
         raise TypeError(f"expected a NumPy array of integers, found {type(array).__name__}")
+    if cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.NPY_INT32 and array.dtype.isnative:
+        return contiguous(array)
     if cnp.PyArray_TYPE(<cnp.ndarray>array) != cnp.NPY_INT32:
         if array.dtype.kind not in "iu":
             raise TypeError(f"expected an array of integers, found {array.dtype}")

@@ -11,7 +11,7 @@ cdef check_panels(object panels, long n, long k):
     cdef int kind = cnp.PyArray_TYPE(<cnp.ndarray>panels)
     if kind not in (cnp.NPY_UINT16, cnp.NPY_INT8):
         raise TypeError(f"panels: expected an array of uint16 or int8, found {panels.dtype}")
-    check(panels, "panels", kind, str(panels.dtype), False)
+    check(panels, "panels", kind, "uint16" if kind == cnp.NPY_UINT16 else "int8", False)
     expected = ((n + PANEL - 1) // PANEL, k, PANEL)
     if panels.shape != expected:
         wrong_shape(panels, "panels", str(list(expected)))
