@@ -219,7 +219,7 @@ def test_a_common_prefix_is_computed_once(monkeypatch):
     assert sum(seen) == 6 * 42
     seen.clear()
     generate(model, prompts, **once, batch_size=64)
-    assert seen == [42, 5 * (42 - 32)]
+    assert seen == [42, 5 * (42 - 40)]
     seen.clear()
     generate(model, prompts, **once, batch_size=1)  # the slot still has the last prompt
     assert sum(seen) == 42 + 5 * (42 - 32)

@@ -1,10 +1,9 @@
 """The machine behind `generate` and `stream`: slots that rows come into and leave.
 
-Every number of a row follows from the row alone. Attention runs in pieces that end at fixed
-positions of the prompt (:data:`~loopos.generation.kv_cache.PIECE_TOKENS`), prompts share what they
-have in common in whole pieces only, and long prompts are cut between pieces. So it makes no
-difference who else is in the batch, provided that a backend computes a row of a product the same
-whatever the other rows are, as the Cython backend does.
+Every number of a row follows from the row alone: it makes no difference who else is in the batch,
+what a prompt shares with others and where a long one is cut, provided that a backend computes a row
+of a product, and a query's attention, the same whatever is computed beside it. The Cython backend
+does; others round differently.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from loopos.backends import get_backend
 from loopos.data.batch import Batch
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import NumericalError
-from loopos.generation.kv_cache import PIECE_TOKENS, KVCache
+from loopos.generation.kv_cache import KVCache
 from loopos.generation.sampling import RowNumbers, SamplingOptions, SeenTokens
 from loopos.generation.text import TextTail
 from loopos.models.transformer import Transformer
@@ -325,7 +324,6 @@ class Engine:
         for prompt, slot, earlier in candidates:
             # The last token is always computed, since its logits are wanted.
             common = min(common_prefix(prompt, prompts[j]), prompts[j].size - 1)
-            common -= common % PIECE_TOKENS
             if common > best[0]:
                 best = (common, slot, earlier)
         return best
@@ -341,9 +339,7 @@ class Engine:
                 start = int(self.cache.lengths[slots[j]])
                 end = prompts[j].size
                 if end - start > room:
-                    end = (start + room) // PIECE_TOKENS * PIECE_TOKENS
-                    if end <= start:
-                        break
+                    end = start + room
                 else:
                     waiting.popleft()
                 members.append(j)

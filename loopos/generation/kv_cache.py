@@ -13,14 +13,10 @@ from loopos.data.batch import Batch
 from loopos.errors import ConfigError, LooposError
 from loopos.models.config import TransformerConfig
 
-__all__ = ["BLOCK_TOKENS", "PIECE_TOKENS", "KVCache"]
+__all__ = ["BLOCK_TOKENS", "KVCache"]
 
 #: Capacity is a multiple of this many tokens.
 BLOCK_TOKENS = 64
-#: Attention over new tokens runs in pieces that end at multiples of this many positions. A piece
-#: then has the same bytes whatever was computed together with it, whether what stands before it
-#: came from a prompt's own pass, from an earlier pass or from another slot.
-PIECE_TOKENS = 16
 
 
 class KVCache:
@@ -160,23 +156,15 @@ class KVCache:
             self.reserve(int(starts.max(initial=0)) + 1)
             ends = starts + np.int32(1)
             offsets = self._one_each[: slots.size + 1]
-            self._pass = _Pass(slots, ends, slots, starts, offsets, slots, ends)
+            self._pass = _Pass(slots, ends, slots, starts, offsets)
             return
         ends = (starts + counts).astype(np.int32)
         self.reserve(int(ends.max(initial=0)))
         positions = np.concatenate(
             [np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)]
         )
-        pieces = [_piece_ends(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-        lengths = np.concatenate(pieces)
-        numbers = [piece.size for piece in pieces]
-        # A piece begins where the last one ended, or where its sequence did.
-        before = np.concatenate([np.append(a, p[:-1]) for a, p in zip(starts, pieces, strict=True)])
-        offsets = np.append(0, np.cumsum(lengths - before)).astype(np.int32)
-        self._pass = _Pass(
-            slots, ends, np.repeat(slots, counts), positions,
-            offsets, np.repeat(slots, numbers), lengths,
-        )  # fmt: skip
+        offsets = np.append(0, np.cumsum(counts)).astype(np.int32)
+        self._pass = _Pass(slots, ends, np.repeat(slots, counts), positions, offsets)
 
     def commit(self) -> None:
         """Count the tokens of the pass as held."""
@@ -213,32 +201,24 @@ class KVCache:
         keys[now.token_slots, now.positions] = k.data
         values[now.token_slots, now.positions] = v.data
         return ops.attention_cached(
-            q, keys, values, now.offsets, now.piece_slots, now.lengths, scale, window
+            q, keys, values, now.offsets, now.slots, now.ends, scale, window
         )
 
 
 class _Pass:
-    """Where the new tokens go, and the pieces that attention runs in."""
+    """Where the new tokens go: those of sequence b from ``offsets[b]`` on."""
 
-    __slots__ = ("ends", "lengths", "offsets", "piece_slots", "positions", "slots", "token_slots")
+    __slots__ = ("ends", "offsets", "positions", "slots", "token_slots")
 
     def __init__(
-        self, slots: Array, ends: Array, token_slots: Array, positions: Array,
-        offsets: Array, piece_slots: Array, lengths: Array,
-    ):  # fmt: skip
-        self.slots, self.ends = slots, ends
+        self, slots: Array, ends: Array, token_slots: Array, positions: Array, offsets: Array
+    ):
+        self.slots, self.ends, self.offsets = slots, ends, offsets
         self.token_slots, self.positions = token_slots, positions
-        self.offsets, self.piece_slots, self.lengths = offsets, piece_slots, lengths
 
 
 def _whole_blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
-
-
-def _piece_ends(start: int, end: int) -> Array:
-    """Return where the pieces of the positions [start, end) end."""
-    first = (start // PIECE_TOKENS + 1) * PIECE_TOKENS
-    return np.append(np.arange(first, end, PIECE_TOKENS), end).astype(np.int32)
 
 
 def _grown(array: Array, shape: Sequence[int]) -> Array:
