@@ -1,0 +1,224 @@
+"""Curves as paths of inline SVG: scales, ticks, smoothing, and no more points than can be seen."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from loopos.reporting.findings import shown
+from loopos.reporting.records import Array, RunRecords, Series
+
+__all__ = ["HEIGHT", "WIDTH", "Chart", "Tick", "chart", "label", "smoothed", "thinned", "ticks"]
+
+#: Of the coordinates; the page stretches them to its own size.
+WIDTH, HEIGHT = 1000, 400
+#: Points of a curve, beyond which each stretch is drawn by its extremes alone.
+MOST_POINTS = 800
+#: A curve is smoothed from so many points on, over this share of them.
+SMOOTHED_FROM, SMOOTHED_SHARE = 20, 0.08
+#: From this ratio of the largest value to the middle one on, the scale is logarithmic.
+LOGARITHMIC = 50.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A line of the grid: its place in percent of the axis, from the left or top, and its label."""
+
+    place: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure over the steps, ready to be drawn.
+
+    Attributes
+    ----------
+    name, title, unit : str
+    raw, smooth, held_out, dots : str
+        Paths; empty where there is nothing to draw.
+    x_ticks, y_ticks : list of Tick
+    data : str
+        JSON of steps, values and held-out values, and of their places, for the page's script.
+    last, last_held_out : str
+        The newest values.
+    points : int
+        Values on record, held-out ones too.
+    log : bool
+    """
+
+    name: str
+    title: str
+    unit: str
+    raw: str
+    smooth: str
+    held_out: str
+    dots: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    data: str
+    last: str
+    last_held_out: str
+    points: int
+    log: bool
+
+
+def chart(run: RunRecords, name: str, title: str, unit: str = "") -> Chart | None:
+    """Draw a figure of the steps, the evaluations' figure of that name with it.
+
+    None where there is nothing to see: no value, or one value throughout.
+    """
+    train, held_out = _finite(run.series(name)), _finite(run.evaluated(name))
+    every = np.concatenate([train.values, held_out.values])
+    steps = np.concatenate([train.steps, held_out.steps])
+    if every.size < 2 or np.ptp(every) == 0 or np.ptp(steps) == 0:
+        return None
+    log = _wants_log(every)
+    x_scale = _Scale(float(steps.min()), float(steps.max()), False)
+    y_scale = _y_scale(every, log)
+    drawn, calm = thinned(train), thinned(smoothed(train), extremes=False)
+    data = {
+        kind: {
+            "step": series.steps.tolist(),
+            "value": [shown(v) for v in series.values.tolist()],
+            "x": [round(v, 2) for v in 100 * x_scale.place(series.steps)],
+            "y": [round(v, 2) for v in 100 - 100 * y_scale.place(series.values)],
+        }
+        for kind, series in (("train", drawn), ("smooth", calm), ("eval", held_out))
+    }
+    return Chart(
+        name, title, unit,
+        _path(drawn, x_scale, y_scale), _path(calm, x_scale, y_scale),
+        _path(held_out, x_scale, y_scale), _dots(held_out, x_scale, y_scale),
+        [Tick(round(100 * float(x_scale.place(t)), 2), label(t))
+         for t in ticks(x_scale.low, x_scale.high, 5, whole=True)],
+        [Tick(round(100 - 100 * float(y_scale.place(t)), 2), label(t)) for t in y_scale.ticks()],
+        json.dumps(data, separators=(",", ":")),
+        shown(float(train.values[-1])) if len(train) else "",
+        shown(float(held_out.values[-1])) if len(held_out) else "",
+        int(every.size), log,
+    )  # fmt: skip
+
+
+# -- what is drawn -----------------------------------------------------------------------------
+
+
+def smoothed(series: Series) -> Series:
+    """Return a centred moving mean; nothing of a series that is short enough to be read.
+
+    At the ends its window shrinks to both sides alike, so that no end is drawn towards the middle.
+    """
+    count = len(series)
+    if count < SMOOTHED_FROM:
+        return Series(series.steps[:0], series.values[:0])
+    half = max(1, round(SMOOTHED_SHARE * count / 2))
+    sums = np.concatenate([[0.0], np.cumsum(series.values, dtype=np.float64)])
+    at = np.arange(count)
+    reach = np.minimum(half, np.minimum(at, count - 1 - at))
+    return Series(series.steps, (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1))
+
+
+def thinned(series: Series, most: int = MOST_POINTS, extremes: bool = True) -> Series:
+    """Return at the most so many points: of each stretch its lowest and highest, or its first."""
+    count = len(series)
+    if count <= most:
+        return series
+    kept = [0, count - 1]
+    for stretch in np.array_split(np.arange(1, count - 1), (most - 2) // (2 if extremes else 1)):
+        values = series.values[stretch]
+        kept += [int(stretch[values.argmin()]), int(stretch[values.argmax()])] if extremes else [
+            int(stretch[0])
+        ]  # fmt: skip
+    chosen = np.unique(kept)
+    return Series(series.steps[chosen], series.values[chosen])
+
+
+def _finite(series: Series) -> Series:
+    fine = np.isfinite(series.values)
+    return Series(series.steps[fine], series.values[fine])
+
+
+def _path(series: Series, x: _Scale, y: _Scale) -> str:
+    return _joined("L", _places(series, x, y)) if len(series) > 1 else ""
+
+
+def _dots(series: Series, x: _Scale, y: _Scale) -> str:
+    """Return a path of lines without length, which round caps make into dots."""
+    return "".join(f"M{px:g} {py:g}h0" for px, py in _places(series, x, y))
+
+
+def _places(series: Series, x: _Scale, y: _Scale) -> list[tuple[float, float]]:
+    across = np.round(WIDTH * x.place(series.steps), 1).tolist()
+    down = np.round(HEIGHT * (1 - y.place(series.values)), 1).tolist()
+    return list(zip(across, down, strict=True))
+
+
+def _joined(command: str, places: list[tuple[float, float]]) -> str:
+    return "M" + command.join(f"{x:g} {y:g}" for x, y in places)
+
+
+# -- scales ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    log: bool
+
+    def place(self, value: Any) -> Array:
+        """Return where on the axis a value is, from 0 to 1."""
+        at, low, high = np.asarray(value, np.float64), self.low, self.high
+        if self.log:
+            at, low, high = np.log10(at), math.log10(low), math.log10(high)
+        found: Array = (at - low) / (high - low)
+        return found
+
+    def ticks(self) -> list[float]:
+        if not self.log:
+            return ticks(self.low, self.high, 4)
+        first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+        return [10.0**n for n in range(first, last + 1, 1 + (last - first) // 4)]
+
+
+def _wants_log(values: Array) -> bool:
+    return bool(values.min() > 0 and values.max() > LOGARITHMIC * np.median(values))
+
+
+def _y_scale(values: Array, log: bool) -> _Scale:
+    low, high = float(values.min()), float(values.max())
+    if log:
+        return _Scale(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high)), log)
+    room = 0.06 * (high - low)
+    # A figure that is never negative has no room below 0.
+    bottom = max(0.0, low - room) if low >= 0 else low - room
+    return _Scale(bottom, high + room, log)
+
+
+def ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
+    """Return about so many round numbers within ``low .. high``: 1, 2 or 5 times a power of 10."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    if whole:
+        step = max(1.0, step)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """Return the label of a tick."""
+    size = abs(value)
+    if size >= 1e4 or 0 < size < 1e-3:
+        for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+            if limit <= size < 1e3 * limit:
+                return f"{value / limit:g}{letter}"
+        mantissa, _, power = f"{value:.3e}".partition("e")
+        return f"{float(mantissa):g}e{int(power)}"
+    return f"{value:g}"
