@@ -110,7 +110,7 @@ SICK = [
     ("learning_rate_too_high", True, lambda p: fitted(p, loss=2 + 3 * RISE), "loss 2.28"),
     ("loss_spikes", True, lambda p: fitted(p, loss=spiky(FITTED["loss"])), "steps 25, 36, 48;"),
     ("no_progress", True, lambda p: fitted(p, losses([2.3, 2.3]), loss=2.3 + 0.003 * NOISE),
-     "learning rate up to 1.00e-04"),
+     "learning rate up to 0.0001"),
     ("overfitting", True, lambda p: fitted(p, losses([1.4, 1.0, 1.2])), "1 at step 20, 1.2 at the"),
     ("overfitting", False, lambda p: fitted(p, losses([1.4, 1.0, 1.2], accuracy=[0.5, 0.7, 0.8])),
      "accuracy still rose, 0.7 to 0.8"),
@@ -146,7 +146,7 @@ SICK = [
      "ppo/approx_kl above 0.1 in 60 of 60 steps"),
     ("learning_rate_too_high", True, lambda p: policy(p, ppo__ratio_max=40 * RISE),
      "ppo/ratio_max above 10"),
-    ("learning_rate_too_low", True, lambda p: policy(p, ppo__approx_kl=1e-9 + 0 * RISE), "1.00e-09"),
+    ("learning_rate_too_low", True, lambda p: policy(p, ppo__approx_kl=1e-9 + 0 * RISE), "1e-09"),
     ("length_hacking", True, lambda p: policy(p, samples(score=lambda i: i),
                                               response__length=20 + 30 * RISE), "correlation of score"),
     ("length_hacking", True, lambda p: policy(
@@ -235,7 +235,7 @@ def test_ends_of_a_series():
     assert ends(Series(np.arange(9), np.ones(9))) is None
     assert ends(Series(np.arange(10), at(10, np.inf, np.ones(10)))) is None
     assert [shown(v) for v in (0.0, 1.0, 0.12345, -1234.5, 1e-5, 3e7, float("nan"))] == [
-        "0", "1", "0.1235", "-1,234", "1.00e-05", "3.00e+07", "nan"]  # fmt: skip
+        "0", "1", "0.1235", "-1,234", "1e-05", "3e+07", "nan"]  # fmt: skip
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -42,7 +42,8 @@ def write(path, *, steps=STEPS, text="", samples=True, name="evil"):
     (path / "config.json").write_text(json.dumps(config))
     data = {"rows": 90, "validation_rows": 10, "classes": {EVIL: 30, "b": 60},
             "validation_classes": {EVIL: 3, "b": 7}, "dropped": {"count": 2, "places": ["a:3"]},
-            "lengths": {"min": 1, "max": 9}, "leaks": {"count": 5, "places": ["b:1"]}, "warnings": [EVIL]}  # fmt: skip
+            "lengths": {"min": 1, "max": 9}, "leaks": {"count": 5, "places": ["b:1"]},
+            "warnings": [EVIL]}  # fmt: skip
     (path / "data_report.json").write_text(json.dumps(data))
     evaluation = {"accuracy": 0.75, "count": 10, "confusion_matrix": [[4, 1], [2, 3]],
                   "per_class": {"recall": [0.8, 0.6], "support": [5, 5]}}  # fmt: skip
@@ -135,7 +136,7 @@ def test_every_figure_of_steps_and_evaluations_is_drawn(page):
     assert curve["train"]["y"] == sorted(curve["train"]["y"], reverse=True)  # up is less far down
     assert {"kl/mean", "entropy", "tokens_per_s", "own/figure"} <= set(found)
     assert "learning_rate" not in found  # one value throughout is no curve
-    assert "Learning rate <b>1.00e-04</b>" in page
+    assert "learning rate <b>0.0001</b>" in page
 
 
 def test_samples_at_start_middle_and_end(page):
@@ -152,7 +153,7 @@ def test_configuration_data_evaluation_and_machine(page):
     assert pairs["ppo_epochs"] == "4"
     assert pairs["dropped"] == "2 (a:3)"
     assert pairs["lengths"] == "min 1, max 9"
-    assert pairs["accuracy"] == "0.75"
+    assert pairs["accuracy"] == "0.7500"
     assert pairs["backend"] == "cython"
     assert pairs["operations"] == "2 of its own, 1 of NumPy&#39;s"
     assert pairs["seed"] == "3"
@@ -201,9 +202,9 @@ def test_rounds_come_in_their_order(tmp_path):
 
 
 def test_ticks_are_round():
-    assert ticks(0, 1, 4) == [0.0, 0.5, 1.0]
-    assert ticks(0.13, 0.87, 4) == [0.2, 0.4, 0.6, 0.8]
-    assert ticks(1, 60, 5, whole=True) == [20.0, 40.0, 60.0]
+    assert ticks(0, 1, 4) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(0.13, 0.87, 3) == [0.2, 0.4, 0.6, 0.8]
+    assert ticks(1, 60, 4, whole=True) == [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
     assert ticks(1, 3, 5, whole=True) == [1.0, 2.0, 3.0]
     assert ticks(-3, 1e-9, 3) == [-3.0, -2.0, -1.0, 0.0]
     assert [label(v) for v in (0, 0.5, 20, 1e4, 2.5e6, 1e-4, 3e9, -2e4, 1e12)] == [
@@ -216,8 +217,7 @@ def test_smoothing_is_a_centred_mean():
     spike = np.zeros(100)
     spike[50] = 9.0
     calm = smoothed(Series(np.arange(100), spike)).values
-    assert calm.max() == 1.0
-    assert np.flatnonzero(calm > 0.5).tolist() == list(range(46, 55))
+    np.testing.assert_allclose(calm[44:57] * 25 / 9, [0, 0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0, 0], atol=1e-9)
     assert len(smoothed(Series(np.arange(19), np.ones(19)))) == 0
 
 
@@ -261,8 +261,8 @@ def browse(tmp_path):
 
     def open_page(page, *options):
         done = subprocess.run(
-            [found, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync", "--no-first-run",
+            [found, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
              f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", *options,
              "--dump-dom", page.as_uri()],
             capture_output=True, text=True, timeout=120,

@@ -8,7 +8,7 @@ from loopos.reporting.charts import Chart, chart
 from loopos.reporting.findings import ends, shown
 from loopos.reporting.records import RunRecords
 
-__all__ = ["charts_of", "constants_of", "tiles_of"]
+__all__ = ["charts_of", "constants_of", "main_chart", "tiles_of"]
 
 #: Title and unit of what is known; all else has its own name.
 _KNOWN: dict[str, dict[str, tuple[str, str]]] = {
@@ -45,12 +45,10 @@ _KNOWN: dict[str, dict[str, tuple[str, str]]] = {
         "response/length": ("Length of the responses", "tokens"),
         "response/eos_fraction": ("Responses that end", "share"),
     },
-    "Optimiser": {
+    "Optimiser and speed": {
         "learning_rate": ("Learning rate", ""),
         "grad_norm": ("Norm of the gradient", ""),
         "ppo/updates": ("Updates a step", ""),
-    },
-    "Speed": {
         "tokens_per_s": ("Speed", "tokens/s"),
         "time_s": ("Time of a step", "s"),
         "time/rollout_s": ("Time of the samples", "s"),
@@ -59,17 +57,31 @@ _KNOWN: dict[str, dict[str, tuple[str, str]]] = {
         "tokens": ("Tokens of a step", ""),
     },
 }
+#: The group of what is not known.
+OTHERS = "Other figures"
+#: The first of these that a run has is shown large.
+_MAIN = ("reward/score", "loss", "accuracy")
 #: Figures of evaluations that say how they were made, not how good the model is.
 _NO_CURVE = {"count", "left_out"}
 
 
-def charts_of(run: RunRecords) -> dict[str, list[Chart]]:
-    """Return the charts of a run, by group; a group without any is left out."""
+def main_chart(run: RunRecords) -> Chart | None:
+    """Return the chart that says most of a run."""
+    for name in _MAIN:
+        made = chart(run, name, *_KNOWN["Learning"][name], large=True)
+        if made is not None:
+            return made
+    return None
+
+
+def charts_of(run: RunRecords, without: str = "") -> dict[str, list[Chart]]:
+    """Return the charts of a run but one, by group; a group without any is left out."""
     names = dict.fromkeys([*run.figures, *run.evaluated_figures])
+    names.pop(without, None)
     known = {name for group in _KNOWN.values() for name in group}
     groups = {title: dict(figures) for title, figures in _KNOWN.items()}
     rest = [name for name in names if name not in known | _NO_CURVE]
-    groups["Other figures"] = {name: (name, _held_out_only(run, name)) for name in rest}
+    groups[OTHERS] = {name: (name, _held_out_only(run, name)) for name in rest}
     found = {
         title: [made for name, (said, unit) in figures.items() if name in names
                 and (made := chart(run, name, said, unit)) is not None]
@@ -89,7 +101,10 @@ def constants_of(run: RunRecords) -> dict[str, str]:
     for name in run.figures:
         values = run.series(name).values
         if np.isfinite(values).all() and np.ptp(values) == 0:
-            found[titles.get(name, name)] = shown(float(values[0]))
+            said = titles.get(name, name)
+            found[said if said[:2].isupper() else said[0].lower() + said[1:]] = shown(
+                float(values[0])
+            )
     return found
 
 

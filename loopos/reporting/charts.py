@@ -67,10 +67,13 @@ class Chart:
     log: bool
 
 
-def chart(run: RunRecords, name: str, title: str, unit: str = "") -> Chart | None:
+def chart(
+    run: RunRecords, name: str, title: str, unit: str = "", large: bool = False
+) -> Chart | None:
     """Draw a figure of the steps, the evaluations' figure of that name with it.
 
-    None where there is nothing to see: no value, or one value throughout.
+    None where there is nothing to see: no value, or one value throughout. A large one has room for
+    more ticks.
     """
     train, held_out = _finite(run.series(name)), _finite(run.evaluated(name))
     every = np.concatenate([train.values, held_out.values])
@@ -95,8 +98,8 @@ def chart(run: RunRecords, name: str, title: str, unit: str = "") -> Chart | Non
         _path(drawn, x_scale, y_scale), _path(calm, x_scale, y_scale),
         _path(held_out, x_scale, y_scale), _dots(held_out, x_scale, y_scale),
         [Tick(round(100 * float(x_scale.place(t)), 2), label(t))
-         for t in ticks(x_scale.low, x_scale.high, 5, whole=True)],
-        [Tick(round(100 - 100 * float(y_scale.place(t)), 2), label(t)) for t in y_scale.ticks()],
+         for t in ticks(x_scale.low, x_scale.high, 10 if large else 4, whole=True)],
+        [Tick(round(100 - 100 * float(y_scale.place(t)), 2), label(t)) for t in y_scale.ticks(6 if large else 3)],
         json.dumps(data, separators=(",", ":")),
         shown(float(train.values[-1])) if len(train) else "",
         shown(float(held_out.values[-1])) if len(held_out) else "",
@@ -108,18 +111,22 @@ def chart(run: RunRecords, name: str, title: str, unit: str = "") -> Chart | Non
 
 
 def smoothed(series: Series) -> Series:
-    """Return a centred moving mean; nothing of a series that is short enough to be read.
+    """Return a centred moving mean, taken twice; nothing of a series that is short enough to read.
 
-    At the ends its window shrinks to both sides alike, so that no end is drawn towards the middle.
+    Twice, so that a single high value makes a peak and not a plateau. At the ends the window
+    shrinks to both sides alike, so that no end is drawn towards the middle.
     """
     count = len(series)
     if count < SMOOTHED_FROM:
         return Series(series.steps[:0], series.values[:0])
-    half = max(1, round(SMOOTHED_SHARE * count / 2))
-    sums = np.concatenate([[0.0], np.cumsum(series.values, dtype=np.float64)])
+    half = max(1, round(SMOOTHED_SHARE * count / 4))
     at = np.arange(count)
     reach = np.minimum(half, np.minimum(at, count - 1 - at))
-    return Series(series.steps, (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1))
+    values = series.values
+    for _ in range(2):
+        sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+        values = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    return Series(series.steps, values)
 
 
 def thinned(series: Series, most: int = MOST_POINTS, extremes: bool = True) -> Series:
@@ -178,11 +185,11 @@ class _Scale:
         found: Array = (at - low) / (high - low)
         return found
 
-    def ticks(self) -> list[float]:
+    def ticks(self, about: int) -> list[float]:
         if not self.log:
-            return ticks(self.low, self.high, 4)
+            return ticks(self.low, self.high, about)
         first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
-        return [10.0**n for n in range(first, last + 1, 1 + (last - first) // 4)]
+        return [10.0**n for n in range(first, last + 1, 1 + (last - first) // (about + 1))]
 
 
 def _wants_log(values: Array) -> bool:
@@ -205,7 +212,7 @@ def ticks(low: float, high: float, about: int, whole: bool = False) -> list[floa
         return [low]
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda s: abs(math.log(s / raw)))
     if whole:
         step = max(1.0, step)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

@@ -122,7 +122,7 @@ def shown(value: float) -> str:
         digits = max(0, 3 - int(np.floor(np.log10(abs(value)))))
         text = f"{value:,.{digits}f}"
         return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{value:.2e}"
+    return f"{value:.3g}"
 
 
 def spoken(items: Iterable[str]) -> str:

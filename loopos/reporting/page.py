@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from loopos.errors import OutputError
 from loopos.files import ASSETS, atomic_write_text, read_text
-from loopos.reporting.catalogue import charts_of, constants_of, tiles_of
+from loopos.reporting.catalogue import OTHERS, charts_of, constants_of, main_chart, tiles_of
 from loopos.reporting.charts import HEIGHT, SMOOTHED_FROM, SMOOTHED_SHARE, WIDTH, Chart
 from loopos.reporting.doctor import diagnose
 from loopos.reporting.findings import shown
@@ -92,7 +92,7 @@ def _progress(run: RunRecords) -> str:
     metrics = run.directory / "metrics.jsonl"
     total = f" of {run.total_steps:,}" if run.total_steps else ""
     said = [f"step {run.last_step:,}{total}"] if run.steps or run.evaluations else []
-    if run.finished:
+    if run.finished or run.last_step == run.total_steps:
         said.append("finished")
     elif run.ended_early:
         said.append("ended by itself before its last step")
@@ -114,6 +114,7 @@ class _Chapter:
     tiles: list[tuple[str, str, str]]
     main: Chart | None
     groups: dict[str, list[Chart]]
+    others: list[Chart]
     constants: dict[str, str]
     samples: list[dict[str, Any]]
     figures: list[tuple[str, str]]
@@ -121,15 +122,12 @@ class _Chapter:
 
     @classmethod
     def of(cls, run: RunRecords) -> _Chapter:
-        groups, main = charts_of(run), None
-        for title in ("Learning", *groups):
-            if groups.get(title):
-                main, *rest = groups[title]
-                groups = {t: charts for t, charts in (groups | {title: rest}).items() if charts}
-                break
+        main = main_chart(run)
+        groups = charts_of(run, without="" if main is None else main.name)
         figures, tables = _evaluation(run)
         return cls(
-            run.name, run.method_title, tiles_of(run), main, groups, constants_of(run),
+            run.name, run.method_title, tiles_of(run), main, groups, groups.pop(OTHERS, []),
+            constants_of(run),
             _samples(run), figures, tables,
         )  # fmt: skip
 
@@ -145,22 +143,26 @@ def _samples(run: RunRecords) -> list[dict[str, Any]]:
         {
             "title": names.get(at, "Middle" if len(tables) > 1 else "Samples"),
             "step": tables[at][0],
-            "rows": [_sample(row) for row in tables[at][1][:_ROWS]],
+            "rows": _sample_rows(tables[at][1][:_ROWS]),
             "more": max(0, len(tables[at][1]) - _ROWS),
         }
         for at in chosen
     ]
 
 
-def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    score, tokens = number(row.get("score")), number(row.get("tokens"))
-    return {
-        "prompt": _cut(_as_text(row.get("prompt"))),
-        "response": _cut(_as_text(row.get("response"))),
-        "score": "" if score is None else shown(score),
-        "tokens": "" if tokens is None else f"{tokens:g}",
-        "ended": row.get("ended"),
-    }
+def _sample_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    scores = [number(row.get("score")) for row in rows]
+    whole = all(score is None or (math.isfinite(score) and score % 1 == 0) for score in scores)
+    return [
+        {
+            "prompt": _cut(_as_text(row.get("prompt"))),
+            "response": _cut(_as_text(row.get("response"))),
+            "score": "" if score is None else f"{score:.0f}" if whole else f"{score:.3f}",
+            "tokens": _cell(row.get("tokens")) if "tokens" in row else "",
+            "ended": row.get("ended"),
+        }
+        for row, score in zip(rows, scores, strict=True)
+    ]
 
 
 def _as_text(value: Any) -> str:
@@ -188,9 +190,8 @@ def _evaluation(run: RunRecords) -> tuple[list[tuple[str, str]], list[dict[str, 
         table = _table(run, name, value)
         if table is not None:
             tables.append(table)
-        elif (found := number(value)) is not None:
-            shows = f"{value:,}" if isinstance(value, int) else shown(found)
-            figures.append((name, shows))
+        elif number(value) is not None:
+            figures.append((name, _cell(value)))
         else:
             figures.append((name, _short(value)))
     return figures, tables
@@ -242,7 +243,9 @@ def _cell(value: Any) -> str:
     found = number(value)
     if found is None:
         return _short(value)
-    return f"{value:,}" if isinstance(value, int) else shown(found)
+    # As many decimals as above and below it, so that columns align.
+    fixed = found == 0 or 1e-3 <= abs(found) < 1e4
+    return f"{value:,}" if isinstance(value, int) else f"{found:.4f}" if fixed else shown(found)
 
 
 def _short(value: Any) -> str:

@@ -142,9 +142,10 @@ def overfitting(run: RunRecords) -> Finding | None:
         return None
     accuracy = run.evaluated("accuracy")
     still = len(accuracy) == len(held_out) and accuracy.values[-1] > accuracy.values[best]
+    then, now = shown(float(before.mean())), shown(float(after.mean()))
     evidence = (
         f"held-out loss {shown(low)} at step {held_out.steps[best]}, {shown(last)} at the end; "
-        f"training loss {shown(float(before.mean()))} there, {shown(float(after.mean()))} at the end"
+        f"training loss {then} there, {now} at the end"
     )
     if still:
         evidence += (

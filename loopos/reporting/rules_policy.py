@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from loopos.reporting.findings import MIN_STEPS, Ends, Finding, Rule, ends, first_step, shown
+from loopos.reporting.findings import MIN_STEPS, Finding, Rule, ends, first_step, shown
 from loopos.reporting.records import Array, RunRecords, Series, number
 
 __all__ = ["RULES"]
@@ -137,7 +137,8 @@ def same_responses(run: RunRecords) -> Finding | None:
     common = max(set(texts), key=texts.count)
     return Finding(
         "same_responses", not _solved(run), run.name, "Different prompts get the same response.",
-        f"{distinct} different responses to {len(prompts)} prompts; {texts.count(common)} of "
+        f"{distinct} different response{'s' if distinct > 1 else ''} to {len(prompts)} prompts; "
+        f"{texts.count(common)} of "
         f"{len(rows)} are {_quoted(common)}", (step,),
         "Look at what the reward gives for this text; then raise training.kl_coefficient, and "
         "lower the learning rate.",
@@ -186,7 +187,8 @@ def never_ends(run: RunRecords) -> Finding | None:
         "responses; name its end in training.stop_ids; set missing_eos_penalty."
     )
     return Finding(
-        "never_ends", (unlearnt or asked) and not _solved(run), run.name, "Responses do not end, they are cut.",
+        "never_ends", (unlearnt or asked) and not _solved(run), run.name,
+        "Responses do not end, they are cut.",
         f"share of responses with a stop token {found}",
         first_step(series, series.values <= ENDED), advice,
     )  # fmt: skip

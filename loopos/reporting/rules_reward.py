@@ -74,8 +74,8 @@ def follows_length(run: RunRecords) -> Finding | None:
         "score_follows_length", True, run.name, "The scores follow the length of the responses.",
         f"correlation of score and length {shown(correlation)} over {_count(figures)} held-out "
         "pairs", (),
-        "Balance the lengths of chosen and rejected responses, or let a second reward with a weight "
-        "of its own cost what is too long.",
+        "Balance the lengths of chosen and rejected responses, or let a second reward, with a "
+        "weight of its own, cost what is too long.",
     )  # fmt: skip
 
 
