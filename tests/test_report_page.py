@@ -217,7 +217,9 @@ def test_smoothing_is_a_centred_mean():
     spike = np.zeros(100)
     spike[50] = 9.0
     calm = smoothed(Series(np.arange(100), spike)).values
-    np.testing.assert_allclose(calm[44:57] * 25 / 9, [0, 0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(
+        calm[44:57] * 25 / 9, [0, 0, 1, 2, 3, 4, 5, 4, 3, 2, 1, 0, 0], atol=1e-9
+    )
     assert len(smoothed(Series(np.arange(19), np.ones(19)))) == 0
 
 

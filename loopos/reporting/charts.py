@@ -99,7 +99,8 @@ def chart(
         _path(held_out, x_scale, y_scale), _dots(held_out, x_scale, y_scale),
         [Tick(round(100 * float(x_scale.place(t)), 2), label(t))
          for t in ticks(x_scale.low, x_scale.high, 10 if large else 4, whole=True)],
-        [Tick(round(100 - 100 * float(y_scale.place(t)), 2), label(t)) for t in y_scale.ticks(6 if large else 3)],
+        [Tick(round(100 - 100 * float(y_scale.place(t)), 2), label(t))
+         for t in y_scale.ticks(6 if large else 3)],
         json.dumps(data, separators=(",", ":")),
         shown(float(train.values[-1])) if len(train) else "",
         shown(float(held_out.values[-1])) if len(held_out) else "",

@@ -77,6 +77,8 @@ class RunRecords:
         Empty where there is none. `state` is that of the newest checkpoint.
     torn : list of str
         Files whose last line was cut short, as in a run that was killed.
+    damaged : list of str
+        What is wrong with the newest checkpoints; `state` is then that of one before them.
     finished : bool
         Whether its model was saved.
     labels : list of str
@@ -95,6 +97,7 @@ class RunRecords:
     evaluation: dict[str, Any] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
     torn: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
     finished: bool = False
     labels: list[str] = field(default_factory=list)
     parts: list[RunRecords] = field(default_factory=list)
@@ -247,6 +250,7 @@ def _within(directory: Path) -> list[Path]:
 
 def _read(directory: Path, name: str, parts: Sequence[RunRecords]) -> RunRecords:
     torn: list[str] = []
+    damaged: list[str] = []
     metrics = directory / "metrics.jsonl"
     records = _metrics(metrics, torn) if metrics.is_file() else []
     samples = directory / "samples.jsonl"
@@ -259,8 +263,9 @@ def _read(directory: Path, name: str, parts: Sequence[RunRecords]) -> RunRecords
         _json(directory / "config.json"),
         _json(directory / "data_report.json"),
         _json(directory / "evaluation.json"),
-        _state(directory / "checkpoints"),
+        _state(directory / "checkpoints", damaged),
         torn,
+        damaged,
         (directory / "model").is_dir(),
         [str(name) for name in _json(directory / "model" / "classifier.json").get("labels") or ()],
         list(parts),
@@ -271,11 +276,13 @@ def _json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _state(checkpoints: Path) -> dict[str, Any]:
-    """Return the state of the newest checkpoint, without checking its arrays."""
+def _state(checkpoints: Path, damaged: list[str]) -> dict[str, Any]:
+    """Return the state of the newest checkpoint that has one, without checking its arrays."""
     for path in list_checkpoints(checkpoints):
-        if (path / "state.json").is_file():
+        try:
             return read_json(path / "state.json")
+        except InputError as error:
+            damaged.append(str(error))
     return {}
 
 

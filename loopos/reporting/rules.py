@@ -15,13 +15,15 @@ DIVERGED = 1.1
 SPIKE_DEVIATIONS = 6.0
 #: ...and this many times as high; so many of them are too many.
 SPIKE_FACTOR = 1.5
+#: ...and at least this share of the loss at the start higher: a loss near 0 may well wobble.
+SPIKE_SHARE = 0.1
 SPIKES = 3
 #: Steps before a step that say what is usual there.
 SPIKE_WINDOW = 20
 #: A loss that fell by less than this share has not moved.
 MOVED = 0.01
-#: Steps before a loss should have moved.
-MOVED_STEPS = 20
+#: Steps before a loss should have moved, and a speed be known.
+JUDGED_STEPS = 20
 #: The held-out loss over its best, from which it is worse.
 OVERFITTED = 1.05
 #: Speed at the end over the speed at the start, below which something holds the run up.
@@ -93,21 +95,22 @@ def spikes(run: RunRecords) -> Finding | None:
 
 def _spikes(series: Series) -> Array:
     values, high = series.values, np.zeros(len(series), bool)
+    least = SPIKE_SHARE * float(np.abs(values[:SPIKE_WINDOW]).mean()) if len(series) else 0.0
     for at in range(SPIKE_WINDOW, len(series)):
         before = values[at - SPIKE_WINDOW : at]
         if not np.isfinite(before).all():
             continue
         middle = float(np.median(before))
         deviation = 1.4826 * float(np.median(np.abs(before - middle)))
-        limit = max(middle + SPIKE_DEVIATIONS * deviation, SPIKE_FACTOR * middle)
-        high[at] = middle > 0 and values[at] > limit
+        above = max(SPIKE_DEVIATIONS * deviation, (SPIKE_FACTOR - 1) * middle, least)
+        high[at] = middle > 0 and values[at] > middle + above
     return high
 
 
 def nothing_moves(run: RunRecords) -> Finding | None:
     """A loss that stays where it was: the rate is too low, or nothing in the data can be learnt."""
     series = run.series("loss")
-    found = None if _is_policy(run) or len(series) < MOVED_STEPS else ends(series)
+    found = None if _is_policy(run) or len(series) < JUDGED_STEPS else ends(series)
     if found is None or found.first <= 0:
         return None
     if not (1 - MOVED) * found.first < found.last <= DIVERGED * found.first:
@@ -126,8 +129,8 @@ def nothing_moves(run: RunRecords) -> Finding | None:
 def overfitting(run: RunRecords) -> Finding | None:
     """Held-out loss rises from its best while the training loss goes on falling.
 
-    A held-out accuracy that still rises makes it a note: the model only grows too sure of itself
-    (Guo et al. 2017).
+    A held-out accuracy that does not fall with it, but for one standard error, makes it a note:
+    the model only grows too sure of itself (Guo et al. 2017).
     """
     held_out, losses = run.evaluated("loss"), run.series("loss")
     if len(held_out) < 3 or not np.isfinite(held_out.values).all() or _is_policy(run):
@@ -141,7 +144,9 @@ def overfitting(run: RunRecords) -> Finding | None:
     if not before.size or not after.size or after.mean() >= before.mean():
         return None
     accuracy = run.evaluated("accuracy")
-    still = len(accuracy) == len(held_out) and accuracy.values[-1] > accuracy.values[best]
+    still = len(accuracy) == len(held_out) and bool(
+        accuracy.values[-1] >= accuracy.values[best] - _standard_error(run)
+    )
     then, now = shown(float(before.mean())), shown(float(after.mean()))
     evidence = (
         f"held-out loss {shown(low)} at step {held_out.steps[best]}, {shown(last)} at the end; "
@@ -149,8 +154,8 @@ def overfitting(run: RunRecords) -> Finding | None:
     )
     if still:
         evidence += (
-            f"; held-out accuracy still rose, {shown(float(accuracy.values[best]))} to "
-            f"{shown(float(accuracy.values[-1]))}"
+            f"; held-out accuracy held, {shown(float(accuracy.values[best]))} to "
+            f"{shown(float(accuracy.values[-1]))} (noise {shown(_standard_error(run))})"
         )
     return Finding(
         "overfitting", not still, run.name, "The model learns the training data by heart.",
@@ -160,11 +165,17 @@ def overfitting(run: RunRecords) -> Finding | None:
     )  # fmt: skip
 
 
+def _standard_error(run: RunRecords) -> float:
+    """Return that of a held-out accuracy; 0 where it is not known over how many rows it is."""
+    counts = run.evaluated("count").values
+    return float(0.5 / np.sqrt(counts[-1])) if counts.size and counts[-1] > 0 else 0.0
+
+
 def slows_down(run: RunRecords) -> Finding | None:
     """Tokens per second fall to half: the machine is shared, out of memory, or waits for data."""
     series = run.series("tokens_per_s")
     found = ends(Series(series.steps[1:], series.values[1:]))  # the first step warms up
-    if found is None or found.first <= 0:
+    if found is None or len(series) < JUDGED_STEPS or found.first <= 0:
         return None
     start, end = float(np.median(found.start)), float(np.median(found.end))
     if end >= SLOWER * start:
@@ -228,6 +239,20 @@ def unfinished(run: RunRecords) -> Finding | None:
     )  # fmt: skip
 
 
+def damaged_checkpoint(run: RunRecords) -> Finding | None:
+    """A checkpoint that cannot be read: as they are written whole, a disk or a copy is at fault.
+
+    Its state was not used; ``--resume`` takes the one before it.
+    """
+    if not run.damaged:
+        return None
+    return Finding(
+        "damaged_checkpoint", False, run.name, "A checkpoint cannot be read.",
+        "; ".join(run.damaged), (),
+        "Look after the disk; --resume goes on from the newest checkpoint that is whole.",
+    )  # fmt: skip
+
+
 def _is_policy(run: RunRecords) -> bool:
     return "reward/score" in run.figures
 
@@ -253,4 +278,5 @@ RULES: tuple[Rule, ...] = (
     rows_left_out,
     slows_down,
     unfinished,
+    damaged_checkpoint,
 )
