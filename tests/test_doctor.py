@@ -207,7 +207,7 @@ def test_what_resembles_a_fault_and_is_none(tmp_path):
     # The held-out loss is a little worse than its best.
     flat = fitted(tmp_path / "d", losses([1.4, 1.0, 1.02]))
     # A loss near 0 wobbles by what is much of itself, and little of what it was.
-    low = np.where(np.arange(STEPS) % 12 == 11, 0.3, 3 * 0.7 ** np.arange(STEPS) + 0.02)
+    low = np.where(np.arange(STEPS) % 12 == 11, 0.3, 6 * 0.9 ** np.arange(STEPS) + 0.02)
     near = fitted(tmp_path / "e", loss=low)
     # Of 25 rows, 0.76 and 0.8 are the same accuracy: a note at the most.
     rows = losses([1.4, 1.0, 1.2], accuracy=[0.5, 0.8, 0.76], count=[25, 25, 25])
@@ -224,6 +224,9 @@ def test_a_task_that_is_solved_is_not_a_collapse(tmp_path):
     found = diagnose(read_run(policy(tmp_path / "run", samples(response="5 5 5"), **figures)))
     assert [f.rule for f in found.findings] == ["entropy_collapse", "same_responses", "never_ends"]
     assert found.healthy
+    judged(tmp_path / "run" / "reward_model")  # of a reward model's scores there is no highest
+    rules = [f.rule for f in diagnose(read_run(tmp_path / "run")).problems]
+    assert rules == ["entropy_collapse", "same_responses", "never_ends", "dead_critic"]
 
 
 def test_a_healthy_verdict_names_what_was_looked_at(tmp_path):

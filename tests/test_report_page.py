@@ -204,7 +204,7 @@ def test_rounds_come_in_their_order(tmp_path):
 def test_ticks_are_round():
     assert ticks(0, 1, 4) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(0.13, 0.87, 3) == [0.2, 0.4, 0.6, 0.8]
-    assert ticks(1, 60, 4, whole=True) == [10.0, 20.0, 30.0, 40.0, 50.0, 60.0]
+    assert ticks(1, 60, 4, whole=True) == [20.0, 40.0, 60.0]
     assert ticks(1, 3, 5, whole=True) == [1.0, 2.0, 3.0]
     assert ticks(-3, 1e-9, 3) == [-3.0, -2.0, -1.0, 0.0]
     assert [label(v) for v in (0, 0.5, 20, 1e4, 2.5e6, 1e-4, 3e9, -2e4, 1e12)] == [

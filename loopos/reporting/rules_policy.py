@@ -14,7 +14,7 @@ __all__ = ["RULES"]
 #: Nats a response. A policy of 1B over-optimises at 50 to 85 (Huang et al. 2024, figure 10).
 KL_LIMIT = 50.0
 #: A step's KL over the mean of so many steps before it, and by how many nats, is a jump.
-KL_JUMP, KL_JUMP_NATS, KL_WINDOW = 4.0, 5.0, 10
+KL_JUMP, KL_JUMP_NATS, KL_WINDOW = 4.0, 10.0, 10
 #: Entropy in nats a token below which a policy says one thing; and its share of the start's.
 ENTROPY_LOW, ENTROPY_SHARE = 0.05, 0.1
 #: Share of different responses in a table of samples, of two prompts or more.
@@ -39,7 +39,7 @@ APPROX_KL_STILL = 1e-6
 #: Growth of responses, and correlation of score and length, which together are suspicious.
 LONGER, LENGTH_CORRELATION = 1.5, 0.5
 #: Of the score's rise: how far it may stay from its highest, and vary, where a task is solved.
-SOLVED = 0.03
+SOLVED = 0.1
 #: Steps that such a correlation, and progress, are judged by.
 JUDGED_STEPS = 20
 
@@ -337,7 +337,13 @@ def held_out_falls(run: RunRecords) -> Finding | None:
 
 
 def _solved(run: RunRecords) -> bool:
-    """Whether the score has risen to its highest and stays there, as only a solved task's does."""
+    """Whether the score has risen to its highest and stays there: the task may be solved.
+
+    Never against a reward model, whose scores have no highest: there a policy that stays where it
+    is has found what the model is wrong about.
+    """
+    if run.method == "rlhf" or any(part.name == "reward_model" for part in run.parts):
+        return False
     series = run.series("reward/score")
     found = ends(series)
     if found is None or not found.last - found.first > 2 * found.noise:
