@@ -13,7 +13,7 @@ import pytest
 from loopos.errors import NumericalError
 from loopos.methods.ppo import PPOTrainer
 from loopos.models.transformer import Transformer, TransformerConfig
-from loopos.reporting import diagnose, read_run
+from loopos.reporting import diagnose, read_run, report_page
 from loopos.reporting.doctor import RULES
 from loopos.reporting.findings import ends, shown
 from loopos.reporting.records import Series
@@ -241,6 +241,17 @@ def test_a_healthy_verdict_names_what_was_looked_at(tmp_path):
     assert few.looked_at["loss"] == "2 -> 1.9"
 
 
+@pytest.mark.parametrize("kind", HEALTHY)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300, 3e38])
+def test_no_figure_breaks_a_rule(kind, value, tmp_path):
+    run = read_run(HEALTHY[kind](tmp_path / "run"))
+    for number, record in enumerate(run.steps):
+        record.update((name, value) for name in run.figures if number % 3)
+    found = diagnose(run)
+    assert ("not_finite" in [f.rule for f in found.problems]) is not (value == 3e38)
+    assert "<figure" in report_page(run)
+
+
 def test_parts_of_a_run_are_judged_too(tmp_path):
     run = policy(tmp_path / "run")
     judged(run / "reward_model", accuracy=0.5, longer_accuracy=0.5)
@@ -253,7 +264,6 @@ def test_ends_of_a_series():
     assert (found.first, found.last, found.noise) == (1.0, 5.0, 0.0)
     assert str(found) == "1 (steps 1 to 4) -> 5 (steps 17 to 20)"
     assert ends(Series(np.arange(9), np.ones(9))) is None
-    assert ends(Series(np.arange(10), at(10, np.inf, np.ones(10)))) is None
     assert [shown(v) for v in (0.0, 1.0, 0.12345, -1234.5, 1e-5, 3e7, float("nan"))] == [
         "0", "1", "0.1235", "-1,234", "1e-05", "3e+07", "nan"]  # fmt: skip
 

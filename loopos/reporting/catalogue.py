@@ -100,7 +100,7 @@ def constants_of(run: RunRecords) -> dict[str, str]:
     found = {}
     for name in run.figures:
         values = run.series(name).values
-        if np.isfinite(values).all() and np.ptp(values) == 0:
+        if values.size == len(run.steps) and np.ptp(values) == 0:
             said = titles.get(name, name)
             found[said if said[:2].isupper() else said[0].lower() + said[1:]] = shown(
                 float(values[0])

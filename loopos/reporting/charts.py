@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from loopos.reporting.findings import shown
 from loopos.reporting.records import Array, RunRecords, Series
 
-__all__ = ["HEIGHT", "WIDTH", "Chart", "Tick", "chart", "label", "smoothed", "thinned", "ticks"]
+__all__ = ["HEIGHT", "WIDTH", "Chart", "Tick", "chart", "labels", "smoothed", "thinned", "ticks"]
 
 #: Of the coordinates; the page stretches them to its own size.
 WIDTH, HEIGHT = 1000, 400
@@ -20,6 +21,8 @@ WIDTH, HEIGHT = 1000, 400
 MOST_POINTS = 800
 #: A curve is smoothed from so many points on, over this share of them.
 SMOOTHED_FROM, SMOOTHED_SHARE = 20, 0.08
+#: What was set, not measured: it has no noise.
+_GIVEN = ("learning_rate", "kl/coefficient")
 #: From this ratio of the largest value to the middle one on, the scale is logarithmic.
 LOGARITHMIC = 50.0
 
@@ -75,7 +78,7 @@ def chart(
     None where there is nothing to see: no value, or one value throughout. A large one has room for
     more ticks.
     """
-    train, held_out = _finite(run.series(name)), _finite(run.evaluated(name))
+    train, held_out = run.series(name), run.evaluated(name)
     every = np.concatenate([train.values, held_out.values])
     steps = np.concatenate([train.steps, held_out.steps])
     if every.size < 2 or np.ptp(every) == 0 or np.ptp(steps) == 0:
@@ -83,7 +86,8 @@ def chart(
     log = _wants_log(every)
     x_scale = _Scale(float(steps.min()), float(steps.max()), False)
     y_scale = _y_scale(every, log)
-    drawn, calm = thinned(train), thinned(smoothed(train), extremes=False)
+    noisy = train if name not in _GIVEN else Series(train.steps[:0], train.values[:0])
+    drawn, calm = thinned(train), thinned(smoothed(noisy), extremes=False)
     data = {
         kind: {
             "step": series.steps.tolist(),
@@ -97,15 +101,20 @@ def chart(
         name, title, unit,
         _path(drawn, x_scale, y_scale), _path(calm, x_scale, y_scale),
         _path(held_out, x_scale, y_scale), _dots(held_out, x_scale, y_scale),
-        [Tick(round(100 * float(x_scale.place(t)), 2), label(t))
-         for t in ticks(x_scale.low, x_scale.high, 10 if large else 4, whole=True)],
-        [Tick(round(100 - 100 * float(y_scale.place(t)), 2), label(t))
-         for t in y_scale.ticks(6 if large else 3)],
+        _ticks(x_scale, ticks(x_scale.low, x_scale.high, 10 if large else 4, whole=True)),
+        [Tick(round(100 - tick.place, 2), tick.label)
+         for tick in _ticks(y_scale, y_scale.ticks(6 if large else 3))],
         json.dumps(data, separators=(",", ":")),
         shown(float(train.values[-1])) if len(train) else "",
         shown(float(held_out.values[-1])) if len(held_out) else "",
         int(every.size), log,
     )  # fmt: skip
+
+
+def _ticks(scale: _Scale, values: list[float]) -> list[Tick]:
+    said = [label(value) for value in values] if scale.log else labels(values)
+    places = np.round(100 * scale.place(values), 2).tolist()
+    return [Tick(place, text) for place, text in zip(places, said, strict=True)]
 
 
 # -- what is drawn -----------------------------------------------------------------------------
@@ -143,11 +152,6 @@ def thinned(series: Series, most: int = MOST_POINTS, extremes: bool = True) -> S
         ]  # fmt: skip
     chosen = np.unique(kept)
     return Series(series.steps[chosen], series.values[chosen])
-
-
-def _finite(series: Series) -> Series:
-    fine = np.isfinite(series.values)
-    return Series(series.steps[fine], series.values[fine])
 
 
 def _path(series: Series, x: _Scale, y: _Scale) -> str:
@@ -220,13 +224,20 @@ def ticks(low: float, high: float, about: int, whole: bool = False) -> list[floa
     return [float(f"{n * step:.12g}") for n in range(first, last + 1)]
 
 
+def labels(values: Sequence[float]) -> list[str]:
+    """Return the labels of the ticks of one axis, all written in one way."""
+    most = max(map(abs, values), default=0.0)
+    for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if 10 * limit <= most < 1e4 * limit:
+            return [f"{value / limit:g}{letter}" if value else "0" for value in values]
+    if 1e-3 <= most < 1e4:
+        return [np.format_float_positional(value, trim="-", precision=12) for value in values]
+    return [label(value) for value in values]
+
+
 def label(value: float) -> str:
-    """Return the label of a tick."""
-    size = abs(value)
-    if size >= 1e4 or 0 < size < 1e-3:
-        for limit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if limit <= size < 1e3 * limit:
-                return f"{value / limit:g}{letter}"
-        mantissa, _, power = f"{value:.3e}".partition("e")
-        return f"{float(mantissa):g}e{int(power)}"
-    return f"{value:g}"
+    """Return a round number by itself: plain, or with a power of ten."""
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:g}"
+    mantissa, _, power = f"{value:.3e}".partition("e")
+    return f"{float(mantissa):g}e{int(power)}"

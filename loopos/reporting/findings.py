@@ -92,13 +92,11 @@ class Ends:
 
 
 def ends(series: Series) -> Ends | None:
-    """Return both ends of a series; None where it is too short, or not finite there."""
+    """Return both ends of a series; None where it is too short."""
     if len(series) < MIN_STEPS:
         return None
     count = max(3, round(END_SHARE * len(series)))
     start, end = series.values[:count], series.values[-count:]
-    if not (np.isfinite(start).all() and np.isfinite(end).all()):
-        return None
     steps = series.steps
     return Ends(
         start,

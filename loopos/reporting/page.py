@@ -13,7 +13,7 @@ from typing import Any
 from loopos.errors import OutputError
 from loopos.files import ASSETS, atomic_write_text, read_text
 from loopos.reporting.catalogue import OTHERS, charts_of, constants_of, main_chart, tiles_of
-from loopos.reporting.charts import HEIGHT, SMOOTHED_FROM, SMOOTHED_SHARE, WIDTH, Chart
+from loopos.reporting.charts import HEIGHT, SMOOTHED_SHARE, WIDTH, Chart
 from loopos.reporting.doctor import diagnose
 from loopos.reporting.findings import shown
 from loopos.reporting.records import RunRecords, number, read_run
@@ -74,7 +74,6 @@ def report_page(run: RunRecords) -> str:
         machine=_machine(run),
         version=__version__,
         smooth_share=SMOOTHED_SHARE,
-        smooth_from=SMOOTHED_FROM,
         width=WIDTH,
         height=HEIGHT,
     )

@@ -34,6 +34,8 @@ _METHODS = {
     "rlhf": "RLHF: reward model and PPO",
     "sft": "Supervised fine-tuning",
 }
+#: Of float32, in which runs compute: beyond it a figure is as good as infinite.
+_LARGEST = float(np.finfo(np.float32).max)
 #: A run that was not begun from a configuration is known by a figure that only its method has.
 _KNOWN_BY = {
     "value/explained_variance": "ppo",
@@ -50,7 +52,7 @@ class Series:
     ----------
     steps : ndarray of int [n]
     values : ndarray of float64 [n]
-        Perhaps not finite.
+        Finite: what is not is a matter of `RunRecords.not_finite`.
     """
 
     steps: Array
@@ -165,7 +167,19 @@ class RunRecords:
 
     def series(self, name: str) -> Series:
         """Return a figure of the steps; empty where no step has it."""
-        return _series((record["step"], record.get(name)) for record in self.steps)
+        if name not in self._known:  # every rule asks, and there may be many steps
+            pairs = ((record["step"], record.get(name)) for record in self.steps)
+            self._known[name] = _series(pairs)
+        return self._known[name]
+
+    def not_finite(self, name: str) -> list[int]:
+        """Return the steps at which a figure is NaN, or beyond what float32 holds."""
+        values = ((record["step"], number(record.get(name))) for record in self.steps)
+        return [step for step, value in values if value is not None and not _fits(value)]
+
+    @cached_property
+    def _known(self) -> dict[str, Series]:
+        return {}
 
     def evaluated(self, name: str) -> Series:
         """Return a figure of the evaluations."""
@@ -195,13 +209,18 @@ def number(value: Any) -> float | None:
         return math.copysign(math.inf, value)
 
 
+def _fits(value: float) -> bool:
+    return abs(value) <= _LARGEST  # false of NaN too
+
+
 def _section(value: Mapping[str, Any], name: str) -> dict[str, Any]:
     found = value.get(name)
     return found if isinstance(found, dict) else {}
 
 
 def _series(pairs: Any) -> Series:
-    kept = [(step, found) for step, value in pairs if (found := number(value)) is not None]
+    numbers = ((step, number(value)) for step, value in pairs)
+    kept = [(step, v) for step, v in numbers if v is not None and _fits(v)]
     steps, values = zip(*kept, strict=True) if kept else ((), ())
     return Series(np.array(steps, np.int64), np.array(values, np.float64))
 

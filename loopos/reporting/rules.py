@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from loopos.reporting.findings import MIN_STEPS, Finding, Rule, ends, first_step, shown
 from loopos.reporting.records import Array, RunRecords, Series, number
@@ -39,12 +40,7 @@ def not_finite(run: RunRecords) -> Finding | None:
     Numbers beyond float32 come of steps that are too large far more often than of a fault in the
     data: the remedy that every training guide begins with is a lower rate.
     """
-    bad: dict[str, int] = {}
-    for name in run.figures:
-        series = run.series(name)
-        wrong = ~np.isfinite(series.values)
-        if wrong.any():
-            bad[name] = int(series.steps[wrong][0])
+    bad = {name: steps[0] for name in run.figures if (steps := run.not_finite(name))}
     if not bad:
         return None
     name, step = min(bad.items(), key=lambda item: item[1])
@@ -96,14 +92,14 @@ def spikes(run: RunRecords) -> Finding | None:
 def _spikes(series: Series) -> Array:
     values, high = series.values, np.zeros(len(series), bool)
     least = SPIKE_SHARE * float(np.abs(values[:SPIKE_WINDOW]).mean()) if len(series) else 0.0
-    for at in range(SPIKE_WINDOW, len(series)):
-        before = values[at - SPIKE_WINDOW : at]
-        if not np.isfinite(before).all():
-            continue
-        middle = float(np.median(before))
-        deviation = 1.4826 * float(np.median(np.abs(before - middle)))
-        above = max(SPIKE_DEVIATIONS * deviation, (SPIKE_FACTOR - 1) * middle, least)
-        high[at] = middle > 0 and values[at] > middle + above
+    if len(series) <= SPIKE_WINDOW:
+        return high
+    before = sliding_window_view(values[:-1], SPIKE_WINDOW)
+    middle = np.median(before, axis=1)
+    deviation = 1.4826 * np.median(np.abs(before - middle[:, None]), axis=1)
+    above = np.maximum(SPIKE_DEVIATIONS * deviation, (SPIKE_FACTOR - 1) * middle)
+    above = np.maximum(above, least)
+    high[SPIKE_WINDOW:] = (middle > 0) & (values[SPIKE_WINDOW:] > middle + above)
     return high
 
 
@@ -133,7 +129,7 @@ def overfitting(run: RunRecords) -> Finding | None:
     the model only grows too sure of itself (Guo et al. 2017).
     """
     held_out, losses = run.evaluated("loss"), run.series("loss")
-    if len(held_out) < 3 or not np.isfinite(held_out.values).all() or _is_policy(run):
+    if len(held_out) < 3 or _is_policy(run):
         return None
     best = int(held_out.values.argmin())
     low, last = float(held_out.values[best]), float(held_out.values[-1])
@@ -158,7 +154,9 @@ def overfitting(run: RunRecords) -> Finding | None:
             f"{shown(float(accuracy.values[-1]))} (noise {shown(_standard_error(run))})"
         )
     return Finding(
-        "overfitting", not still, run.name, "The model learns the training data by heart.",
+        "overfitting", not still, run.name,
+        "The model grows surer than it is right." if still
+        else "The model learns the training data by heart.",
         evidence, (int(held_out.steps[best]), int(held_out.steps[-1])),
         "Train for fewer epochs or set training.early_stopping_patience; more data, dropout or "
         "weight_decay help. The model that was saved is that of the best evaluation.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from loopos.reporting.findings import MIN_STEPS, Finding, Rule, ends, first_step, shown
 from loopos.reporting.records import Array, RunRecords, Series, number
@@ -87,9 +88,9 @@ def kl_jumps(run: RunRecords) -> Finding | None:
     """KL that multiplies within a step or two: an update went too far, and was not undone."""
     series = run.series("kl/mean")
     values, high = series.values, np.zeros(len(series), bool)
-    for at in range(KL_WINDOW, len(series)):
-        before = float(values[at - KL_WINDOW : at].mean())
-        high[at] = values[at] > max(KL_JUMP * before, before + KL_JUMP_NATS)
+    if len(series) > KL_WINDOW:
+        before = sliding_window_view(values[:-1], KL_WINDOW).mean(axis=1)
+        high[KL_WINDOW:] = values[KL_WINDOW:] > np.maximum(KL_JUMP * before, before + KL_JUMP_NATS)
     if not high.any():
         return None
     at = int(high.argmax())
@@ -236,7 +237,7 @@ def updates_too_large(run: RunRecords) -> Finding | None:
         if len(series) >= MIN_STEPS and above.mean() > LARGE_SHARE:
             evidence.append(
                 f"{name} above {limit:g} in {int(above.sum())} of {len(series)} steps, "
-                f"up to {shown(float(np.nanmax(series.values)))}"
+                f"up to {shown(float(series.values.max()))}"
             )
             steps += first_step(series, above)
     series = run.series("ppo/approx_kl")
@@ -349,7 +350,7 @@ def _solved(run: RunRecords) -> bool:
     if found is None or not found.last - found.first > 2 * found.noise:
         return False
     slack = SOLVED * (found.last - found.first)
-    return bool(found.end.std() <= slack and found.last >= np.nanmax(series.values) - slack)
+    return bool(found.end.std() <= slack and found.last >= series.values.max() - slack)
 
 
 def _kl_cost(run: RunRecords) -> str:
