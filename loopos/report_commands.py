@@ -25,10 +25,10 @@ def report(
         Path | None, typer.Option("--output", metavar="FILE", help="[RUN/report.html]")
     ] = None,
 ) -> None:
-    """Write a page of a run: curves, samples, figures, data, configuration.
+    """Write a page of a run, with curves and samples.
 
-    One HTML file that needs nothing else, for any browser. A run that still goes on, or was
-    killed, has its page too.
+    One HTML file that needs nothing else, for any browser: what the doctor says, curves, samples,
+    figures, data, configuration. A run that still goes on, or was killed, has its page too.
     """
     from loopos.reporting import write_report
 
@@ -39,9 +39,10 @@ def doctor(
     run: Annotated[Path, _RUN],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say in plain words what is wrong with a run, and what to change.
+    """Say what is wrong with a run, if anything.
 
-    Exits with 0 when nothing is wrong (notes apart), 1 when something is, 2 when RUN is no run.
+    In plain words, with the figures and steps that show it, and what to change. Exits with 0 when
+    nothing is wrong (notes apart), 1 when something is, 2 when RUN is no run.
     """
     from loopos.reporting import diagnose, read_run
 

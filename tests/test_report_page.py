@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from loopos.errors import OutputError
+from loopos.errors import InputError, OutputError
 from loopos.reporting import read_run, report_page, write_report
 from loopos.reporting.charts import chart, labels, smoothed, thinned, ticks
 from loopos.reporting.records import Series
@@ -173,11 +173,24 @@ def test_a_run_that_was_killed_has_a_page(tmp_path):
     run = read_run(write(tmp_path / "run", text='{"step": 41, "lo', samples=False))
     assert run.torn == ["metrics.jsonl"]
     assert run.last_step == STEPS
+    assert "metrics.jsonl ends in half a line" in report_page(run)
     assert "<h2>Samples</h2>" not in report_page(run)
     (tmp_path / "run" / "samples.jsonl").write_bytes('{"step": 1}\n{"prompt": "é'.encode()[:-1])
     again = read_run(tmp_path / "run")
     assert again.torn == ["metrics.jsonl", "samples.jsonl"]
     assert len(again.samples) == 1
+
+
+def test_a_run_that_trains_its_reward_model_first(tmp_path):
+    run = write(tmp_path / "runs" / "run")
+    (run / "metrics.jsonl").unlink()
+    (run / "config.json").unlink()
+    page = report_page(read_run(run))
+    assert re.findall(r'data-part="([^"]*)"', page) == ["reward_model"]
+    with pytest.raises(
+        InputError, match=r"runs: is not a run directory \(metrics.jsonl is missing"
+    ):
+        read_run(tmp_path / "runs")
 
 
 def test_where_it_is_written(tmp_path):

@@ -95,6 +95,7 @@ def _progress(run: RunRecords) -> str:
         said.append("finished")
     elif run.ended_early:
         said.append("ended by itself before its last step")
+    said += [f"{name} ends in half a line" for name in run.torn]
     if metrics.is_file():
         when = datetime.fromtimestamp(metrics.stat().st_mtime).astimezone()
         said.append(f"last record {when:%Y-%m-%d %H:%M %Z}")

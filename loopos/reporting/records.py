@@ -250,7 +250,9 @@ def read_run(directory: str | Path) -> RunRecords:
     if not directory.is_dir():
         raise InputError(f"{directory}: is a file; expected a run directory")
     parts = [_read(path.parent, path.parent.name, []) for path in _within(directory)]
-    if not (directory / "metrics.jsonl").is_file() and not parts:
+    # An RLHF run has a reward model before it has steps of its own; a folder of runs is no run.
+    begun = parts and ((directory / "config.json").is_file() or parts[0].name == "reward_model")
+    if not (directory / "metrics.jsonl").is_file() and not begun:
         raise InputError(f"{directory}: is not a run directory (metrics.jsonl is missing)")
     whole = _read(directory, "", parts)
     if not any(part.steps or part.evaluations for part in (whole, *parts)):
