@@ -12,7 +12,7 @@ from loopos.reporting.records import Array, RunRecords, Series, number
 
 __all__ = ["RULES"]
 
-#: Nats a response. A policy of 1B over-optimises at 50 to 85 (Huang et al. 2024, figure 10).
+#: Nats a response. A policy of 1B over-optimises at 50 to 85 (Huang et al. 2024).
 KL_LIMIT = 50.0
 #: A step's KL over the mean of so many steps before it, and by how many nats, is a jump.
 KL_JUMP, KL_JUMP_NATS, KL_WINDOW = 4.0, 10.0, 10
@@ -26,12 +26,12 @@ EMPTY_SHARE = 0.5
 ENDED, ENDED_ONCE = 0.02, 0.1
 #: Tokens of a response that is over as it begins, and how much longer it was.
 SHORT_TOKENS, SHORTER = 2.0, 3.0
-#: Squared log ratios: TRL and Spinning Up stop an update at 0.01 to 0.05.
+#: Half the mean squared log ratio: Spinning Up ends the updates of a step at 0.01 or 0.05.
 APPROX_KL = 0.1
 #: Of a single step: log ratios of more than 1, so probabilities e times as high or as low.
 RUIN = 1.0
 CLIP_FRACTION = 0.4
-#: A ratio from which TRL throws a batch away.
+#: A ratio from which TRL's first trainer skipped a minibatch (its ratio_threshold).
 RATIO = 10.0
 #: Share of the steps in which an update may be too large.
 LARGE_SHARE = 0.2
@@ -198,7 +198,7 @@ def never_ends(run: RunRecords) -> Finding | None:
 def dead_critic(run: RunRecords) -> Finding | None:
     """Explained variance at or below 0: the critic is no better than a constant.
 
-    Huang et al. 2022, "The 37 implementation details of PPO", name it as the figure to watch.
+    The figure is that of OpenAI's Baselines: 1 is a perfect critic, below 0 is worse than none.
     Judged over the second half, as a fresh critic begins there; not of a task that is solved,
     where returns hardly vary.
     """
@@ -221,7 +221,7 @@ def dead_critic(run: RunRecords) -> Finding | None:
 def updates_too_large(run: RunRecords) -> Finding | None:
     """Updates that leave the region in which PPO's bound means anything.
 
-    Approximate KL above 0.1 (others stop at 0.01 to 0.05), many of the tokens clipped, or ratios
+    Approximate KL above 0.1 (Spinning Up stops at 0.01 or 0.05), many of the tokens clipped, or ratios
     above 10, in more than a fifth of the steps; or a single update of more than a nat a token,
     from which no policy comes back.
     """

@@ -46,7 +46,7 @@ def weak(run: RunRecords) -> Finding | None:
 def below_length_rule(run: RunRecords) -> Finding | None:
     """Choosing by length alone is better: the scores add nothing to a ruler.
 
-    Singhal et al. 2023, "A long way to go", compare with this rule.
+    Singhal et al. 2023, "A long way to go", show how much of what reward models reward is length.
     """
     figures = _pairs(run)
     accuracy, longer = figures.get("accuracy"), figures.get("longer_accuracy")
