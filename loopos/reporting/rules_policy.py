@@ -221,9 +221,9 @@ def dead_critic(run: RunRecords) -> Finding | None:
 def updates_too_large(run: RunRecords) -> Finding | None:
     """Updates that leave the region in which PPO's bound means anything.
 
-    Approximate KL above 0.1 (Spinning Up stops at 0.01 or 0.05), many of the tokens clipped, or ratios
-    above 10, in more than a fifth of the steps; or a single update of more than a nat a token,
-    from which no policy comes back.
+    Approximate KL above 0.1 (Spinning Up stops at 0.01 or 0.05), many of the tokens clipped, or
+    ratios above 10, in more than a fifth of the steps; or a single update of more than a nat a
+    token, from which no policy comes back.
     """
     limits = {
         "ppo/approx_kl": APPROX_KL,
