@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loopos import commands, generate_commands, preview
+from loopos import commands, generate_commands, preview, report_commands
 from loopos.display import (
     open_standard_streams,
     plain,
@@ -263,6 +263,8 @@ app.command()(generate_commands.chat)
 app.command()(commands.predict)
 app.command()(commands.evaluate)
 app.command()(commands.merge)
+app.command()(report_commands.report)
+app.command()(report_commands.doctor)
 app.command()(commands.configs)
 app.command()(commands.info)
 app.add_typer(commands.tokenizer, name="tokenizer")

@@ -1,0 +1,114 @@
+"""What can be wrong with a reward model, by its held-out pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from loopos.reporting.findings import Finding, Rule, shown
+from loopos.reporting.records import RunRecords, number
+
+__all__ = ["RULES"]
+
+#: Held-out accuracy below which a reward model says next to nothing. The weakest published one for
+#: TL;DR (Huang et al. 2024) has 0.628.
+WEAK = 0.55
+#: Standard errors above one half that an accuracy must be to be no chance.
+STANDARD_ERRORS = 2.0
+#: A quarter of the variance of scores is then that of lengths.
+LENGTH_CORRELATION = 0.5
+#: Mean distance of confidence and accuracy (Guo et al. 2017), and pairs that can tell it.
+CALIBRATION = 0.1
+CALIBRATION_PAIRS = 100
+
+
+def weak(run: RunRecords) -> Finding | None:
+    """Held-out accuracy near one half: PPO would climb what is noise.
+
+    The standard error of a share is that of tossed coins, ``sqrt(0.25 / n)``.
+    """
+    figures = _pairs(run)
+    accuracy, count = figures.get("accuracy"), int(figures.get("count") or 0)
+    if accuracy is None or not count:
+        return None
+    chance = 0.5 + STANDARD_ERRORS * math.sqrt(0.25 / count)
+    if accuracy >= max(WEAK, chance):
+        return None
+    return Finding(
+        "weak_reward_model", True, run.name, "The reward model is hardly better than chance.",
+        f"{_accuracy(figures)}; chance alone gives up to {shown(chance)}, published ones have "
+        "0.63 to 0.69", (),
+        "More preferences, a larger or better pretrained body, or a higher learning rate; do not "
+        "start PPO from it." + (" More held-out pairs would tell." if chance > WEAK else ""),
+    )  # fmt: skip
+
+
+def below_length_rule(run: RunRecords) -> Finding | None:
+    """Choosing by length alone is better: the scores add nothing to a ruler.
+
+    Singhal et al. 2023, "A long way to go", show how much of what reward models reward is length.
+    """
+    figures = _pairs(run)
+    accuracy, longer = figures.get("accuracy"), figures.get("longer_accuracy")
+    if accuracy is None or longer is None or accuracy >= max(longer, 1 - longer):
+        return None
+    which = "longer" if longer >= 0.5 else "shorter"
+    return Finding(
+        "below_length_rule", True, run.name,
+        f"Choosing the {which} response does better than the reward model.",
+        f"{_accuracy(figures)}; the {which} one is right in {shown(max(longer, 1 - longer))}", (),
+        "More preferences, pairs of like length among them, or a better body.",
+    )  # fmt: skip
+
+
+def follows_length(run: RunRecords) -> Finding | None:
+    """Scores that go with length: PPO will make responses longer (or shorter) for their own sake.
+
+    Singhal et al. 2023 find most of the reward that PPO gains on such models to be length.
+    """
+    figures = _pairs(run)
+    correlation = figures.get("length_correlation")
+    if correlation is None or abs(correlation) <= LENGTH_CORRELATION:
+        return None
+    return Finding(
+        "score_follows_length", True, run.name, "The scores follow the length of the responses.",
+        f"correlation of score and length {shown(correlation)} over {_count(figures)} held-out "
+        "pairs", (),
+        "Balance the lengths of chosen and rejected responses, or let a second reward, with a "
+        "weight of its own, cost what is too long.",
+    )  # fmt: skip
+
+
+def miscalibrated(run: RunRecords) -> Finding | None:
+    """Differences of scores promise more, or less, certainty than there is."""
+    figures = _pairs(run)
+    error, count = figures.get("calibration_error"), figures.get("count") or 0
+    if error is None or error <= CALIBRATION or count < CALIBRATION_PAIRS:
+        return None
+    return Finding(
+        "miscalibrated", False, run.name, "The scores are surer than they are right, or less sure.",
+        f"calibration error {shown(error)} over {_count(figures)} held-out pairs", (),
+        "Train for one epoch only, with a lower rate, or set training.centering_coefficient to "
+        "0.01; a reward_normalisation sets the scale for PPO.",
+    )  # fmt: skip
+
+
+def _pairs(run: RunRecords) -> dict[str, float]:
+    """Return the held-out figures of pairs; empty for what is no reward model."""
+    found: Any = run.last_evaluation
+    if "longer_accuracy" not in found:
+        found = found.get("reward_model")
+    if not isinstance(found, dict) or "longer_accuracy" not in found:
+        return {}
+    return {name: value for name, v in found.items() if (value := number(v)) is not None}
+
+
+def _accuracy(figures: dict[str, float]) -> str:
+    return f"held-out accuracy {shown(figures['accuracy'])} over {_count(figures)} pairs"
+
+
+def _count(figures: dict[str, float]) -> str:
+    return f"{int(figures.get('count') or 0):,}"
+
+
+RULES: tuple[Rule, ...] = (weak, below_length_rule, follows_length, miscalibrated)
