@@ -274,7 +274,7 @@ def browse(tmp_path):
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         message = f"no browser is on this machine ({', '.join(BROWSERS)})"
-        if os.environ.get("LOOPOS_REQUIRE_PACKAGES"):
+        if os.environ.get("LOOPOS_REQUIRE_BROWSER"):
             pytest.fail(message)
         pytest.skip(message)
 
