@@ -271,12 +271,13 @@ app.add_typer(commands.tokenizer, name="tokenizer")
 class _Demo(StrEnum):
     fine_tuning = "fine_tuning"
     chain_of_thought = "chain_of_thought"
+    rlhf = "rlhf"
 
 
 @app.command()
 def demo(
     name: Annotated[
-        _Demo, typer.Argument(metavar="[NAME]", help="fine_tuning or chain_of_thought.")
+        _Demo, typer.Argument(metavar="[NAME]", help="fine_tuning, chain_of_thought or rlhf.")
     ] = _Demo.fine_tuning,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Where the run goes [outputs/demo].")
@@ -291,7 +292,12 @@ def demo(
     """
     from loopos.demo import run_demo
     from loopos.demo_reasoning import run_reasoning_demo
+    from loopos.demo_rlhf import run_rlhf_demo
 
-    chosen = run_reasoning_demo if name is _Demo.chain_of_thought else run_demo
+    chosen = {
+        _Demo.fine_tuning: run_demo,
+        _Demo.chain_of_thought: run_reasoning_demo,
+        _Demo.rlhf: run_rlhf_demo,
+    }[name]
     with _stop_on_signals() as stop:
         raise typer.Exit(chosen(output_dir, seed=seed, stop=stop))
