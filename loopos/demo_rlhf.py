@@ -43,14 +43,13 @@ __all__ = ["OPTIONS", "REWARD_OPTIONS", "Answers", "RlhfResult", "answers_of", "
 BASE = "base_model"
 TRAINING, HELD_OUT = "preferences_train.jsonl", "preferences_validation.jsonl"
 REWARD_OPTIONS = RewardOptions(
-    num_epochs=4, batch_size=16, learning_rate=5e-4, scheduler="linear", warmup_steps=20,
+    num_epochs=4, batch_size=16, learning_rate=1e-3, scheduler="linear", warmup_steps=20,
     weight_decay=0.1, max_grad_norm=1.0, dropout=True, normalise="mean_and_deviation",
 )  # fmt: skip
 OPTIONS = Options(
-    max_steps=80, batch_size=64, learning_rate=1e-4, scheduler="linear", warmup_steps=5,
-    max_grad_norm=1.0, kl_coefficient=0.3, kl_budget=15.0, ppo_epochs=4, minibatches=1,
-    max_new_tokens=40, missing_eos_penalty=1.0, reward_normalisation="mean_std",
-    critic="separate", target_kl=0.1, sample_steps=10,
+    max_steps=100, batch_size=64, learning_rate=2e-4, scheduler="linear", warmup_steps=5,
+    max_grad_norm=1.0, kl_coefficient=0.2, kl_budget=8.0, target_kl=0.1, temperature=0.8,
+    max_new_tokens=40, missing_eos_penalty=1.0, reward_normalisation="mean_std", sample_steps=20,
 )  # fmt: skip
 #: Responses to each held-out prompt, before and after.
 PER_PROMPT = 4

@@ -18,11 +18,14 @@ from loopos.demo_rlhf import (
     REWARD_OPTIONS,
     Answers,
     RlhfResult,
+    answers_of,
     distinct_pairs,
     openings,
     run_rlhf_demo,
     side_by_side,
 )
+from loopos.methods.ppo import PPOTrainer
+from loopos.methods.reinforcement import ModelReward
 from loopos.methods.reward_model import RewardTrainer
 
 ASSETS = Path(loopos.__file__).parent / "assets"
@@ -139,16 +142,19 @@ def test_what_it_saves_can_be_used_and_is_the_same_again(tmp_path, capsys):
     (first, before, after), (second, *_) = learnt
     times = dict.fromkeys(("reward_s", "ppo_s", "seconds"), 0.0)
     assert dataclasses.replace(first, **times) == dataclasses.replace(second, **times)
-    policy = loopos.load_model(tmp_path / "a" / "model")
-    tokenizer = loopos.load_tokenizer(tmp_path / "a" / "model")
-    (text,) = loopos.generate(policy, ["This film"], tokenizer=tokenizer, max_new_tokens=3)
-    assert len(text.tokens) <= 3
-    judge = RewardTrainer.load(tmp_path / "a" / "reward_model")
-    whole = [i for i, ended in enumerate(after.ended) if ended]
-    scores = judge.score([after.prompts[i] for i in whole], [after.texts[i] for i in whole])
-    assert scores.size == len(whole)
-    assert before.prompts == after.prompts
-    assert len(before.texts) == 3 * demo_rlhf.PER_PROMPT
+    saved = tmp_path / "a"
+    judge = RewardTrainer.load(saved / "reward_model")
+    tokenizer = loopos.load_tokenizer(saved / "model")
+    again = PPOTrainer(
+        loopos.load_model(saved / "model"), tokenizer, ModelReward(judge.reward_model),
+        SMALL["options"],
+    )  # fmt: skip
+    found = answers_of(again, sorted(set(after.prompts)), 1)
+    assert found.prompts == after.prompts == before.prompts
+    assert found.texts == after.texts
+    assert found.texts != before.texts
+    np.testing.assert_allclose(found.scores, after.scores, atol=1e-5)
+    assert len(found.texts) == 3 * demo_rlhf.PER_PROMPT
 
 
 def test_it_stops_when_asked(tmp_path, capsys):
