@@ -182,12 +182,12 @@ def vader_judge() -> Judge:
 def policy(seed: int, vader: bool, samples: int) -> dict[str, Any]:
     """Run the demo; judge what was written before and after."""
     with tempfile.TemporaryDirectory() as directory:
-        found = learn(Path(directory) / "run", seed)
-    assert found is not None
-    result, before, after = found
+        result = learn(Path(directory) / "run", seed)
+    assert result is not None
+    before, after = result.before, result.after
     judge, accuracy = classifier_judge(seed)
     judges = {"classifier": judge} | ({"vader": vader_judge()} if vader else {})
-    row: dict[str, Any] = dataclasses.asdict(result) | {"gain": result.gain}
+    row = {name: value for name, value in result.as_dict().items() if name != "faults"}
     row["classifier_accuracy"] = accuracy
     for name, one in judges.items():
         for when, answers in (("before", before), ("after", after)):

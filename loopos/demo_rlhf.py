@@ -10,7 +10,6 @@ the base model's scores, or when the KL leaves its budget.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shlex
 import sys
@@ -29,13 +28,14 @@ from loopos.data.tokenizer import Tokenizer, load_tokenizer
 from loopos.demo import free_directory
 from loopos.display import say
 from loopos.files import atomic_directory, builtin, locked_directory, write_json
+from loopos.methods.policy_training import Samples
 from loopos.methods.ppo import Options, PPOTrainer
 from loopos.methods.reinforcement import ModelReward
 from loopos.methods.reward_model import Options as RewardOptions
 from loopos.methods.reward_model import RewardTrainer
 from loopos.methods.rollouts import collect, segment_sums
 from loopos.models.weights import load_model
-from loopos.training.trackers import Callback, ConsoleProgress
+from loopos.training.trackers import ConsoleProgress
 
 __all__ = ["OPTIONS", "REWARD_OPTIONS", "Answers", "RlhfResult", "answers_of", "learn",
            "openings", "run_rlhf_demo"]  # fmt: skip
@@ -58,7 +58,7 @@ PROMISED, ACCURACY = 1.0, 0.6
 SHOWN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """What a policy makes of held-out prompts.
 
@@ -66,34 +66,41 @@ class Answers:
     ----------
     prompts, texts : list of str
     scores : ndarray [n]
+    ended : ndarray bool [n]
+        Whether a response came to its end.
     kl : float
         To the reference, nats a response.
     entropy : float
         Nats a token.
     length : float
         Tokens of a response.
-    distinct : float
-        Different ones among all neighbouring pairs of words: low when a policy repeats itself.
-    ended : ndarray bool [n]
-        Whether a response came to its end.
     """
 
     prompts: list[str]
     texts: list[str]
     scores: Array
+    ended: Array
     kl: float
     entropy: float
     length: float
-    distinct: float
-    ended: Array
 
     @property
-    def mean(self) -> float:
-        """Mean score."""
-        return float(self.scores.mean())
+    def figures(self) -> dict[str, float]:
+        """Mean score, entropy, length, share ended, and ``distinct``.
+
+        This is the share of different ones among all neighbouring pairs of words: low when a
+        policy repeats itself.
+        """
+        return {
+            "score": float(self.scores.mean()),
+            "entropy": self.entropy,
+            "length": self.length,
+            "ended": float(self.ended.mean()),
+            "distinct": distinct_pairs(self.texts),
+        }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RlhfResult:
     """What the demo came to.
 
@@ -102,20 +109,12 @@ class RlhfResult:
     accuracy, longer_accuracy : float
         Share of the held-out pairs whose chosen response scores higher, and whose longer one is
         the chosen one.
-    pairs, prompts : int
-        How many are held out.
-    before, after : float
-        Mean score of responses to held-out prompts.
-    deviation : float
-        Standard deviation of the scores before.
-    kl, kl_budget : float
+    pairs : int
+        How many of them there are.
+    before, after : Answers
+        To held-out prompts: of the base model, and of what PPO made of it.
+    kl_budget : float or None
         Nats a response.
-    entropy_before, entropy_after : float
-        Nats a token.
-    length_before, length_after : float
-        Tokens of a response.
-    distinct_before, distinct_after : float
-        See :class:`Answers`.
     reward_s, ppo_s, seconds : float
         Of the reward model's training, of PPO, and of everything.
     """
@@ -123,18 +122,9 @@ class RlhfResult:
     accuracy: float
     longer_accuracy: float
     pairs: int
-    prompts: int
-    before: float
-    after: float
-    deviation: float
-    kl: float
+    before: Answers
+    after: Answers
     kl_budget: float | None
-    entropy_before: float
-    entropy_after: float
-    length_before: float
-    length_after: float
-    distinct_before: float
-    distinct_after: float
     reward_s: float
     ppo_s: float
     seconds: float
@@ -142,7 +132,8 @@ class RlhfResult:
     @property
     def gain(self) -> float:
         """By how many of the base model's standard deviations the mean score rose."""
-        return (self.after - self.before) / self.deviation
+        before = self.before.scores
+        return float((self.after.scores.mean() - before.mean()) / before.std())
 
     @property
     def faults(self) -> list[str]:
@@ -159,30 +150,47 @@ class RlhfResult:
                 f"the mean score rose by only {self.gain:.2f} standard deviations, expected "
                 f"{PROMISED:g}"
             )
-        if self.kl_budget is not None and not self.kl <= self.kl_budget:
-            found.append(f"the KL is {self.kl:.2f} nats, above its budget {self.kl_budget:g}")
+        kl = self.after.kl
+        if self.kl_budget is not None and not kl <= self.kl_budget:
+            found.append(f"the KL is {kl:.2f} nats, above its budget {self.kl_budget:g}")
         return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as JSON values."""
+        names = ("accuracy", "longer_accuracy", "pairs", "kl_budget", "reward_s", "ppo_s",
+                 "seconds", "gain", "faults")  # fmt: skip
+        values = {name: getattr(self, name) for name in names}
+        values |= {"prompts": len(set(self.before.prompts)), "kl": self.after.kl,
+                   "deviation": float(self.before.scores.std())}  # fmt: skip
+        for when, answers in (("before", self.before), ("after", self.after)):
+            values |= {f"{name}_{when}": value for name, value in answers.figures.items()}
+        return values
 
     def lines(self) -> list[str]:
         """Return what people read."""
         rows = (
-            ("mean score", self.before, self.after, "standard deviation"),
-            ("entropy", self.entropy_before, self.entropy_after, "nats a token"),
-            ("length", self.length_before, self.length_after, "tokens"),
-            ("different pairs of words", self.distinct_before, self.distinct_after, "of all"),
+            ("score", "mean score", "standard deviations"),
+            ("entropy", "entropy", "nats a token"),
+            ("length", "length", "tokens"),
+            ("ended", "came to an end", "of all responses"),
+            ("distinct", "different pairs of words", "of all"),
         )
+        before, after = self.before.figures, self.after.figures
+        budget = "no budget" if self.kl_budget is None else f"budget {self.kl_budget:g}"
         return [
             f"== reward model, {self.pairs} held-out pairs ==",
             f"  as people chose      {self.accuracy:6.1%}",
             f"  the longer response  {self.longer_accuracy:6.1%}",
-            f"== policy, {self.prompts} held-out openings ==",
+            f"== policy, {len(self.before.texts)} responses to "
+            f"{len(set(self.before.prompts))} held-out openings ==",
             f"  {'':<26}{'before':>8}{'after':>8}",
-            *(f"  {name:<26}{a:8.2f}{b:8.2f}  {unit}" for name, a, b, unit in rows),
+            *(f"  {name:<26}{before[key]:8.2f}{after[key]:8.2f}  {unit}"
+              for key, name, unit in rows),
             f"  the mean score rose by {self.gain:.2f} standard deviations of the base model's",
-            f"  KL to the base model {self.kl:.2f} nats a response (budget {self.kl_budget})",
+            f"  KL to the base model {self.after.kl:.2f} nats a response ({budget})",
             f"the reward model took {self.reward_s:.0f} s, PPO {self.ppo_s:.0f} s, "
             f"all of it {self.seconds:.0f} s",
-        ]
+        ]  # fmt: skip
 
 
 class Progress(ConsoleProgress):
@@ -225,9 +233,8 @@ def answers_of(ppo: PPOTrainer, prompts: Sequence[str], seed: int) -> Answers:
     data = collect(ppo.policy, rollout, ppo.options.temperature, ppo.reference, exact=True)
     kl = segment_sums(data["exact_kl"], rollout.response_offsets)
     return Answers(
-        rollout.prompts, rollout.texts, scores, float(kl.mean()),
+        rollout.prompts, rollout.texts, scores, rollout.ended, float(kl.mean()),
         float(data["entropy"].mean(dtype=np.float64)), float(rollout.lengths.mean()),
-        distinct_pairs(rollout.texts), rollout.ended,
     )  # fmt: skip
 
 
@@ -238,10 +245,9 @@ def learn(
     reward_options: RewardOptions = REWARD_OPTIONS,
     options: Options = OPTIONS,
     prompts: int | None = None,
-    callbacks: Sequence[Callback] = (),
-    on_samples: Callable[[int, list[dict[str, Any]]], None] | None = None,
-    stop: Callable[[], bool] | None = None,
-) -> tuple[RlhfResult, Answers, Answers] | None:
+    on_samples: Samples | None = None,
+    **run: Any,
+) -> RlhfResult | None:
     """Train a reward model and, against it, a policy; None when `stop` ended it.
 
     Parameters
@@ -254,25 +260,18 @@ def learn(
         Of the reward model, and of PPO.
     prompts : int, optional
         Held-out prompts that are answered at the most.
-    callbacks : sequence of Callback
-        Told of both runs.
     on_samples : callable, optional
         See :meth:`PPOTrainer.fit`.
-    stop : callable, optional
-
-    Returns
-    -------
-    tuple of RlhfResult and two Answers
-        Before and after.
+    **run
+        ``callbacks`` and ``stop`` of both runs.
     """
     start = time.perf_counter()
     training, held_out = (read_preferences(builtin(name)) for name in (TRAINING, HELD_OUT))
     base = builtin(BASE)
     tokenizer: Tokenizer = load_tokenizer(base)
     judge = RewardTrainer(load_model(base), tokenizer, seed=seed)
-    result = judge.fit(training, options=reward_options, output_dir=output_dir / "reward",
-                       callbacks=callbacks, stop=stop)  # fmt: skip
-    if result.stopped_reason == "interrupted":
+    done = judge.fit(training, options=reward_options, output_dir=output_dir / "reward", **run)
+    if done.stopped_reason == "interrupted":
         return None
     judged = judge.evaluate(held_out, reward_options)
     reward_s = time.perf_counter() - start
@@ -282,25 +281,27 @@ def learn(
     unseen = openings(held_out)[:prompts]
     before = answers_of(ppo, unseen, seed)
     began = time.perf_counter()
-    result = ppo.fit(openings(training), output_dir=output_dir / "ppo", callbacks=callbacks,
-                     on_samples=on_samples, stop=stop)  # fmt: skip
-    if result.stopped_reason == "interrupted":
+    done = ppo.fit(openings(training), output_dir=output_dir / "ppo", on_samples=on_samples, **run)
+    if done.stopped_reason == "interrupted":
         return None
     ppo_s = time.perf_counter() - began
     after = answers_of(ppo, unseen, seed)
-    with locked_directory(output_dir):
-        for name, trained in (("model", ppo), ("reward_model", judge)):
-            with atomic_directory(output_dir / name) as temporary:
-                trained.save(temporary)
     found = RlhfResult(
-        judged["accuracy"], judged["longer_accuracy"], judged["count"], len(unseen), before.mean,
-        after.mean, float(before.scores.std()), after.kl, options.kl_budget,
-        before.entropy, after.entropy, before.length, after.length, before.distinct,
-        after.distinct, reward_s, ppo_s, time.perf_counter() - start,
+        judged["accuracy"], judged["longer_accuracy"], judged["count"], before, after,
+        options.kl_budget, reward_s, ppo_s, time.perf_counter() - start,
     )  # fmt: skip
-    write_json(output_dir / "result.json", dataclasses.asdict(found) | {"gain": found.gain,
-               "seed": seed, "stopped": result.stopped_reason})  # fmt: skip
-    return found, before, after
+    _save(output_dir, ppo, judge, found.as_dict() | {"seed": seed, "stopped": done.stopped_reason})
+    return found
+
+
+def _save(directory: Path, ppo: PPOTrainer, judge: RewardTrainer, result: dict[str, Any]) -> None:
+    """Write both models and the figures."""
+    with locked_directory(directory):
+        with atomic_directory(directory / "model") as temporary:
+            ppo.save(temporary)
+        with atomic_directory(directory / "reward_model") as temporary:
+            judge.save(temporary)
+        write_json(directory / "result.json", result)
 
 
 def side_by_side(before: Answers, after: Answers, seed: int, width: int = 46) -> list[str]:
@@ -345,12 +346,11 @@ def run_rlhf_demo(
         print(f"interrupted; 'loopos demo rlhf' starts again (this run is in {directory})",
               file=sys.stderr)  # fmt: skip
         return 130
-    result, before, after = found
     say("== samples: score, opening and what follows ==")
-    for line in (*side_by_side(before, after, seed), *result.lines()):
+    for line in (*side_by_side(found.before, found.after, seed), *found.lines()):
         say(line)
     say("try it on an opening of your own:")
     say(f"  {shlex.join(['loopos', 'generate', str(directory / 'model')])} 'This movie'")
-    for fault in result.faults:
+    for fault in found.faults:
         print(f"error: {fault}", file=sys.stderr)
-    return 1 if result.faults else 0
+    return 1 if found.faults else 0

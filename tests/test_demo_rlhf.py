@@ -131,17 +131,22 @@ def test_a_small_run_says_what_it_came_to(tmp_path, capsys):
     assert code == 1  # two steps gain nothing
     assert "error: the mean score rose by only" in shown.err
     assert f"  as people chose      {result['accuracy']:6.1%}" in shown.out
-    assert f"{'mean score':<26}{result['before']:8.2f}{result['after']:8.2f}" in shown.out
+    assert (
+        f"{'mean score':<26}{result['score_before']:8.2f}{result['score_after']:8.2f}" in shown.out
+    )
     assert re.search(r"^  \[2\] [+-]\d\.\d\d  ", shown.out, re.MULTILINE)
-    assert result["gain"] == (result["after"] - result["before"]) / result["deviation"]
+    rise = result["score_after"] - result["score_before"]
+    assert result["gain"] == pytest.approx(rise / result["deviation"])
+    assert result["faults"][-1] in shown.err
     assert result["kl"] > 0
 
 
 def test_what_it_saves_can_be_used_and_is_the_same_again(tmp_path, capsys):
     learnt = [demo_rlhf.learn(tmp_path / name, 1, **SMALL) for name in "ab"]
-    (first, before, after), (second, *_) = learnt
     times = dict.fromkeys(("reward_s", "ppo_s", "seconds"), 0.0)
-    assert dataclasses.replace(first, **times) == dataclasses.replace(second, **times)
+    first, second = (result.as_dict() | times for result in learnt)
+    assert first == second
+    before, after = learnt[0].before, learnt[0].after
     saved = tmp_path / "a"
     judge = RewardTrainer.load(saved / "reward_model")
     tokenizer = loopos.load_tokenizer(saved / "model")
@@ -162,12 +167,9 @@ def test_it_stops_when_asked(tmp_path, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-GOOD = RlhfResult(
-    accuracy=0.7, longer_accuracy=0.5, pairs=300, prompts=200, before=0.1, after=1.1,
-    deviation=0.9, kl=4.0, kl_budget=10.0, entropy_before=4.0, entropy_after=3.0,
-    length_before=20.0, length_after=21.0, distinct_before=0.8, distinct_after=0.7, reward_s=1.0,
-    ppo_s=2.0, seconds=3.0,
-)  # fmt: skip
+def answers(scores, kl=0.0):
+    scores, words = np.array(scores), ["dull", "fine"]
+    return Answers(["It is"] * 2, [f" {w}" for w in words], scores, scores < 9, kl, 1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -176,13 +178,15 @@ GOOD = RlhfResult(
         ({}, []),
         ({"accuracy": 0.59}, ["judges only 59.0% of the held-out pairs"]),
         ({"longer_accuracy": 0.71}, ["expected 71.0%"]),
-        ({"after": 0.9}, ["rose by only 0.89 standard deviations, expected 1"]),
-        ({"kl": 10.5}, ["the KL is 10.50 nats, above its budget 10"]),
-        ({"kl": float("nan"), "after": float("nan")}, ["rose by only nan", "the KL is nan"]),
+        ({"after": answers([1.0, 2.9])}, ["rose by only 0.95 standard deviations, expected 1"]),
+        ({"after": answers([1.0, 3.0], 10.5)}, ["the KL is 10.50 nats, above its budget 10"]),
+        ({"after": answers([1.0, 3.0], 10.5), "kl_budget": None}, []),
+        ({"after": answers([0, 0], float("nan"))}, ["rose by only -1.00", "the KL is nan"]),
     ],
 )
 def test_what_is_promised(changes, faults):
-    found = dataclasses.replace(GOOD, **changes).faults
+    good = RlhfResult(0.7, 0.5, 300, answers([0.0, 2.0]), answers([1.0, 3.0]), 10.0, 1.0, 2.0, 3.0)
+    found = dataclasses.replace(good, **changes).faults
     assert len(found) == len(faults)
     assert all(part in fault for part, fault in zip(faults, found, strict=True))
 
@@ -194,10 +198,9 @@ def test_repetition_is_seen():
 
 
 def test_samples_stand_side_by_side():
-    ended = np.ones(3, bool)
     columns = [
-        Answers(["It is"] * 3, [f" {word} {i}" for i in range(3)], np.arange(3.0), 0.0, 1.0, 2.0,
-                1.0, ended)
+        Answers(["It is"] * 3, [f" {word} {i}" for i in range(3)], np.arange(3.0),
+                np.ones(3, bool), 0.0, 1.0, 2.0)
         for word in ("dull", "fine")
     ]  # fmt: skip
     lines = side_by_side(*columns, seed=0, width=20)
