@@ -288,7 +288,8 @@ def demo(
 
     fine_tuning: the shipped base model learns from the shipped film reviews, and is compared with
     the same network without pretraining. chain_of_thought: a fresh model learns to solve word
-    problems step by step, and is asked others before and after.
+    problems step by step, and is asked others before and after. rlhf: a reward model learns what
+    people prefer, and PPO lets the base model write more of it.
     """
     from loopos.demo import run_demo
     from loopos.demo_reasoning import run_reasoning_demo

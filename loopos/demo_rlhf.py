@@ -350,7 +350,8 @@ def run_rlhf_demo(
     for line in (*side_by_side(found.before, found.after, seed), *found.lines()):
         say(line)
     say("try it on an opening of your own:")
-    say(f"  {shlex.join(['loopos', 'generate', str(directory / 'model')])} 'This movie'")
+    command = ["loopos", "generate", str(directory / "model"), "--prompt", "This movie"]
+    say(f"  {shlex.join(command)}")
     for fault in found.faults:
         print(f"error: {fault}", file=sys.stderr)
     return 1 if found.faults else 0

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import loopos
-from loopos import demo_rlhf
+from loopos import cli, demo_rlhf
 from loopos.data.preferences import read_preferences
 from loopos.demo_rlhf import (
     OPTIONS,
@@ -123,7 +124,7 @@ def test_the_script_makes_these_bytes(package_file, monkeypatch):
 # -- the demo ------------------------------------------------------------------------------------
 
 
-def test_a_small_run_says_what_it_came_to(tmp_path, capsys):
+def test_a_small_run_says_what_it_came_to(tmp_path, capsys, monkeypatch):
     code = run_rlhf_demo(tmp_path / "out", **SMALL)
     shown = capsys.readouterr()
     result = json.loads((tmp_path / "out" / "result.json").read_text())
@@ -138,6 +139,12 @@ def test_a_small_run_says_what_it_came_to(tmp_path, capsys):
     rise = result["score_after"] - result["score_before"]
     assert result["gain"] == pytest.approx(rise / result["deviation"])
     assert result["faults"][-1] in shown.err
+    (said,) = re.findall(r"^  loopos (generate .*)$", shown.out, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["loopos", *shlex.split(said), "--max-new-tokens", "3"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert capsys.readouterr().out.strip()
     assert result["kl"] > 0
 
 
