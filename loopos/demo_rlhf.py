@@ -169,7 +169,7 @@ class RlhfResult:
     def lines(self) -> list[str]:
         """Return what people read."""
         rows = (
-            ("score", "mean score", "standard deviations"),
+            ("score", "mean score", "(those of the preferences: 0, deviation 1)"),
             ("entropy", "entropy", "nats a token"),
             ("length", "length", "tokens"),
             ("ended", "came to an end", "of all responses"),

@@ -215,3 +215,37 @@ def test_samples_stand_side_by_side():
     assert sorted(line for line in lines[1:] if line) == [
         f"  {f'(+{i}.00) It is dull {i}':<20}  (+{i}.00) It is fine {i}" for i in range(3)
     ]
+
+
+# -- the benchmark -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module("rlhf_preferences")
+
+
+def test_the_first_layers_are_those_of_the_whole_model(benchmark):
+    config = loopos.TransformerConfig(
+        d_model=8,
+        num_heads=2,
+        num_layers=3,
+        d_ff=16,
+        vocab_size=11,
+        max_seq_len=8,
+        positions="rope",
+    )
+    model = loopos.Transformer(config, seed=1)
+    part = benchmark.first_layers(model, 2)
+    assert part.config == dataclasses.replace(config, num_layers=2)
+    whole = model.parameters()
+    assert set(part.parameters()) < set(whole)
+    assert all(np.array_equal(p.data, whole[name].data) for name, p in part.parameters().items())
+
+
+def test_the_table_has_mean_and_spread(benchmark):
+    rows = [{"part": "x", "seed": seed, "accuracy": 0.5 + 0.1 * seed} for seed in (0, 1, 2)]
+    head, row = benchmark.table(rows)
+    assert head.split() == ["seed", "0", "seed", "1", "seed", "2", "mean", "spread"]
+    assert row.split() == ["accuracy", "0.5", "0.6", "0.7", "0.6", "0.1"]
