@@ -273,12 +273,13 @@ app.add_typer(commands.tokenizer, name="tokenizer")
 class _Demo(StrEnum):
     fine_tuning = "fine_tuning"
     chain_of_thought = "chain_of_thought"
+    rlhf = "rlhf"
 
 
 @app.command()
 def demo(
     name: Annotated[
-        _Demo, typer.Argument(metavar="[NAME]", help="fine_tuning or chain_of_thought.")
+        _Demo, typer.Argument(metavar="[NAME]", help="fine_tuning, chain_of_thought or rlhf.")
     ] = _Demo.fine_tuning,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Where the run goes [outputs/demo].")
@@ -289,11 +290,17 @@ def demo(
 
     fine_tuning: the shipped base model learns from the shipped film reviews, and is compared with
     the same network without pretraining. chain_of_thought: a fresh model learns to solve word
-    problems step by step, and is asked others before and after.
+    problems step by step, and is asked others before and after. rlhf: a reward model learns what
+    people prefer, and PPO lets the base model write more of it.
     """
     from loopos.demo import run_demo
     from loopos.demo_reasoning import run_reasoning_demo
+    from loopos.demo_rlhf import run_rlhf_demo
 
-    chosen = run_reasoning_demo if name is _Demo.chain_of_thought else run_demo
+    chosen = {
+        _Demo.fine_tuning: run_demo,
+        _Demo.chain_of_thought: run_reasoning_demo,
+        _Demo.rlhf: run_rlhf_demo,
+    }[name]
     with _stop_on_signals() as stop:
         raise typer.Exit(chosen(output_dir, seed=seed, stop=stop))

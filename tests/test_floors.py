@@ -19,7 +19,7 @@ FLOORS = {
     "methods": 5,
     "config": 6, "config_files": 6, "display": 6, "runner": 6, "demo": 6, "cli": 6,
     "__main__": 6, "config_sections": 6, "commands": 6, "rehearsal": 6, "schema": 6,
-    "measure": 6, "demo_reasoning": 6, "preview": 6, "generate_commands": 6,
+    "measure": 6, "demo_reasoning": 6, "demo_rlhf": 6, "preview": 6, "generate_commands": 6,
     "reporting": 6, "report_commands": 6,
 }  # fmt: skip
 ROOT = Path(loopos.__file__).parent
