@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.json is not None and options:
         parser.error(f"{options[0]} has no meaning with --json")
     rows = timed_now(options) if asked.json is None else read_rows(asked.json)
-    rows = targets.add_context_ratios(targets.add_backend_ratios(rows))
+    rows = targets.with_ratios(rows)
 
     shown, judged, missed, absent = Table(), 0, 0, []
     for title in ("work", "backend", "peer", "figure", "target", "found", "x target", ""):

@@ -4,10 +4,10 @@
     python benchmarks/loopos_half.py WORK [--backend auto] [--threads 2] [--runs 7] [--warmup 4]
         [--dtype float32] [--export DIR]
 
-The works are those of `torch_half.py` and of `transformers_half.py`, and "gemm": every product of
-the seed's and GPT-2's linear layers, and then by NumPy's BLAS in this process, as a list. --dtype
-is that of weights in generation: float32, bfloat16 or int8. --export writes the weights and
-the token ids for PyTorch to use, and gives the loss before the first step.
+The works are those of `torch_half.py`, `trl_half.py` and `transformers_half.py`, and "gemm": every
+product of the seed's and GPT-2's linear layers, and then by NumPy's BLAS in this process, as a
+list. --dtype is that of weights in generation: float32, bfloat16 or int8. --export writes the
+weights and the token ids for PyTorch to use, and gives the loss before the first step.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from suite import decoding, works
+from suite import decoding, reinforcement, works
 
 import loopos
 from loopos.backends.memory import peak_bytes
 from loopos.backends.threads import available_cpus, thread_limit
 
+ALL_WORKS = (*works.WORKS, *reinforcement.WORKS, *decoding.DECODING, "gemm")
 #: Seconds spent on each product in "gemm".
 _PRODUCT_S = 0.1
 
@@ -38,16 +39,21 @@ def timed(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.work in decoding.DECODING:
         work = decoding.decoding(decoding.DECODING[asked.work], asked.dtype)
     else:
-        work = works.WORKS[asked.work]()
+        work = (works.WORKS | reinforcement.WORKS)[asked.work]()
     exported = {} if asked.export is None else export(work, asked.export)
     times = work.times_s(asked.runs, asked.warmup)
     median = sorted(times)[len(times) // 2]
-    return {
-        "loopos_s": round(median, 7),
-        "min_s": round(min(times), 7),
-        "tokens_per_s": round(work.tokens / work.units / median, 1),
-        "peak_mb": peak_bytes() >> 20,
-    } | exported
+    figures = {} if work.figures is None else work.figures(len(times))
+    return (
+        {
+            "loopos_s": round(median, 7),
+            "min_s": round(min(times), 7),
+            "tokens_per_s": round(work.tokens / work.units / median, 1),
+            "peak_mb": peak_bytes() >> 20,
+        }
+        | figures
+        | exported
+    )
 
 
 def export(work: works.Work, directory: Path) -> dict[str, float]:
@@ -94,7 +100,7 @@ def products(warmup: int, rows: tuple[int, ...]) -> list[dict[str, Any]]:
 def main() -> None:
     """Parse arguments, run, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("work", choices=[*works.WORKS, *decoding.DECODING, "gemm"])
+    parser.add_argument("work", choices=ALL_WORKS)
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--runs", type=int, default=7)

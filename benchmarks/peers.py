@@ -3,16 +3,17 @@
 
     python benchmarks/peers.py [--works A,C] [--backend cython,numba] [--threads 2] [--rounds 3]
         [--dtypes float32,int8] [--compile] [--buckets] [--no-peer] [--check-losses]
-        [--json FILE]
+        [--trl-python PATH] [--json FILE]
 
 Each side runs in a process of its own, and they take turns: a machine that others use too is then
 slow for both. Every process warms up; figures are medians over rounds of each process' median. The
 machine's limits are measured in every round as well. Works: A, B, C, K, L1, L2 (L for both), "gemm"
 (products against NumPy's BLAS), "first-step" (python to the first finished step of A) and "import";
 targets.json says what they are; F, F-long, G and "prefill" are of generation, against transformers
-and, where llama-cpp-python is installed, llama.cpp, with the weights of --dtypes. PyTorch's side
-needs torch and transformers; --no-peer leaves peers out. --json writes a list of rows, one for each
-work, backend and peer.
+and, where llama-cpp-python is installed, llama.cpp, with the weights of --dtypes. D and E, PPO
+steps, are against TRL 1.9.2 where it is installed, or by another python that has it: --trl-python.
+PyTorch's side needs torch and transformers; --no-peer leaves peers out. --json writes a list of
+rows, one for each work, backend and peer.
 """
 
 from __future__ import annotations
@@ -35,14 +36,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 from rich.table import Table
-from suite import decoding, limits, targets, works
+from suite import decoding, limits, reinforcement, targets, works
 from suite.machine import Machine, NotMeasuredError, measure
 
 import loopos
 from loopos.backends.threads import available_cpus
 
 HERE = Path(__file__).parent
-ALL_WORKS = (*works.WORKS, *decoding.DECODING, "gemm", "first-step", "import")
+ALL_WORKS = (
+    *works.WORKS, *reinforcement.WORKS, *decoding.DECODING, "gemm", "first-step", "import",
+)  # fmt: skip
+#: Of those of reinforcement learning, what TRL does too.
+TRL_WORKS = ("D", "E")
+#: What both sides of these say of a run, and what must be the same on both.
+STEP_FIGURES, SAME_FIGURES = ("tokens", "rollout_share", "state_mb"), ("tokens", "updates")
 COMPILED = ("A", "B", "C")
 LOSS_TOLERANCE = 1e-4
 #: Colder than this PyTorch looks up to twice as slow as it is.
@@ -63,11 +70,14 @@ class Side:
         Before the options that all sides share.
     buckets : bool
         Whether a padding peer sorts by length.
+    python : str
+        What interprets the command.
     """
 
     name: str | None
     command: tuple[str, ...]
     buckets: bool = False
+    python: str = sys.executable
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--compile", action="store_true", help="torch.compile too")
     made.add_argument("--buckets", action="store_true", help="K in four batches by length too")
     made.add_argument("--no-peer", action="store_true", help="loopos and the limits only")
+    made.add_argument("--trl-python", metavar="PATH", help="a python that has trl")
     made.add_argument("--check-losses", action="store_true", help="same weights, same first loss")
     made.add_argument("--json", type=Path, metavar="FILE")
     return made
@@ -136,6 +147,9 @@ def plan(asked: argparse.Namespace) -> list[Pair]:
         half = str(HERE / "loopos_half.py")
         ours = [Side(name, (half, letter, "--backend", name)) for name in backends]
         theirs: list[Side] = []
+        if work in reinforcement.WORKS:
+            pairs.append(Pair(work, ours, trl_sides(work, asked)))
+            continue
         if not asked.no_peer and work != "gemm":
             torch = (str(HERE / "torch_half.py"), letter)
             theirs.append(Side("torch-eager", torch))
@@ -145,6 +159,19 @@ def plan(asked: argparse.Namespace) -> list[Pair]:
                 theirs.append(Side("torch-eager", (*torch, "--buckets"), buckets=True))
         pairs.append(Pair(work, ours, theirs))
     return pairs
+
+
+def trl_sides(work: str, asked: argparse.Namespace) -> list[Side]:
+    """Return TRL, which is optional."""
+    if asked.no_peer or work not in TRL_WORKS:
+        return []
+    command = (str(HERE / "trl_half.py"), work)
+    if asked.trl_python is not None:
+        return [Side("trl", command, python=asked.trl_python)]
+    if importlib.util.find_spec("trl") is not None:
+        return [Side("trl", command)]
+    _log.print(f"{work}: no peer, trl is not installed and --trl-python is not given")
+    return []
 
 
 def chosen_dtypes(asked: argparse.Namespace) -> list[str]:
@@ -168,7 +195,7 @@ def generation(work: str, dtype: str, backends: list[str], asked: argparse.Names
     return Pair(work, ours, theirs)
 
 
-def call(command: tuple[str, ...], threads: int) -> tuple[Any, float]:
+def call(command: tuple[str, ...], threads: int, python: str = sys.executable) -> tuple[Any, float]:
     """Run Python on `command`; return the JSON that it prints, and seconds until it was there."""
     count = str(threads)
     pools = ("OMP", "OPENBLAS", "MKL", "NUMBA")
@@ -177,7 +204,7 @@ def call(command: tuple[str, ...], threads: int) -> tuple[Any, float]:
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=errors, text=True,
+            [python, *command], stdout=subprocess.PIPE, stderr=errors, text=True,
             env=environment,
         )  # fmt: skip
         found, spent = None, None
@@ -201,7 +228,7 @@ def take_turn(work: str, side: Side, asked: argparse.Namespace) -> list[Row]:
     cold = work == "first-step"
     runs, warmup = (1, 0) if cold else (asked.runs, asked.warmup)
     options = ("--threads", asked.threads, "--runs", runs, "--warmup", warmup)
-    found, spent = call((*side.command, *map(str, options)), asked.threads)
+    found, spent = call((*side.command, *map(str, options)), asked.threads, side.python)
     if work == "gemm":
         return [record | {"s": record["loopos_s"]} for record in found]
     taken = found["loopos_s"] if "loopos_s" in found else found["peer_s"]
@@ -249,7 +276,7 @@ def row_of(
 
     first, spent, peer_s = ours[0], statistics.median(r["s"] for r in ours), middle(theirs, "s")
     memory, peer_memory = middle(ours, "peak_mb"), middle(theirs, "peak_mb")
-    return {
+    row = {
         "work": first["work"],
         "dtype": first.get("dtype", "float32"),
         "backend": first.get("backend"),
@@ -266,6 +293,27 @@ def row_of(
         "peer_peak_mb": peer_memory,
         "memory_ratio": memory / peer_memory if memory and peer_memory else None,
     }
+    return row | (step_figures(ours, theirs) if "state_mb" in first else {})
+
+
+def step_figures(ours: list[Row], theirs: list[Row]) -> Row:
+    """Return what there is to say of a PPO step beside its time.
+
+    Raises
+    ------
+    SystemExit
+        If the peer did not do the same.
+    """
+    for record in theirs:
+        apart = [name for name in SAME_FIGURES if record[name] != ours[0][name]]
+        if apart:
+            name = apart[0]
+            raise SystemExit(f"{name}: {ours[0][name]} here, {record[name]} by the peer")
+    peak, state = (statistics.median(r[key] for r in ours) for key in ("peak_mb", "state_mb"))
+    found = {name: statistics.median(r[name] for r in ours) for name in STEP_FIGURES}
+    if theirs:
+        found["peer_rollout_share"] = statistics.median(r["rollout_share"] for r in theirs)
+    return found | {"times_state": peak / state}
 
 
 def make_rows(
@@ -338,7 +386,7 @@ def table(rows: list[Row]) -> Table:
         return "" if value is None else format(value, form)
 
     every = targets.load()
-    for row in targets.add_context_ratios(targets.add_backend_ratios(rows)):
+    for row in targets.with_ratios(rows):
         meant = [target for target in every if target.meant(row)]
         missed = [target for target in meant if target.multiple(row) > 1]
         verdict = "; ".join(f"missed: {t.figure} {t}" for t in missed) if missed else "met"

@@ -1,6 +1,7 @@
 """The benchmarks' counts, rows and exit statuses. Nothing here asserts a time."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import shutil
@@ -84,6 +85,36 @@ def test_cost_of_language_model_steps(load, work, lengths, layers, width, vocab)
     assert found.update_bytes == 28 * limits.num_parameters(config)
 
 
+@pytest.mark.parametrize(
+    ("work", "layers", "width", "vocab", "positions", "prompt", "responses"),
+    [
+        ("D", 6, 384, 16000, 512, 8, [10] * 8),
+        ("E", 12, 768, 50257, 1024, 64, [64] * 8),
+        ("E-ragged", 12, 768, 50257, 1024, 64, [4, 13, 21, 30, 38, 47, 55, 64]),
+    ],
+)
+def test_cost_of_ppo_steps(load, work, layers, width, vocab, positions, prompt, responses):
+    limits, sizes = load("suite.limits"), load("suite.reinforcement").REINFORCEMENT[work]
+    assert sizes.tokens == 8 * prompt + sum(responses)
+    matrices, head = layers * 12 * width**2, vocab * width
+    inputs = [prompt + n - 1 for n in responses]
+    *sampling, learning = limits.phases(work)
+    # Forward and backward of policy and critic, forward of the reference; the reward model reads
+    # the last tokens too. Three products of the policy's head, one of the reference's.
+    products = 2 * matrices * (7 * sum(inputs) + sum(inputs) + 8) + 8 * head * sum(responses)
+    squares = [sum(n * n for n in inputs), sum((n + 1) ** 2 for n in inputs)]
+    attention = layers * width * (16 * squares[0] + 2 * squares[1])
+    assert learning.flops == products + attention
+    body = (vocab + positions + 2) * width + layers * layer_parameters(width, 4 * width)
+    assert learning.update_bytes == 28 * (2 * body + width + 1)
+    assert len(sampling) == max(responses)
+    assert sampling[0].read_bytes == 4 * (matrices + head)
+    rows = sum(n > 1 for n in responses)
+    assert sampling[1].flops == 2 * rows * (matrices + head)
+    held = 8 * layers * width * rows * (prompt + 1)
+    assert sampling[1].read_bytes == 4 * (matrices + head) + held
+
+
 def test_ragged_lengths_are_the_documented_ones(load):
     lengths = load("suite.works").ragged_lengths()
     assert (len(lengths), sum(lengths)) == (32, 2062)
@@ -99,6 +130,9 @@ def test_seconds_of_a_cost(load, machine):
     assert limits.Cost(400e9, 10e9).seconds(machine) == 2.5
     assert limits.seconds("import", machine) is None
     assert limits.seconds("A", None) is None
+    parts = limits.phases("D")
+    assert limits.seconds("D", machine) == sum(part.seconds(machine) for part in parts)
+    assert limits.seconds("RLHF", machine) is limits.seconds("D", None) is None
 
 
 def test_machine_is_measured_or_says_why_not(load, monkeypatch):
@@ -130,6 +164,61 @@ def test_a_work_trains(load):
     assert 2 * 28 * trained == load("suite.limits").cost("A").update_bytes
 
 
+def small(reinforcement, lengths):
+    """A PPO step that takes no time."""
+    config = loopos.TransformerConfig(
+        d_model=16, num_heads=2, num_layers=1, d_ff=32, vocab_size=5000, max_seq_len=32
+    )
+    return reinforcement.Reinforcement(config, 4, lengths)
+
+
+def test_a_ppo_step_has_the_tokens_it_says(load):
+    reinforcement = load("suite.reinforcement")
+    sizes = small(reinforcement, (6,) * 4)
+    with loopos.use_backend("numpy"):
+        work = reinforcement.ppo_step(sizes)
+        times = work.times_s(runs=20, warmup=20)
+    assert (len(times), work.tokens) == (sizes.most_runs, 4 * 10)
+    body = load("suite.limits").num_parameters(sizes.config)
+    found = work.figures(2)
+    state = (16 * (2 * body + 17) + 4 * (2 * body + 17)) / 2**20
+    assert found.pop("state_mb") == pytest.approx(state, rel=1e-5)
+    assert 0 < found.pop("rollout_share") < 1
+    assert found == {"tokens": 40, "updates": 1}
+
+
+def test_ragged_responses_are_of_the_lengths_asked_for(load):
+    reinforcement = load("suite.reinforcement")
+    assert reinforcement.ragged_responses() == (4, 13, 21, 30, 38, 47, 55, 64)
+    sizes = small(reinforcement, (2, 6, 4, 3))
+    given = reinforcement.prompts(sizes)
+    with loopos.use_backend("numpy"):
+        trainer = reinforcement.make_trainer(sizes)
+        work = reinforcement.repeated(trainer, sizes, given)
+        for _ in range(2):
+            work.run()  # fails where there are other tokens
+            assert [row["tokens"] for row in trainer.samples] == [2, 6, 4, 3]
+            assert [row["ended"] for row in trainer.samples] == [True, False, True, True]
+        trainer.options = dataclasses.replace(trainer.options, stop_ids=())
+        with pytest.raises(RuntimeError, match="expected 31 tokens, found 40"):
+            work.run()
+
+
+def test_rlhf_epoch_trains_both(load, monkeypatch):
+    reinforcement = load("suite.reinforcement")
+    monkeypatch.setitem(reinforcement.REINFORCEMENT, "D", small(reinforcement, (6,) * 4))
+    made = []
+    step = reinforcement.PPOTrainer.step
+    monkeypatch.setattr(
+        reinforcement.PPOTrainer, "step", lambda *given: made.append(step(*given)) or made[-1]
+    )
+    with loopos.use_backend("numpy"):
+        work = reinforcement.rlhf_epoch()
+        work.run()
+    assert work.tokens == 2 * 4 * 10 + 4 * 10
+    assert [record["ppo/updates"] for record in made] == [4]
+
+
 @pytest.mark.parametrize("form", ["forward", "dx", "dw"])
 def test_products_are_the_same_by_both_sides(load, form):
     with loopos.use_backend("numpy"):
@@ -140,7 +229,7 @@ def test_products_are_the_same_by_both_sides(load, form):
 def test_suite_times_every_work(load):
     timed = vars(load("suite.epochs")).values()
     letters = {work for cls in timed if (work := getattr(cls, "work", None)) is not None}
-    assert letters == set(load("suite.works").WORKS)
+    assert letters == set(load("suite.works").WORKS) | set(load("suite.reinforcement").WORKS)
 
 
 # -- peers.py ------------------------------------------------------------------------------------
@@ -173,7 +262,7 @@ def test_rows_are_medians_over_rounds(load, machine, monkeypatch):
         "buckets": iter("345"),
     }
 
-    def call(command, threads):
+    def call(command, threads, python=None):
         assert threads == 2
         if "loopos_half" in command[0]:
             known = {"backend": "numpy", "threads": 2, "peak_mb": 100}
@@ -193,10 +282,46 @@ def test_rows_are_medians_over_rounds(load, machine, monkeypatch):
     assert all(r.keys() >= ROW for r in rows)
 
 
+def test_rows_of_ppo_steps(load, machine, monkeypatch):
+    peers = load("peers")
+    other = {}
+
+    def call(command, threads, python=None):
+        known = {"backend": "numpy", "threads": 2, "tokens": 144, "updates": 1}
+        if "loopos_half" in command[0]:
+            known |= {"peak_mb": 600, "state_mb": 500.0, "rollout_share": 0.25}
+            return known | {"loopos_s": 2.0 if command[1] == "E-ragged" else 4.0}, 0.0
+        assert (Path(command[0]).name, python) == ("trl_half.py", "other/python")
+        return known | {"peer_s": 12.0, "peak_mb": 1200, "rollout_share": 0.3} | other, 0.0
+
+    monkeypatch.setattr(peers, "call", call)
+    monkeypatch.setattr(peers, "measure", lambda threads: machine)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    options = "--works E,E-ragged --backend numpy --threads 2 --trl-python other/python"
+    rows, _ = peers.compare(asked(peers, options))
+    step, ragged = load("suite.targets").with_ratios(rows)
+    assert (step["peer"], step["ratio"], step["memory_ratio"]) == ("trl", 3.0, 0.5)
+    assert (step["rollout_share"], step["peer_rollout_share"]) == (0.25, 0.3)
+    assert step["times_state"] == ragged["times_state"] == 1.2
+    assert (ragged["peer"], ragged["times_even"]) == (None, 0.5)
+    other["updates"] = 2
+    with pytest.raises(SystemExit, match="updates: 1 here, 2 by the peer"):
+        peers.compare(asked(peers, options))
+
+
+def test_trl_is_optional(load, monkeypatch):
+    peers = load("peers")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    (pair,) = peers.plan(asked(peers, "--works D --backend numpy"))
+    assert not pair.theirs
+    (pair,) = peers.plan(asked(peers, "--works RLHF --backend numpy --trl-python python"))
+    assert not pair.theirs
+
+
 def test_rows_of_products_and_cold_starts(load, machine, monkeypatch):
     peers = load("peers")
 
-    def call(command, threads):
+    def call(command, threads, python=None):
         known = {"backend": "numpy", "threads": threads}
         if "gemm" in command:
             return [known | {"work": "gemm dx 60x384x384", "loopos_s": 1.0, "peer_s": 3.0}], 9.0
@@ -225,7 +350,7 @@ def test_without_a_compiler_there_is_no_fraction(load, monkeypatch, capsys):
 
     known = {"backend": "numpy", "threads": 1, "peak_mb": 1, "loopos_s": 1.0}
     monkeypatch.setattr(peers, "measure", no_compiler)
-    monkeypatch.setattr(peers, "call", lambda command, threads: (known, 1.0))
+    monkeypatch.setattr(peers, "call", lambda *_: (known, 1.0))
     rows, machine = peers.compare(asked(peers, "--works A,L --backend numpy --no-peer"))
     assert machine is None
     assert [(r["work"], r["fraction_of_limit"]) for r in rows] == [
@@ -299,6 +424,13 @@ def row(**values):
         ([row(work="K", loopos_s=9, peer="torch-eager", ratio=2.5, buckets=True)], 0),
         ([row(work="K", loopos_s=9, peer="torch-eager", ratio=2.5, buckets=False)], 1),
         ([row(work="C", loopos_s=9, peer="torch-eager", memory_ratio=0.9)], 1),
+        ([row(work="D", peer="trl", ratio=3.6, rollout_share=0.3)], 0),
+        ([row(work="E", peer="trl", ratio=2.3)], 1),
+        ([row(work="E", peer="trl", ratio=2.5, rollout_share=0.16)], 1),
+        ([row(work="E", times_state=1.31)], 1),
+        ([row(work="E", tokens=10), row(work="E-ragged", tokens=5, loopos_s=0.06)], 0),
+        ([row(work="E", tokens=10), row(work="E-ragged", tokens=5, loopos_s=0.07)], 1),
+        ([row(work="RLHF", loopos_s=0.7)], 1),
         ([row(work="gemm dx 60x384x384", peer="openblas", ratio=0.9)], 1),
         ([row(work="gemm dx 60x384x384", fraction_of_limit=0.7)], 1),
         ([row(work="gemm dx 15x384x384", fraction_of_limit=0.7)], 0),
@@ -334,6 +466,28 @@ def test_first_loss_is_the_same_in_pytorch(load, tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["first_loss"] == pytest.approx(exported["first_loss"], abs=1e-4)
     assert (found["peer"], found["work"], found["dtype"]) == ("torch-eager", "A", "float32")
+
+
+def test_trl_half_has_the_same_steps(load):
+    for needed in ("torch", "datasets", "trl"):
+        pytest.importorskip(needed)
+    half, reinforcement = load("trl_half"), load("suite.reinforcement")
+    for name, sizes in half.WORKS.items():
+        mine = reinforcement.REINFORCEMENT[name]
+        vocab = mine.config.vocab_size
+        np.testing.assert_array_equal(
+            half.prompts(vocab, sizes.prompt_tokens), reinforcement.prompts(mine)
+        )
+        assert (sizes.tokens, sizes.most_runs, sizes.most_warmup) == (
+            mine.tokens, mine.most_runs, mine.most_warmup,
+        )  # fmt: skip
+    tiny = {"vocab_size": 50, "n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    found = half.steps_of(half.Sizes(tiny, 4, 3), runs=2, warmup=1)
+    assert (found["tokens"], found["updates"]) == (8 * 7, 1)
+    config = loopos.TransformerConfig(
+        d_model=8, num_heads=2, num_layers=1, d_ff=32, vocab_size=50, max_seq_len=32
+    )
+    assert found["trained"] == 2 * load("suite.limits").num_parameters(config) + 8
 
 
 def test_halves_have_the_same_data(load):

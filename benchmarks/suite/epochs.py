@@ -5,11 +5,12 @@ import numpy as np
 import loopos
 from loopos.backends.threads import available_cpus, thread_limit
 
-from . import limits, targets, works
+from . import limits, reinforcement, targets, works
 from .machine import NotMeasuredError, measure
 
 BACKENDS = loopos.available_backends()
 THREADS = sorted({1, available_cpus()})
+WORKS = works.WORKS | reinforcement.WORKS
 
 
 def _measured(threads):
@@ -34,7 +35,7 @@ class _Timed:
         loopos.set_backend(backend)
         self.limited = thread_limit(threads)
         self.limited.__enter__()
-        self.run = works.WORKS[self.work]().run
+        self.run = WORKS[self.work]().run
         self.run()
 
     def teardown(self, machines, backend, threads):
@@ -73,6 +74,18 @@ class ChainOfThoughtEpoch(_Timed):
     work = "B"
 
 
+class RLHFEpoch(_Timed):
+    """A reward model's epoch and a PPO step of the seed's default sizes."""
+
+    work = "RLHF"
+
+
+class PPOStep(_Timed):
+    """One PPO step of the seed's default sizes: policy, reference, critic and reward model."""
+
+    work = "D"
+
+
 class _Slow(_Timed):
     number, repeat, warmup_time = 1, 3, 0.0
     runs, warmup = 3, 0
@@ -88,6 +101,18 @@ class GPT2RaggedStep(_Slow):
     """GPT-2 124M, one step on 32 sequences of 16 to 256 tokens."""
 
     work = "K"
+
+
+class GPT2PPOStep(_Slow):
+    """One PPO step of four GPT-2 124M, 8 prompts of 64 tokens, responses of 64."""
+
+    work = "E"
+
+
+class GPT2RaggedPPOStep(_Slow):
+    """The same with responses of 4 to 64 tokens."""
+
+    work = "E-ragged"
 
 
 class LongAttention(_Timed):

@@ -6,7 +6,8 @@ bandwidth of just that traffic. All else (norms, activations, softmax, biases, g
 moving activations) counts as nothing, though no program can do it in no time, so 100 % is out of
 reach. The two are added: no product overlaps an update that needs its gradient. Decoding reads
 every weight, and all keys and values, once for each token, at the measured bandwidth of reading;
-its products can be done meanwhile.
+its products can be done meanwhile. A step of reinforcement learning is such decoding, then the
+products of four networks and the updates of two.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from loopos.models.transformer import parameter_shapes
 from . import works
 from .decoding import DECODING, WEIGHT_BYTES, Decoding
 from .machine import Machine
+from .reinforcement import REINFORCEMENT, Reinforcement
 
 #: AdamW in float32 reads p, g, m and v, and writes p, m and v.
 ADAMW_BYTES = 7 * 4
@@ -30,6 +32,8 @@ LINEAR_PRODUCTS = 3
 #: Causal attention: scores and outputs forward; backward the scores again, and the gradients of the
 #: probabilities, v, q and k (Dao et al. 2022).
 ATTENTION_PRODUCTS = 7
+#: Of these, scores and outputs.
+FORWARD_ATTENTION = 2
 
 
 @dataclass(frozen=True)
@@ -68,10 +72,12 @@ def product(rows: int, out: int, width: int) -> Cost:
     return Cost(2.0 * rows * out * width)
 
 
-def causal_attention(lengths: Sequence[int], heads: int, head_size: int) -> Cost:
+def causal_attention(
+    lengths: Sequence[int], heads: int, head_size: int, products: int = ATTENTION_PRODUCTS
+) -> Cost:
     """Forward and backward; each product counts half of its ``T x T``, the half that is seen."""
     squares = sum(n * n for n in lengths) / 2
-    return Cost(ATTENTION_PRODUCTS * 2.0 * squares * heads * head_size)
+    return Cost(products * 2.0 * squares * heads * head_size)
 
 
 def adamw(parameters: int) -> Cost:
@@ -94,6 +100,13 @@ def layers(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
     """Forward and backward of all layers on one ragged batch."""
     linear = Cost(LINEAR_PRODUCTS * 2.0 * sum(lengths) * layer_matrices(config))
     inside = causal_attention(lengths, config.num_heads, config.head_size)
+    return linear + Cost(config.num_layers * inside.flops)
+
+
+def layers_forward(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
+    """Forward alone."""
+    linear = product(sum(lengths), 1, layer_matrices(config))
+    inside = causal_attention(lengths, config.num_heads, config.head_size, FORWARD_ATTENTION)
     return linear + Cost(config.num_layers * inside.flops)
 
 
@@ -138,6 +151,41 @@ def decoding(sizes: Decoding, dtype: str) -> Cost:
     return products + Cost(0.0, 0.0, WEIGHT_BYTES[dtype] * float(layer + head) + cached)
 
 
+def sampling(sizes: Reinforcement) -> list[Cost]:
+    """The prompts, then a token of every response that goes on; each is bound by its own."""
+    config, prompt = sizes.config, sizes.prompt_tokens
+    layer, head = layer_matrices(config), config.vocab_size * config.d_model
+    weights = 4.0 * (layer + head)
+    read = layers_forward(config, [prompt] * sizes.prompts)
+    found = [read + product(sizes.prompts, 1, head) + Cost(0.0, 0.0, weights)]
+    cached = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size
+    for done in range(1, max(sizes.response_lengths)):
+        rows = sum(n > done for n in sizes.response_lengths)
+        held = float(cached * rows * (prompt + done))
+        found.append(product(rows, 1, layer + head) + Cost(0.0, 0.0, weights + held))
+    return found
+
+
+def learning(sizes: Reinforcement) -> Cost:
+    """One update of policy and critic, and what reference and reward model say before it.
+
+    The policy's and the critic's first pass is that of the update. The head over the vocabulary
+    sees the states that predict a response's token. A sequence's last token predicts nothing: the
+    reward model alone reads it.
+    """
+    config = sizes.config
+    whole = [sizes.prompt_tokens + n for n in sizes.response_lengths]
+    inputs = [n - 1 for n in whole]
+    on_head = product(sum(sizes.response_lengths), config.vocab_size, config.d_model)
+    policy = layers(config, inputs) + Cost(LINEAR_PRODUCTS * on_head.flops)
+    critic = layers(config, inputs)
+    reference = layers_forward(config, inputs) + on_head
+    reward = layers_forward(config, whole)
+    value_head = config.d_model + 1
+    updates = adamw(2 * num_parameters(config) + value_head)
+    return policy + critic + reference + reward + updates
+
+
 def cost(work: str, dtype: str = "float32") -> Cost | None:
     """Return what a work costs: a letter, or such as "gemm dx 300x384x1536"; None has no model."""
     if work in DECODING:
@@ -157,7 +205,17 @@ def cost(work: str, dtype: str = "float32") -> Cost | None:
     return language_model_step(*sizes[work]) if work in sizes else None
 
 
+def phases(work: str, dtype: str = "float32") -> list[Cost] | None:
+    """Return what a work costs, one part after the other; None has no model."""
+    if work in REINFORCEMENT:
+        return [*sampling(REINFORCEMENT[work]), learning(REINFORCEMENT[work])]
+    counted = cost(work, dtype)
+    return None if counted is None else [counted]
+
+
 def seconds(work: str, machine: Machine | None, dtype: str = "float32") -> float | None:
     """Return the shortest time for a work; None where it or the machine is not known."""
-    counted = cost(work, dtype)
-    return None if counted is None or machine is None else counted.seconds(machine)
+    counted = phases(work, dtype)
+    if counted is None or machine is None:
+        return None
+    return sum(part.seconds(machine) for part in counted)

@@ -102,6 +102,27 @@ def add_context_ratios(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
+def add_ragged_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Give a step with ragged responses `times_even`: how much dearer a token is than in E."""
+    rows = list(rows)
+    even = {
+        row["backend"]: row["loopos_s"] / row["tokens"]
+        for row in rows
+        if row["work"] == "E" and row.get("tokens")
+    }
+    return [
+        row | {"times_even": row["loopos_s"] / row["tokens"] / even[row["backend"]]}
+        if row["work"] == "E-ragged" and row.get("tokens") and row["backend"] in even
+        else dict(row)
+        for row in rows
+    ]
+
+
+def with_ratios(rows: Iterable[Row]) -> list[Row]:
+    """Give rows what comes of comparing them with each other."""
+    return add_ragged_ratios(add_context_ratios(add_backend_ratios(rows)))
+
+
 def seconds(work: str, backend: str, machine: Machine | None = None) -> float | None:
     """Return the time that a backend should take for a work, by its strictest target, or None.
 

@@ -78,6 +78,10 @@ class Work:
         A part of `run` that is not timed: its seconds are taken away.
     units : int
         What is left is divided by this.
+    figures : callable, optional
+        What the last so many runs say of themselves, by name.
+    most_runs, most_warmup : int, optional
+        Of a long work: runs that are enough.
     """
 
     run: Callable[[], Any]
@@ -86,9 +90,14 @@ class Work:
     batches: list[loopos.Batch] = field(default_factory=list)
     before: Callable[[], Any] | None = None
     units: int = 1
+    figures: Callable[[int], dict[str, float]] | None = None
+    most_runs: int | None = None
+    most_warmup: int | None = None
 
     def times_s(self, runs: int, warmup: int) -> list[float]:
-        """Return the seconds of each of `runs` runs that follow `warmup` others."""
+        """Return the seconds of each of `runs` runs, or as many as are enough, after `warmup`."""
+        runs = runs if self.most_runs is None else min(runs, self.most_runs)
+        warmup = warmup if self.most_warmup is None else min(warmup, self.most_warmup)
         times = spent_s(self.run, runs, warmup)
         if self.before is not None:
             untimed = spent_s(self.before, runs, 1)
