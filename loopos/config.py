@@ -32,7 +32,7 @@ from loopos.config_files import (
 from loopos.config_sections import Computation, Data, ModelKeys, at_least
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
 from loopos.hub import is_hub_name
-from loopos.methods import DATA_KEYS, METHODS, PLANNED
+from loopos.methods import DATA_KEYS, METHODS
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
 from loopos.models.rope import RopeScaling
 from loopos.training.options import TrainingOptions
@@ -273,6 +273,7 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
         _check_sizes(model, data, faults)
     if training is not None and data is not None:
         _check_validation(training, data, faults)
+        _check_reward_model(training, data, faults)
         if training.lora is not None and data.pretrained_weights is None:
             faults.add(
                 "training.lora",
@@ -294,8 +295,6 @@ def _refuse_method(computation: Computation, faults: Faults) -> None:
     if name in modes:
         key = "computation.mode" if "computation.mode" in faults.lines else key
         message = f"the method '{name}' has the mode '{modes[name]}', found '{computation.mode}'"
-    elif name in PLANNED:
-        message = f"this version does not have the method '{name}' (it has: {', '.join(modes)})"
     else:
         message = f"unknown method '{name}'{nearest(name, modes)} (known: {', '.join(modes)})"
     faults.add(key, message)
@@ -358,12 +357,30 @@ def _check_validation(training: TrainingOptions, data: Data, faults: Faults) -> 
     """Find options that would do nothing as there is nothing to evaluate on."""
     if data.validation_data is not None or data.validation_fraction > 0:
         return
-    for name in ("eval_steps", "early_stopping_patience"):
-        if getattr(training, name) is not None:
-            faults.add(
-                f"training.{name}",
-                "there is no validation, as data.validation_fraction is 0",
-            )
+    inner = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
+    phases = {f"training.{name}": options for name, options in inner.items()
+              if isinstance(options, TrainingOptions)}  # fmt: skip
+    for section, options in ({"training": training} | phases).items():
+        for name in ("eval_steps", "early_stopping_patience"):
+            if getattr(options, name) is not None:
+                faults.add(
+                    f"{section}.{name}",
+                    "there is no validation, as data.validation_fraction is 0",
+                )
+
+
+def _check_reward_model(training: TrainingOptions, data: Data, faults: Faults) -> None:
+    """Find that a reward model is missing, or that nobody would ask it."""
+    phases, given = getattr(training, "phases", None), data.reward_model is not None
+    if phases is None and given:
+        faults.add("data.reward_model", "only the method 'rlhf' reads it")
+    elif phases == ("ppo",) and not given:
+        faults.add("data.reward_model", "is needed where training.phases is 'ppo' alone")
+    elif phases is not None and "reward_model" in phases and given:
+        faults.add(
+            "data.reward_model",
+            "training.phases trains one; leave this out, or 'reward_model' out of the phases",
+        )
 
 
 def _check_rows(method: str, data: Data, faults: Faults) -> None:
@@ -397,6 +414,8 @@ def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:
         return kind(**values, **found)
     except InputError as error:  # a value of the right type, out of its range
         key, _, message = str(error).partition(": ")
+        if key.startswith("training.") and not key.startswith(f"{name}."):
+            key = f"{name}.{key.rpartition('.')[2]}"  # such options know of no section around them
         faults.add(key, message)
         return None
 
@@ -482,10 +501,7 @@ def _names(kind: Any) -> set[str]:
 def _owner(section: str, name: str) -> str | None:
     """Say which method or section knows a key that this one does not."""
     homes = _homes()
-    if section == "data" and name in PLANNED.values():
-        method = next(m for m, key in PLANNED.items() if key == name)
-        home = f"method '{method}', which this version does not have"
-    elif section == "training" and name in homes["training"]:
+    if section == "training" and name in homes["training"]:
         options = {m: importlib.import_module(module).Options for (_, m), module in METHODS.items()}
         home = f"method '{next(m for m in options if name in _names(options[m]))}'"
     else:
