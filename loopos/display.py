@@ -123,7 +123,8 @@ def show_estimate(estimate: Estimate) -> None:
     gib, free = 2**30, estimate.available_bytes
     has = "" if free is None else f" ({free / gib:.1f} GiB are free)"
     say(f"  memory {estimate.peak_bytes / gib:.2f} GiB at the most{has}")
-    parts = [f"{_seconds(estimate.step_s)} a step"]
+    parts = [f"{name} {_seconds(spent)}" for name, spent in estimate.stages_s.items()]
+    parts.append(f"{_seconds(estimate.step_s)} a step")
     if estimate.evaluation_s:
         parts.append(f"{_seconds(estimate.evaluation_s)} an evaluation")
     parts.append(f"{_seconds(estimate.save_s)} a checkpoint")
