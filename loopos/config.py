@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopos.config_checks import check_reward_model, check_rows, check_validation
 from loopos.config_files import (
     COMMAND,
     Faults,
@@ -268,12 +269,12 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
         training = _section("training", options, sections["training"], faults)
     data = _section("data", Data, sections["data"], faults)
     if data is not None and isinstance(asked, str) and asked in methods:
-        _check_rows(asked, data, faults)
+        check_rows(asked, data, faults)
     if model is not None and data is not None:
         _check_sizes(model, data, faults)
     if training is not None and data is not None:
-        _check_validation(training, data, faults)
-        _check_reward_model(training, data, faults)
+        check_validation(training, data, faults)
+        check_reward_model(training, data, faults)
         if training.lora is not None and data.pretrained_weights is None:
             faults.add(
                 "training.lora",
@@ -351,46 +352,6 @@ def _check_sizes(model: dict[str, Any], data: Data, faults: Faults) -> None:
         key = str(error).partition(" ")[0]
         named = str(error).startswith(f"{key} is ")
         faults.add(f"model.{key}" if named else "model", str(error))
-
-
-def _check_validation(training: TrainingOptions, data: Data, faults: Faults) -> None:
-    """Find options that would do nothing as there is nothing to evaluate on."""
-    if data.validation_data is not None or data.validation_fraction > 0:
-        return
-    inner = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
-    phases = {f"training.{name}": options for name, options in inner.items()
-              if isinstance(options, TrainingOptions)}  # fmt: skip
-    for section, options in ({"training": training} | phases).items():
-        for name in ("eval_steps", "early_stopping_patience"):
-            if getattr(options, name) is not None:
-                faults.add(
-                    f"{section}.{name}",
-                    "there is no validation, as data.validation_fraction is 0",
-                )
-
-
-def _check_reward_model(training: TrainingOptions, data: Data, faults: Faults) -> None:
-    """Find that a reward model is missing, or that nobody would ask it."""
-    phases, given = getattr(training, "phases", None), data.reward_model is not None
-    if phases is None and given:
-        faults.add("data.reward_model", "only the method 'rlhf' reads it")
-    elif phases == ("ppo",) and not given:
-        faults.add("data.reward_model", "is needed where training.phases is 'ppo' alone")
-    elif phases is not None and "reward_model" in phases and given:
-        faults.add(
-            "data.reward_model",
-            "training.phases trains one; leave this out, or 'reward_model' out of the phases",
-        )
-
-
-def _check_rows(method: str, data: Data, faults: Faults) -> None:
-    """Find that there is nothing to train on, or rows under the key of another method."""
-    wanted = DATA_KEYS.get(method, "training_data")
-    for key in {"training_data", *DATA_KEYS.values()} - {wanted}:
-        if getattr(data, key) is not None:
-            faults.add(f"data.{key}", f"the method '{method}' reads data.{wanted}")
-    if getattr(data, wanted) is None:
-        faults.add(f"data.{wanted}", "is needed")
 
 
 def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:

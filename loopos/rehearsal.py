@@ -198,7 +198,8 @@ class _Choice:
     """Chooses for each stage of a run, which has a sampler of its own."""
 
     def __init__(self, stages: Sequence[TrainingOptions]):
-        self._waiting, self._sampler = list(stages), None
+        self._waiting = list(stages)
+        self._sampler: BatchSampler | None = None
         self.made: list[_Few] = []
 
     def __call__(self, sampler: BatchSampler, k: int) -> list[list[Array]]:
@@ -332,13 +333,14 @@ def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, A
     choice = _Choice(list(stages.values()))
     elsewhere = dataclasses.replace(config.data, output_dir=str(directory / "run"))
     rehearsed = dataclasses.replace(config, training=_shortened(options), data=elsewhere)
-    shares, rows = [1.0], [1, 1]
+    shares, rows = [1.0], (1, 1)
 
     def shorten(prepared: Prepared) -> Prepared:
+        nonlocal rows
         part, share = _part(prepared)
         shares.append(share if part.validation is not None else 0.0)
         if part.validation is not None and prepared.validation is not None:
-            rows[:] = len(part.validation.texts), len(prepared.validation.texts)
+            rows = len(part.validation.texts), len(prepared.validation.texts)
         return part
 
     with choosing(choice):

@@ -29,15 +29,15 @@ from loopos.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    InputError,
     MissingFileError,
 )
-from loopos.files import atomic_directory, locked_directory, read_json, tidy, write_json
+from loopos.files import atomic_directory, locked_directory, write_json
 from loopos.methods import DATA_KEYS, STAGES
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_config, load_model
-from loopos.training.checkpoint import find_checkpoint, read_state, recover
+from loopos.run_directory import check_directory
+from loopos.training.checkpoint import read_state
 from loopos.training.loop import Interrupted, TrainResult
 from loopos.training.options import TrainingOptions
 from loopos.training.resume import MAY_CHANGE
@@ -56,18 +56,6 @@ _MAY_CHANGE = {
     "data.output_dir",
     *(f"training.{name}" for name in MAY_CHANGE),
 }
-#: What a run leaves in its directory.
-_OUTPUTS = (
-    "config.json",
-    "data_report.json",
-    "metrics.jsonl",
-    "tokenizer",
-    "checkpoints",
-    "evaluation.json",
-    "model",
-    "samples.jsonl",
-    "start.json",
-)
 
 
 @dataclass(frozen=True)
@@ -394,7 +382,7 @@ def run(
     """
     directory = config.output_dir
     with locked_directory(directory), computing(config):
-        checkpoint = _check_directory(directory, resume, STAGES.get(config.computation.method, ()))
+        checkpoint = check_directory(directory, resume, STAGES.get(config.computation.method, ()))
         prepared = prepare(config, None if checkpoint is None else directory)
         record = config.as_dict() | _identity(prepared)
         if checkpoint is not None:
@@ -478,56 +466,3 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
             f"{config.where(f'data.{config.data_key}')}: the data is not that of the run to be "
             f"continued ({checkpoint.parent.parent})"
         )
-
-
-def _check_directory(directory: Path, resume: bool, stages: Sequence[str] = ()) -> Path | None:
-    """Refuse to write over a run and to resume what is not there, before anything is read.
-
-    What a killed run left half-written is cleared; the directory is locked.
-
-    Returns
-    -------
-    Path or None
-        The checkpoint to continue from; None for a run from the beginning.
-    """
-    places = [directory, *(directory / stage for stage in reversed(stages))]
-    for place in places:
-        recover(place / "checkpoints")
-    outputs = (*_OUTPUTS, *stages)
-    held = [name for name in outputs if (directory / name).exists()]
-    found = (find_checkpoint(place / "checkpoints") for place in places if resume)
-    checkpoint = next((path for path in found if path is not None), None)
-    if checkpoint is not None:
-        tidy(directory, outputs)
-        return checkpoint
-    other = "choose another directory (--output-dir)"
-    began = _began(directory, places)
-    if resume and not began:
-        raise CheckpointError(f"{directory}: there is no run to resume in it")
-    if held and not resume:
-        if "model" in held:
-            raise InputError(f"{directory}: already holds a run ({held[0]}); {other}")
-        if began:
-            raise InputError(
-                f"{directory}: holds a run that ended before its first checkpoint; "
-                f"start it over with --resume, or {other}"
-            )
-        if any((place / "checkpoints").exists() for place in places):
-            raise InputError(
-                f"{directory}: already holds a run; continue it with --resume, or {other}"
-            )
-        raise InputError(f"{directory}: already holds {held[0]}, which is not of a run; {other}")
-    tidy(directory, outputs)
-    return None
-
-
-def _began(directory: Path, places: Sequence[Path]) -> bool:
-    """Whether a run was begun here that has no checkpoint yet, so that nothing is lost with it."""
-    saved = (any((place / "checkpoints").glob("step-*")) for place in places)
-    if (directory / "model").exists() or any(saved):
-        return False
-    # The first thing that a run, or a stage of it, writes.
-    if not any((place / "metrics.jsonl").is_file() for place in places):
-        return False
-    config = directory / "config.json"
-    return not config.is_file() or {"computation", "training"} <= set(read_json(config))

@@ -20,6 +20,7 @@ FLOORS = {
     "config": 6, "config_files": 6, "display": 6, "runner": 6, "demo": 6, "cli": 6,
     "__main__": 6, "config_sections": 6, "commands": 6, "rehearsal": 6, "schema": 6,
     "measure": 6, "demo_reasoning": 6, "preview": 6, "generate_commands": 6,
+    "run_directory": 6, "config_checks": 6,
 }  # fmt: skip
 #: Configured methods that are made of others.
 COMPOSED = {"rlhf", "verifiable"}

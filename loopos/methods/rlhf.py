@@ -12,111 +12,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 
-from loopos.autograd import Array
+from loopos.autograd import Array, Parameter
 from loopos.data.chat import ChatTemplate
 from loopos.data.preferences import Preferences, Render, read_preferences
 from loopos.data.readers import Source
 from loopos.data.responses import PreferenceReport, encode_responses
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
-from loopos.errors import ConfigError, DataError
+from loopos.errors import CheckpointError, ConfigError, DataError
 from loopos.files import atomic_directory
-from loopos.methods.common import RunArguments, with_overrides
+from loopos.methods.common import RunArguments, train_only, with_overrides
 from loopos.methods.language_model import require_language_model
-from loopos.methods.policy_options import require, require_choice, require_numbers
 from loopos.methods.policy_runs import StartFile, begun, compared, sample_callbacks
 from loopos.methods.policy_state import copy_of
-from loopos.methods.ppo import PRESETS, PPOTrainer
-from loopos.methods.ppo import Options as PPOOptions
+from loopos.methods.ppo import PPOTrainer
 from loopos.methods.reinforcement import ModelReward
-from loopos.methods.reward_model import Options as RewardOptions
 from loopos.methods.reward_model import RewardTrainer
+from loopos.methods.rlhf_options import Options, Phase
 from loopos.models.reward import RewardModel, load_reward_model
 from loopos.models.transformer import Transformer
+from loopos.training.checkpoint import find_checkpoint, frozen_sha256, read_state
 from loopos.training.loop import TrainResult
-from loopos.training.options import TrainingOptions
 from loopos.training.trackers import Callback, tell_samples
 
 __all__ = ["MAKE_TAKES", "RLHF", "Options", "RLHFReport", "make", "read"]
 
 #: What :func:`make` is told beside the model.
 MAKE_TAKES = ("reward_model",)
-Phase = Literal["reward_model", "ppo"]
-_PHASES: tuple[Phase, ...] = ("reward_model", "ppo")
 #: Prompts by which it is told whether two tokenizers are the same.
 _COMPARED = 64
-
-
-@dataclass(frozen=True, init=False)
-class Options(PPOOptions):
-    """Options of an RLHF run: those of PPO, and in an object of their own the reward model's.
-
-    Attributes
-    ----------
-    phases : tuple of {"reward_model", "ppo"}
-        What is done: both, or one alone. "ppo" alone needs ``data.reward_model``; "reward_model"
-        alone leaves the policy as it is, and its model is the reward model.
-    preset : {"openai-2019", "tldr-2024", "trl"} or None
-        A published recipe of PPO; options that are given count before its own.
-    reward_model : Options or None
-        How the reward model is trained: an object with the options of the method "reward_model".
-    eval_prompts : int
-        How many held-out prompts are answered at each evaluation.
-    sample_steps : int or None
-        Steps between two tables of samples, which are shown and written to ``samples.jsonl``.
-    """
-
-    phases: tuple[Phase, ...] = _PHASES
-    preset: Literal["openai-2019", "tldr-2024", "trl"] | None = None
-    reward_model: RewardOptions | None = None
-    eval_prompts: int = 128
-    sample_steps: int | None = 10
-
-    def __init__(self, **given: Any):
-        known = {field.name: field.default for field in fields(self)}
-        for name in given:
-            if name not in known:
-                raise TypeError(f"unexpected option '{name}'")
-        preset = given.get("preset")
-        recipe = PRESETS[preset] if isinstance(preset, str) and preset in PRESETS else {}
-        for name, value in (known | recipe | given).items():
-            object.__setattr__(self, name, value)
-        self.__post_init__()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.preset is not None:
-            require_choice(self, "preset", tuple(PRESETS))
-        require_numbers(self, {"eval_prompts": (True, lambda n: n >= 1, "at least 1")})
-        chosen = tuple(self.phases)
-        allowed = (_PHASES, *((phase,) for phase in _PHASES))
-        expected = "['reward_model', 'ppo'], or one of the two"
-        require(self, "phases", chosen in allowed, expected)
-        object.__setattr__(self, "phases", chosen)
-        inner = {} if self.reward_model is None else self.reward_model
-        if isinstance(inner, dict):  # as a checkpoint has it
-            object.__setattr__(self, "reward_model", RewardOptions(**inner))
-
-    @property
-    def of_reward_model(self) -> RewardOptions:
-        """Options of the first phase."""
-        return cast(RewardOptions, self.reward_model)
-
-    def stages(self) -> dict[str, TrainingOptions]:
-        """Return the options of each phase that is done, in their order."""
-        every = {"reward_model": self.of_reward_model, "ppo": self}
-        return {phase: every[phase] for phase in self.phases}
-
-    def with_stage(self, phase: str, **overrides: Any) -> Options:
-        """Return options of which some of one phase are others."""
-        if phase == "ppo":
-            return replace(self, **overrides)
-        return replace(self, reward_model=replace(self.of_reward_model, **overrides))
 
 
 @dataclass(frozen=True)
@@ -310,6 +239,11 @@ class RLHF:
         prompts, held_out = self._prompts(training, validation, options)
         self._require_room([*prompts, *held_out], options)
         root = None if run["output_dir"] is None else Path(run["output_dir"])
+        again, config = begun(root, run), run["run_config"]
+        if config is not None:
+            config = config | {"reward_model_sha256": self._judge_sha256()}
+            if again and root is not None:
+                _require_same_judge(root, config)
         separate = self.reward_model if options.critic == "separate" else None
         trainer = self._ppo = PPOTrainer(
             self.model, self.tokenizer, ModelReward(self.reward_model), self._stopping(options),
@@ -321,10 +255,21 @@ class RLHF:
         callbacks = sample_callbacks(root, run["callbacks"], start)
         result = trainer.fit(
             prompts, held_out or None, on_samples=tell_samples(callbacks),
-            **{**run, "callbacks": callbacks, "resume": begun(root, run)},
+            **RunArguments(
+                **{**run, "callbacks": callbacks, "resume": again, "run_config": config}
+            ),
         )  # fmt: skip
         self._start = start.figures
         return result
+
+    def _judge_sha256(self) -> str | None:
+        """Return a digest of the reward model, which is frozen from now on."""
+        assert self.reward_model is not None
+        parameters = self.reward_model.parameters()
+        train_only(parameters, set())
+        bias = Parameter(self.reward_model.bias, "bias")
+        bias.requires_grad = False
+        return frozen_sha256(parameters | {"bias": bias})
 
     def _stopping(self, options: Options) -> Options:
         """Return the options with the tokens that end a turn of the chat template."""
@@ -445,6 +390,18 @@ class RLHF:
             self._reward_trainer(self.reward_model).save(directory)
         else:
             self.model.save(directory, self.tokenizer)
+
+
+def _require_same_judge(root: Path, config: dict[str, Any]) -> None:
+    """Refuse to go on with another reward model than the run began with."""
+    newest = find_checkpoint(root / "checkpoints")
+    if newest is None:
+        return
+    was = (read_state(newest).get("run_config") or {}).get("reward_model_sha256")
+    if was is not None and was != config["reward_model_sha256"]:
+        raise CheckpointError(
+            f"data.reward_model: is not the reward model of the run to be continued ({root})"
+        )
 
 
 def _preferences(data: Preferences | Source) -> Preferences:

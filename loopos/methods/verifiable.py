@@ -176,7 +176,7 @@ class ReasoningGRPO:
             answers=_answers(training),
             validation_answers=None if held_out is None else _answers(held_out),
             on_samples=tell_samples(told),
-            **{**run, "callbacks": told, "resume": begun(root, run)},
+            **RunArguments(**{**run, "callbacks": told, "resume": begun(root, run)}),
         )
         self._start = start.figures
         return result
