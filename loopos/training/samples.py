@@ -47,7 +47,8 @@ def samples_table(step: int, rows: Sequence[Mapping[str, Any]], width: int) -> A
 
     room = max(24, width - _NUMBERS)
     columns = room // 3, room - room // 3
-    table = Table(title=f"samples of step {step}", expand=True)
+    caption = "" if all(row["ended"] for row in rows) else "+: without an end"
+    table = Table(title=f"samples of step {step}", caption=caption, expand=True)
     table.add_column("prompt", ratio=1, no_wrap=True)
     table.add_column("response", ratio=2, no_wrap=True)
     for name in ("score", "tokens"):
