@@ -177,7 +177,8 @@ def run(
             )
         except (Interrupted, KeyboardInterrupt) as interrupt:
             print(str(interrupt) or "interrupted", file=sys.stderr)
-            if any((loaded.output_dir / "checkpoints").glob("step-*")):
+            places = ("checkpoints/step-*", "*/checkpoints/step-*")
+            if any(any(loaded.output_dir.glob(place)) for place in places):
                 again = ["loopos", "run", config]
                 again += [part for override in overrides or [] for part in ("--set", override)]
                 again += [] if output_dir is None else ["--output-dir", str(output_dir)]
@@ -212,7 +213,10 @@ def validate(
         steps = plan(loaded, prepared)
         say(f"  {steps.trained_parameters:,} are trained")
         say("run")
-        say(f"  {steps.steps_per_epoch:,} optimizer steps an epoch, {steps.total_steps:,} in all")
+        for name, one in (steps.stages or {"": steps}).items():
+            stage = f"{name}: " if name else ""
+            an_epoch = f"{one.steps_per_epoch:,} optimizer steps an epoch"
+            say(f"  {stage}{an_epoch}, {one.total_steps:,} in all")
         show_place(loaded)
     del prepared  # the rehearsal wants the memory for itself
     if measure:

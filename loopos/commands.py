@@ -8,13 +8,13 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from loopos.display import say, show_figures, show_predictions
 from loopos.errors import InputError, MissingFileError
-from loopos.files import atomic_write_text, write_json
+from loopos.files import atomic_write_text, read_json, write_json
 from loopos.version import __version__
 
 if TYPE_CHECKING:
@@ -221,10 +221,7 @@ def _load_tuner(directory: Path) -> FineTuner:
     inner = directory / "model"
     if not inner.is_dir():
         if (directory / "metrics.jsonl").exists():
-            raise InputError(
-                f"{directory}: this run has not finished, so there is no model in it; "
-                "continue it with 'loopos run CONFIG --resume'"
-            )
+            raise _unfinished(directory)
         inner = directory
     if (inner / "config.json").exists() and not (inner / "classifier.json").exists():
         raise InputError(
@@ -232,6 +229,13 @@ def _load_tuner(directory: Path) -> FineTuner:
             "fine-tune it first, as data.pretrained_weights"
         )
     return FineTuner.load(inner)
+
+
+def _unfinished(directory: Path) -> InputError:
+    return InputError(
+        f"{directory}: this run has not finished, so there is no model in it; "
+        "continue it with 'loopos run CONFIG --resume'"
+    )
 
 
 def _as_utf8(argument: str) -> str:
@@ -272,7 +276,8 @@ def evaluate(
 ) -> None:
     """Measure a model on other data.
 
-    Prints the figures of a classifier, or loss and perplexity of a language model.
+    Prints the figures of a classifier, or loss and perplexity of a language model, or the scores of
+    a policy by the reward model of its run.
     """
     figures = _evaluated(model, data, text_field, label_field)
     if output is not None:
@@ -286,6 +291,8 @@ def evaluate(
 def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dict[str, Any]:
     from loopos.data.readers import read_labelled, read_texts
 
+    if _is_policy_run(model):
+        return _evaluated_policy(model, data)
     if (_inner(model) / "reasoning.json").is_file():
         from loopos.data.reasoning import read_reasoning
         from loopos.methods.chain_of_thought import ChainOfThought, Options
@@ -316,6 +323,39 @@ def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dic
         head.problem,
     )
     return tuner.evaluate(labelled)
+
+
+def _is_policy_run(directory: Path) -> bool:
+    """Whether it holds a run that trained a policy against a reward model."""
+    if not (directory / "tokenizer").is_dir() or not (directory / "config.json").is_file():
+        return False
+    values = read_json(directory / "config.json")
+    trained = values.get("training", {}).get("phases", [])
+    return values.get("computation", {}).get("method") == "rlhf" and "ppo" in trained
+
+
+def _evaluated_policy(directory: Path, data: str) -> dict[str, Any]:
+    """Let the policy of a run answer the prompts of preferences, and its reward model judge."""
+    from dataclasses import replace
+
+    from loopos.config import load_config
+    from loopos.data.preferences import read_preferences
+    from loopos.data.tokenizer import load_tokenizer
+    from loopos.methods import rlhf
+    from loopos.models.weights import load_model
+
+    inner = directory / "model"
+    if not inner.is_dir():
+        raise _unfinished(directory)
+    config, pairs = load_config(directory / "config.json"), read_preferences(data)
+    given = config.data.reward_model is not None
+    judge = config.model_source("reward_model") if given else directory / "reward_model" / "model"
+    trainer = rlhf.make(
+        load_model(inner), load_tokenizer(inner), pairs, seed=config.computation.seed,
+        reward_model=str(judge),
+    )  # fmt: skip
+    options = cast(rlhf.Options, config.training)
+    return trainer.evaluate(pairs, replace(options, eval_prompts=len(pairs.texts)))
 
 
 def _inner(directory: Path) -> Path:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopos.config_checks import check_reward_model, check_rows, check_validation
 from loopos.config_files import (
     COMMAND,
     Faults,
@@ -32,7 +33,7 @@ from loopos.config_files import (
 from loopos.config_sections import Computation, Data, ModelKeys, at_least
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
 from loopos.hub import is_hub_name
-from loopos.methods import DATA_KEYS, METHODS, PLANNED
+from loopos.methods import DATA_KEYS, METHODS
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
 from loopos.models.rope import RopeScaling
 from loopos.training.options import TrainingOptions
@@ -268,11 +269,12 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
         training = _section("training", options, sections["training"], faults)
     data = _section("data", Data, sections["data"], faults)
     if data is not None and isinstance(asked, str) and asked in methods:
-        _check_rows(asked, data, faults)
+        check_rows(asked, data, faults)
     if model is not None and data is not None:
         _check_sizes(model, data, faults)
     if training is not None and data is not None:
-        _check_validation(training, data, faults)
+        check_validation(training, data, faults)
+        check_reward_model(training, data, faults)
         if training.lora is not None and data.pretrained_weights is None:
             faults.add(
                 "training.lora",
@@ -294,8 +296,6 @@ def _refuse_method(computation: Computation, faults: Faults) -> None:
     if name in modes:
         key = "computation.mode" if "computation.mode" in faults.lines else key
         message = f"the method '{name}' has the mode '{modes[name]}', found '{computation.mode}'"
-    elif name in PLANNED:
-        message = f"this version does not have the method '{name}' (it has: {', '.join(modes)})"
     else:
         message = f"unknown method '{name}'{nearest(name, modes)} (known: {', '.join(modes)})"
     faults.add(key, message)
@@ -354,28 +354,6 @@ def _check_sizes(model: dict[str, Any], data: Data, faults: Faults) -> None:
         faults.add(f"model.{key}" if named else "model", str(error))
 
 
-def _check_validation(training: TrainingOptions, data: Data, faults: Faults) -> None:
-    """Find options that would do nothing as there is nothing to evaluate on."""
-    if data.validation_data is not None or data.validation_fraction > 0:
-        return
-    for name in ("eval_steps", "early_stopping_patience"):
-        if getattr(training, name) is not None:
-            faults.add(
-                f"training.{name}",
-                "there is no validation, as data.validation_fraction is 0",
-            )
-
-
-def _check_rows(method: str, data: Data, faults: Faults) -> None:
-    """Find that there is nothing to train on, or rows under the key of another method."""
-    wanted = DATA_KEYS.get(method, "training_data")
-    for key in {"training_data", *DATA_KEYS.values()} - {wanted}:
-        if getattr(data, key) is not None:
-            faults.add(f"data.{key}", f"the method '{method}' reads data.{wanted}")
-    if getattr(data, wanted) is None:
-        faults.add(f"data.{wanted}", "is needed")
-
-
 def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:
     """Return a dataclass made of a section, None if it does not fit."""
     hints = typing.get_type_hints(kind)
@@ -397,6 +375,8 @@ def _section(name: str, kind: type, raw: dict[str, Any], faults: Faults) -> Any:
         return kind(**values, **found)
     except InputError as error:  # a value of the right type, out of its range
         key, _, message = str(error).partition(": ")
+        if key.startswith("training.") and not key.startswith(f"{name}."):
+            key = f"{name}.{key.rpartition('.')[2]}"  # such options know of no section around them
         faults.add(key, message)
         return None
 
@@ -482,10 +462,7 @@ def _names(kind: Any) -> set[str]:
 def _owner(section: str, name: str) -> str | None:
     """Say which method or section knows a key that this one does not."""
     homes = _homes()
-    if section == "data" and name in PLANNED.values():
-        method = next(m for m, key in PLANNED.items() if key == name)
-        home = f"method '{method}', which this version does not have"
-    elif section == "training" and name in homes["training"]:
+    if section == "training" and name in homes["training"]:
         options = {m: importlib.import_module(module).Options for (_, m), module in METHODS.items()}
         home = f"method '{next(m for m in options if name in _names(options[m]))}'"
     else:

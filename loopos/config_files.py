@@ -313,6 +313,10 @@ def describe(kind: Any) -> str:
         return " or ".join(describe(part) for part in arguments)
     if origin is list:
         return f"a list of {describe(arguments[0]).split(' ', 1)[-1]}s"
+    if origin is tuple and arguments[1:] == (...,):
+        inner = describe(arguments[0])
+        choices = typing.get_origin(arguments[0]) is Literal
+        return f"a list of {inner}" if choices else f"a list of {inner.split(' ', 1)[-1]}s"
     if origin is tuple:
         return f"a list of {len(arguments)} numbers"
     return _WORDS.get(kind, str(kind))

@@ -40,8 +40,8 @@ class Computation:
     Attributes
     ----------
     method : str
-        "fine_tuning", "sft", "chain_of_thought", "reward_model", "dpo", or "autoregressive" with
-        the mode "pretraining".
+        "fine_tuning", "sft", "chain_of_thought", "reward_model", "dpo", "rlhf", "grpo", or
+        "autoregressive" with the mode "pretraining".
     mode : {"posttraining", "pretraining"}
         The kind of method that `method` is.
     description : str
@@ -78,10 +78,11 @@ class Data:
         File of rows, or a pattern such as ``data/*.jsonl``, or a list of them; needed, but for
         methods that have a key of their own.
     reasoning_examples : str, list of str or None
-        The same for the method "chain_of_thought": problems with their steps and answers.
+        The same for the methods "chain_of_thought" and "grpo": problems with their steps and
+        answers; "grpo" needs no steps.
     preference_data : str, list of str or None
-        The same for the methods "reward_model" and "dpo": prompts with a chosen and a rejected
-        response.
+        The same for the methods "reward_model", "dpo" and "rlhf": prompts with a chosen and a
+        rejected response.
     validation_data : str, list of str or None
         Rows to evaluate on, named as `training_data`; None splits some off the training data.
     validation_fraction : float
@@ -90,6 +91,8 @@ class Data:
     pretrained_weights : str or None
         Directory of a model or of LoRA adapters, a .gguf file, or a model on the Hugging Face Hub,
         "org/name" or "org/name@revision"; None starts fresh.
+    reward_model : str or None
+        Directory of a trained reward model, for the method "rlhf" without its first phase.
     tokenizer : str or None
         Directory, file or Hub name of a tokenizer; None takes the one beside the weights or, where
         there are none, trains byte-level BPE of ``vocab_size`` on the training texts.
@@ -107,6 +110,7 @@ class Data:
     validation_data: str | list[str] | None = None
     validation_fraction: float = 0.1
     pretrained_weights: str | None = None
+    reward_model: str | None = None
     tokenizer: str | None = None
     text_field: str = "text"
     label_field: str = "label"

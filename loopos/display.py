@@ -91,8 +91,17 @@ def show_start(config: RunConfig, info: RunInfo) -> None:
     """Print how long the run will be, from where, and with what it computes."""
     left = f", {info.start_step:,} of them done before" if info.start_step else ""
     say(f"  {info.trained_parameters:,} are trained")
-    say(f"run\n  {info.total_steps:,} optimizer steps{left}")
+    say(f"run{_stage(config, info)}\n  {info.total_steps:,} optimizer steps{left}")
     show_place(config)
+
+
+def _stage(config: RunConfig, info: RunInfo) -> str:
+    """Return the name of the stage that begins, of a run with several."""
+    names = list(config.training.stages()) if hasattr(config.training, "stages") else []
+    if len(names) < 2:
+        return ""
+    inner = info.output_dir.name if info.output_dir is not None else ""
+    return f": {inner if inner in names[:-1] else names[-1]}"
 
 
 def show_place(config: RunConfig) -> None:
@@ -114,7 +123,8 @@ def show_estimate(estimate: Estimate) -> None:
     gib, free = 2**30, estimate.available_bytes
     has = "" if free is None else f" ({free / gib:.1f} GiB are free)"
     say(f"  memory {estimate.peak_bytes / gib:.2f} GiB at the most{has}")
-    parts = [f"{_seconds(estimate.step_s)} a step"]
+    parts = [f"{name} {_seconds(spent)}" for name, spent in estimate.stages_s.items()]
+    parts.append(f"{_seconds(estimate.step_s)} a step")
     if estimate.evaluation_s:
         parts.append(f"{_seconds(estimate.evaluation_s)} an evaluation")
     parts.append(f"{_seconds(estimate.save_s)} a checkpoint")
@@ -152,6 +162,8 @@ def show_summary(summary: Summary) -> None:
         say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
     elif (summary.output_dir / "model" / "reward_model.json").exists():
         say(f"next: loopos evaluate {shlex.quote(str(summary.output_dir))} pairs.jsonl")
+    elif (summary.output_dir / "samples.jsonl").exists():
+        say(f"next: loopos generate {shlex.quote(str(summary.output_dir))} --prompt 'a prompt'")
     elif _can_chat(summary.output_dir / "model"):
         say(f"next: loopos chat {shlex.quote(str(summary.output_dir))}")
     else:

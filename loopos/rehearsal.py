@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,6 +44,9 @@ _BATCHES = 6
 _EPOCHS = 20
 #: Rows of the validation data that are tried: so many of the longest, and of all.
 _LONGEST, _ROWS = 64, 192
+#: What makes a run as short as its batches: so each of its stages is rehearsed.
+_SHORT = {"num_epochs": 1, "max_steps": None, "eval_steps": None, "save_steps": None,
+          "early_stopping_patience": None}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Estimate:
         What this machine has to give; None where that cannot be told.
     total_s, step_s, evaluation_s, save_s : float
         The whole run, a mean optimizer step, one evaluation, one checkpoint; seconds.
+    stages_s : dict of str to float
+        What the stages of a run with several take; empty for others.
     """
 
     peak_bytes: int
@@ -66,6 +71,7 @@ class Estimate:
     step_s: float
     evaluation_s: float
     save_s: float
+    stages_s: dict[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -163,7 +169,7 @@ class _Few:
 
     def __init__(self, options: TrainingOptions):
         self._options = options
-        self.total_steps = self.steps_per_epoch = self.tokens = 0
+        self.total_steps = self.steps_per_epoch = self.tokens = self.tried = 0
 
     def __call__(self, sampler: BatchSampler, k: int) -> list[list[Array]]:
         """Return the largest batch of the run, the largest of its first epoch, some of any size."""
@@ -183,32 +189,61 @@ class _Few:
         sizes = np.array([sum(int(lengths[m].sum()) for m in batch) for batch in epochs[0]])
         order = np.argsort(sizes, kind="stable")
         picked = order[np.linspace(0, per_epoch - 1, min(_BATCHES, per_epoch)).astype(int)]
-        return [largest, *(epochs[0][int(i)] for i in picked[::-1])]
+        chosen = [largest, *(epochs[0][int(i)] for i in picked[::-1])]
+        self.tried = sum(int(lengths[m].sum()) for batch in chosen for m in batch)
+        return chosen
+
+
+class _Choice:
+    """Chooses for each stage of a run, which has a sampler of its own."""
+
+    def __init__(self, stages: Sequence[TrainingOptions]):
+        self._waiting = list(stages)
+        self._sampler: BatchSampler | None = None
+        self.made: list[_Few] = []
+
+    def __call__(self, sampler: BatchSampler, k: int) -> list[list[Array]]:
+        """Return batches of the stage that the sampler is of."""
+        if sampler is not self._sampler:
+            self._sampler = sampler
+            self.made.append(_Few(self._waiting.pop(0)))
+        return self.made[-1](sampler, k)
+
+
+@dataclass
+class _Times:
+    """When what happened in a stage of a run, and tokens and seconds of its steps."""
+
+    started: float
+    steps: list[tuple[int, float]] = field(default_factory=list)
+    trained: float = 0.0
+    evaluated: float = 0.0
+    ended: float = 0.0
 
 
 class _Clock(Callback):
     """Notes when things happen."""
 
     def __init__(self) -> None:
-        self.steps: list[tuple[int, float]] = []
-        self.started = self.trained = self.evaluated = self.ended = 0.0
+        self.stages: list[_Times] = []
 
     def on_start(self, info: RunInfo) -> None:
         """Everything is read and encoded."""
-        self.started = time.time()
+        self.stages.append(_Times(time.time()))
 
     def on_step(self, record: Record) -> None:
         """A step was made."""
-        self.steps.append((record["tokens"], record["time_s"]))
-        self.trained = self.evaluated = time.time()
+        now = self.stages[-1]
+        now.steps.append((record["tokens"], record["time_s"]))
+        now.trained = now.evaluated = time.time()
 
     def on_evaluate(self, record: Record) -> None:
         """The last step was evaluated; what follows is its checkpoint."""
-        self.evaluated = time.time()
+        self.stages[-1].evaluated = time.time()
 
     def on_end(self) -> None:
-        """The checkpoint is there; what follows is the end of the run."""
-        self.ended = time.time()
+        """The checkpoint is there; what follows is the next stage, or the end of the run."""
+        self.stages[-1].ended = time.time()
 
 
 def _part(prepared: Prepared) -> tuple[Prepared, float]:
@@ -243,42 +278,94 @@ def _due(every: int | None, few: _Few) -> set[int]:
     return {*range(step, few.total_steps + 1, step), few.total_steps}
 
 
-def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, Any]:
-    """Carry out a little of the run, and add up what all of it would take."""
-    options, few, clock = config.training, _Few(config.training), _Clock()
-    short = dataclasses.replace(
-        options, num_epochs=1, max_steps=None, eval_steps=None, save_steps=None,
-        early_stopping_patience=None,
-    )  # fmt: skip
-    elsewhere = dataclasses.replace(config.data, output_dir=str(directory / "run"))
-    rehearsed = dataclasses.replace(config, training=short, data=elsewhere)
-    shares = [1.0]
+def _stages(options: TrainingOptions) -> dict[str, TrainingOptions]:
+    """Return the options of each stage of a run, by name where there are several."""
+    stages: dict[str, TrainingOptions] = getattr(options, "stages", lambda: {"": options})()
+    return stages
 
-    def shorten(prepared: Prepared) -> Prepared:
-        part, share = _part(prepared)
-        shares.append(share if part.validation is not None else 0.0)
-        return part
 
-    with choosing(few):
-        run(rehearsed, callbacks=[clock], on_prepared=shorten)
-    ended, share, peak = time.time(), shares[-1], peak_bytes()  # before anything else is loaded
+def _shortened(options: Any) -> Any:
+    """Return options of a run whose stages have one epoch each."""
+    if not hasattr(options, "with_stage"):
+        return dataclasses.replace(options, **_SHORT)
+    for name in options.stages():
+        options = options.with_stage(name, **_SHORT)
+    return options
+
+
+def _share_of(options: TrainingOptions, part: int, whole: int, share: float) -> float:
+    """Return the share of an evaluation that is rehearsed.
+
+    It takes as long as the text is, but where only so many prompts of a set are ever answered.
+    """
+    if not (share and hasattr(options, "sample_steps")):
+        return share
+    most = getattr(options, "eval_prompts", getattr(options, "eval_problems", whole))
+    return min(most, part) / min(most, whole)
+
+
+def _stage(options: TrainingOptions, few: _Few, times: _Times, share: float) -> dict[str, float]:
+    """Add up what a whole stage would take."""
+    samples = hasattr(options, "sample_steps")
     evaluations = _due(options.eval_steps, few) if share else set()
     # Every evaluation may be the best so far, and then it is saved.
     saves = evaluations | _due(options.save_steps, few)
-    evaluation_s = (clock.evaluated - clock.trained) / share if share else 0.0
-    save_s = clock.ended - clock.evaluated
-    first, each = _line(clock.steps[1:])  # the first step finds no buffers yet
-    training_s = first * few.total_steps + each * few.tokens
-    total_s = (clock.started - launched) + training_s + (ended - clock.ended)
-    total_s += len(evaluations) * evaluation_s + len(saves) * save_s
-    if share:  # the end of the run evaluates once more, here on a part
-        total_s += evaluation_s * (1 - share)
+    evaluation_s = (times.evaluated - times.trained) / share if share else 0.0
+    save_s = times.ended - times.evaluated
+    # Of what is sampled the tokens of a batch are known only then.
+    tokens = few.tokens * sum(n for n, _ in times.steps) / few.tried
+    first, each = _line(times.steps[1:])  # the first step finds no buffers yet
+    training_s = first * few.total_steps + each * tokens
+    # A policy is evaluated before its first step too.
+    total_s = training_s + (len(evaluations) + (samples and share > 0)) * evaluation_s
     return {
-        "peak_bytes": peak,
-        "total_s": total_s,
-        "step_s": training_s / few.total_steps,
+        "training_s": training_s,
+        "total_s": total_s + len(saves) * save_s,
         "evaluation_s": evaluation_s,
         "save_s": save_s,
+    }
+
+
+def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, Any]:
+    """Carry out a little of the run, and add up what all of it would take."""
+    options, clock = config.training, _Clock()
+    stages = _stages(options)
+    choice = _Choice(list(stages.values()))
+    elsewhere = dataclasses.replace(config.data, output_dir=str(directory / "run"))
+    rehearsed = dataclasses.replace(config, training=_shortened(options), data=elsewhere)
+    shares, rows = [1.0], (1, 1)
+
+    def shorten(prepared: Prepared) -> Prepared:
+        nonlocal rows
+        part, share = _part(prepared)
+        shares.append(share if part.validation is not None else 0.0)
+        if part.validation is not None and prepared.validation is not None:
+            rows = len(part.validation.texts), len(prepared.validation.texts)
+        return part
+
+    with choosing(choice):
+        run(rehearsed, callbacks=[clock], on_prepared=shorten)
+    ended, peak = time.time(), peak_bytes()  # before anything else is loaded
+    of_stages = [_share_of(stage, *rows, shares[-1]) for stage in stages.values()]
+    found = [
+        _stage(*parts) for parts in zip(stages.values(), choice.made, clock.stages, of_stages,
+                                        strict=True)
+    ]  # fmt: skip
+    edges = [launched, *(moment for s in clock.stages for moment in (s.started, s.ended)), ended]
+    # Before, between and after the stages; the end evaluates once more, here on a part.
+    around = [edges[i + 1] - edges[i] for i in range(0, len(edges), 2)]
+    rest_s = [one["evaluation_s"] * (1 - s) if s else 0.0
+              for one, s in zip(found, of_stages, strict=True)]  # fmt: skip
+    return {
+        "peak_bytes": peak,
+        "total_s": sum(around) + sum(one["total_s"] for one in found) + sum(rest_s),
+        "step_s": sum(one["training_s"] for one in found)
+        / sum(few.total_steps for few in choice.made),
+        "evaluation_s": max(one["evaluation_s"] for one in found),
+        "save_s": max(one["save_s"] for one in found),
+        "stages_s": {name: one["total_s"] for name, one in zip(stages, found, strict=True)}
+        if len(stages) > 1
+        else {},
     }
 
 

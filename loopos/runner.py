@@ -1,7 +1,9 @@
 """From a configuration to a finished run: prepare, report, train, evaluate, save.
 
 A run directory holds ``config.json``, ``data_report.json``, ``tokenizer/``, ``metrics.jsonl``,
-``checkpoints/`` and at the end ``evaluation.json`` and ``model/``.
+``checkpoints/`` and at the end ``evaluation.json`` and ``model/``; of a method that learns from its
+own samples also ``samples.jsonl`` and ``start.json``; and a directory for each stage before the
+last, such as ``reward_model/``.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ from loopos.errors import (
     CheckpointError,
     ConfigError,
     DataError,
-    InputError,
     MissingFileError,
 )
-from loopos.files import atomic_directory, locked_directory, read_json, tidy, write_json
-from loopos.methods import DATA_KEYS
+from loopos.files import atomic_directory, locked_directory, write_json
+from loopos.methods import DATA_KEYS, STAGES
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_config, load_model
-from loopos.training.checkpoint import find_checkpoint, read_state, recover
+from loopos.run_directory import check_directory
+from loopos.training.checkpoint import read_state
 from loopos.training.loop import Interrupted, TrainResult
 from loopos.training.options import TrainingOptions
 from loopos.training.resume import MAY_CHANGE
@@ -54,16 +56,6 @@ _MAY_CHANGE = {
     "data.output_dir",
     *(f"training.{name}" for name in MAY_CHANGE),
 }
-#: What a run leaves in its directory.
-_OUTPUTS = (
-    "config.json",
-    "data_report.json",
-    "metrics.jsonl",
-    "tokenizer",
-    "checkpoints",
-    "evaluation.json",
-    "model",
-)
 
 
 @dataclass(frozen=True)
@@ -92,11 +84,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run will be: optimizer steps in the first epoch, and in all; what it trains."""
+    """How long a run will be: optimizer steps in the first epoch, and in all; what it trains.
+
+    Of a run in several stages, `stages` has a plan of each by its name, in their order; steps are
+    those of all of them together, and trained parameters those of the last.
+    """
 
     steps_per_epoch: int
     total_steps: int
     trained_parameters: int
+    stages: dict[str, Plan] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,10 +177,21 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
     model = _model(config)
     tokenizer = _tokenizer(config, model, training, run_dir)
     num_classes = config.model.get("num_classes")
+    told = {key: _told(config, key) for key in getattr(config.method, "MAKE_TAKES", ())}
     with _located(config):
-        trainer = config.method.make(model, tokenizer, training, num_classes=num_classes, seed=seed)
+        trainer = config.method.make(
+            model, tokenizer, training, num_classes=num_classes, seed=seed, **told
+        )
         report = trainer.report(training, validation, config.training)
     return Prepared(trainer, training, validation, report, model.num_parameters(), model)
+
+
+def _told(config: RunConfig, key: str) -> str | None:
+    """Return the directory of another model that a method reads for itself."""
+    if getattr(config.data, key) is None:
+        return None
+    with _named(config, f"data.{key}"):
+        return config.model_source(key)
 
 
 def _read(config: RunConfig, key: str, like: Texts | None = None) -> Any:
@@ -303,16 +311,32 @@ def plan(config: RunConfig, prepared: Prepared) -> Plan:
     InputError
         As :func:`run`.
     """
+    trainer, options = prepared.trainer, config.training
+    data = prepared.training, prepared.validation
+    if not hasattr(trainer, "stage_fits"):
+
+        def fit(**overrides: Any) -> None:
+            changed = dataclasses.replace(options, **overrides)
+            trainer.fit(*data, changed, callbacks=[_Leave()])
+
+        return _plan_of(config, fit)
+    fits = trainer.stage_fits(*data, options, callbacks=[_Leave()])
+    plans = {name: _plan_of(config, fit) for name, fit in fits.items()}
+    return Plan(
+        sum(stage.steps_per_epoch for stage in plans.values()),
+        sum(stage.total_steps for stage in plans.values()),
+        [*plans.values()][-1].trained_parameters,
+        plans,
+    )
+
+
+def _plan_of(config: RunConfig, fit: Callable[..., Any]) -> Plan:
+    """Plan what `fit` does, which takes options by name and leaves before its first step."""
 
     def known(**overrides: Any) -> RunInfo:
         with _located(config):
             try:
-                prepared.trainer.fit(
-                    prepared.training,
-                    prepared.validation,
-                    dataclasses.replace(config.training, **overrides),
-                    callbacks=[_Leave()],
-                )
+                fit(**overrides)
             except _Known as left:
                 return left.info
         raise AssertionError("a run called no callback")
@@ -358,7 +382,7 @@ def run(
     """
     directory = config.output_dir
     with locked_directory(directory), computing(config):
-        checkpoint = _check_directory(directory, resume)
+        checkpoint = check_directory(directory, resume, STAGES.get(config.computation.method, ()))
         prepared = prepare(config, None if checkpoint is None else directory)
         record = config.as_dict() | _identity(prepared)
         if checkpoint is not None:
@@ -442,50 +466,3 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
             f"{config.where(f'data.{config.data_key}')}: the data is not that of the run to be "
             f"continued ({checkpoint.parent.parent})"
         )
-
-
-def _check_directory(directory: Path, resume: bool) -> Path | None:
-    """Refuse to write over a run and to resume what is not there, before anything is read.
-
-    What a killed run left half-written is cleared; the directory is locked.
-
-    Returns
-    -------
-    Path or None
-        The checkpoint to continue from; None for a run from the beginning.
-    """
-    recover(directory / "checkpoints")
-    held = [name for name in _OUTPUTS if (directory / name).exists()]
-    checkpoint = find_checkpoint(directory / "checkpoints") if resume else None
-    if checkpoint is not None:
-        tidy(directory, _OUTPUTS)
-        return checkpoint
-    other = "choose another directory (--output-dir)"
-    began = _began(directory)
-    if resume and not began:
-        raise CheckpointError(f"{directory}: there is no run to resume in it")
-    if held and not resume:
-        if "model" in held:
-            raise InputError(f"{directory}: already holds a run ({held[0]}); {other}")
-        if began:
-            raise InputError(
-                f"{directory}: holds a run that ended before its first checkpoint; "
-                f"start it over with --resume, or {other}"
-            )
-        if "checkpoints" in held:
-            raise InputError(
-                f"{directory}: already holds a run; continue it with --resume, or {other}"
-            )
-        raise InputError(f"{directory}: already holds {held[0]}, which is not of a run; {other}")
-    tidy(directory, _OUTPUTS)
-    return None
-
-
-def _began(directory: Path) -> bool:
-    """Whether a run was begun here that has no checkpoint yet, so that nothing is lost with it."""
-    if (directory / "model").exists() or any((directory / "checkpoints").glob("step-*")):
-        return False
-    if not (directory / "metrics.jsonl").is_file():  # the first thing that a run writes
-        return False
-    config = directory / "config.json"
-    return not config.is_file() or {"computation", "training"} <= set(read_json(config))

@@ -133,14 +133,17 @@ def test_the_seeds_chain_of_thought_file_loads_unchanged(load):
     assert config.data.reasoning_examples == "data/train.jsonl"
 
 
-@pytest.mark.parametrize("name", ["rlhf_training"])
-def test_methods_of_the_seed_that_are_not_here_yet_are_refused_in_one_sentence(refused, name):
-    method = SEED[name]["computation"]["method"]
-    line = line_of(SEED[name], "computation.method")
-    assert refused(SEED[name]) == (
-        f"run.json:{line}: computation.method: this version does not have the method '{method}' "
-        f"(it has: {', '.join(method for _, method in METHODS)})"
-    )
+def test_the_seeds_rlhf_file_loads_unchanged(load):
+    config = load(SEED["rlhf_training"])
+    training = config.training
+    assert (config.model["num_layers"], config.computation.method) == (6, "rlhf")
+    assert (training.learning_rate, training.clip_epsilon, training.kl_coefficient) == (
+        1e-6, 0.2, 0.1,
+    )  # fmt: skip
+    assert (training.batch_size, training.num_epochs) == (8, 1)
+    assert training.phases == ("reward_model", "ppo")
+    assert config.data.preference_data == "data/train.jsonl"
+    assert config.output_dir == Path("outputs/rlhf")
 
 
 # -- keys and values -----------------------------------------------------------------------------
@@ -618,7 +621,7 @@ def test_a_directory_is_no_configuration(tmp_path):
 
 
 def test_shipped_configurations_are_found_by_name_unless_a_file_has_it(tmp_path, monkeypatch):
-    shipped = {"chain_of_thought", "demo", "fine_tuning", "pretraining"}
+    shipped = {"chain_of_thought", "demo", "fine_tuning", "pretraining", "rlhf_training"}
     assert set(shipped_configs()) == shipped
     for name, path in shipped_configs().items():
         config = load_config(name)

@@ -21,7 +21,9 @@ from loopos.methods import (
     fine_tuning,
     pretraining,
     reward_model,
+    rlhf,
     sft,
+    verifiable,
 )
 from loopos.models.adapter import LoraConfig
 from loopos.models.config import TransformerConfig
@@ -85,7 +87,8 @@ def test_shipped_configurations_fit_it(name):
 @pytest.mark.parametrize(
     "kind",
     [TransformerConfig, Computation, Data, fine_tuning.Options, pretraining.Options, sft.Options,
-     chain_of_thought.Options, reward_model.Options, dpo.Options, LoraConfig, RopeScaling],
+     chain_of_thought.Options, reward_model.Options, dpo.Options, rlhf.Options, verifiable.Options,
+     LoraConfig, RopeScaling],
     ids=lambda kind: f"{kind.__module__}.{kind.__name__}",
 )  # fmt: skip
 def test_every_field_has_a_description(kind):

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from loopos.errors import CheckpointError, OutputError
-from loopos.training.trackers import ConsoleProgress, MetricsFile, RunInfo
+from loopos.training.samples import shown
+from loopos.training.trackers import (
+    Callback,
+    ConsoleProgress,
+    MetricsFile,
+    RunInfo,
+    SamplesFile,
+    tell_samples,
+)
 
 
 def step(number, loss=0.5):
@@ -136,3 +144,91 @@ def test_figures_of_ones_own_are_shown():
     progress.on_start(RunInfo(4, 0, 8, None))
     progress.on_evaluate({"step": 1, "eval": {"reward": np.float64(1.5), "count": 4}})
     assert stream.getvalue() == "step 1/4  evaluation: reward 1.5000\n"
+
+
+SAMPLES = [
+    {"prompt": "Say\n[bold]hi", "response": "\x1b[31mhi\x07 you", "score": 0.25, "tokens": 4,
+     "ended": True},
+    {"prompt": [1, 2], "response": [3] * 90, "score": -1.0, "tokens": 90, "ended": False},
+]  # fmt: skip
+
+
+def of_policy(number):
+    figures = {"reward/score": 0.5, "kl/mean": 0.125, "response/length": 7.25}
+    return {"step": number, "loss": 0.1, "tokens_per_s": 1234.0, **figures}
+
+
+def test_samples_and_their_figures_as_lines():
+    stream = io.StringIO()
+    progress = ConsoleProgress(stream, interval_s=0.0)
+    progress.on_start(RunInfo(4, 0, 8, None))
+    progress.on_samples(2, SAMPLES)
+    progress.on_step(of_policy(2))
+    progress.on_evaluate({"step": 2, "eval": {"reward/score": 1.0, "reward/score_std": 2.0,
+                                              "kl/mean": 0.5, "response/length": 3.0}})  # fmt: skip
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["step 2  prompt: Say [bold]hi", "  0.250  4 tokens: [31mhi you"]
+    assert lines[2] == "step 2  prompt: 1 2"
+    assert lines[3].startswith("  -1.000  90 tokens, not ended: 3 3 3 3")
+    assert len(lines[3]) < 160
+    assert lines[4].startswith("step 2/4  reward 0.5000  KL 0.125  length 7.2  1,234 tokens/s")
+    assert lines[5] == (
+        "step 2/4  evaluation: reward/score 1.0000, kl/mean 0.5000, response/length 3.0000"
+    )
+    bare = of_policy(3)
+    del bare["kl/mean"]
+    progress.on_step(bare)
+    assert "reward 0.5000  length 7.2" in stream.getvalue()
+
+
+def test_samples_in_a_table_above_the_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    progress = ConsoleProgress(stream)
+    progress.on_start(RunInfo(4, 0, 8, None))
+    progress.on_samples(2, SAMPLES)
+    progress.on_step(of_policy(2))
+    progress.on_end()
+    text = stream.getvalue()
+    for part in ("samples of step 2", "Say [bold]hi", "0.250", "90+", "+: without an end",
+                 "reward 0.5000", "2/4"):  # fmt: skip
+        assert part in text
+    assert "\x1b[31mhi" not in text
+    assert "\x07" not in text
+
+
+def test_long_samples_are_cut_at_either_end():
+    assert shown("abcdefghij", 6) == "abc..."
+    assert shown("abcdefghij", 6, end=True) == "...hij"
+    assert shown("abcdef", 6) == "abcdef"
+    assert shown("", 6) == ""
+
+
+def test_samples_are_written_a_line_each_and_cut_on_resume(tmp_path):
+    class Counting(Callback):
+        seen = 0
+
+        def on_samples(self, step, rows):
+            self.seen += len(rows)
+
+    file, counting = SamplesFile(tmp_path / "samples.jsonl"), Counting()
+    tell = tell_samples([file, counting])
+    file.on_start(RunInfo(4, 0, 8, tmp_path))
+    for number in (1, 2, 3):
+        tell(number, SAMPLES)
+        file.on_step(of_policy(number))
+        file.on_evaluate({"step": number, "eval": {}})
+    file.on_end()
+    assert counting.seen == 6
+    whole = file.path.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [row["step"] for row in rows] == [1, 1, 2, 2, 3, 3]
+    assert rows[0] == {"step": 1, **SAMPLES[0]}
+    file.path.write_text(whole + '{"step": 4, "prompt": "cut sh')
+    again = SamplesFile(file.path)
+    again.on_start(RunInfo(4, 2, 8, tmp_path))
+    again.on_end()
+    assert file.path.read_text() == "".join(whole.splitlines(keepends=True)[:4])

@@ -20,6 +20,16 @@ from loopos.training.options import TrainingOptions
 DOCS = Path(__file__).parents[1] / "docs"
 SCHEMA, PAGE = DOCS / "configuration.schema.json", DOCS / "configuration.md"
 
+#: What methods have in common that learn from their own samples.
+_SAMPLES = "max_new_tokens temperature stop_ids rollout_batch_size rollout_weights sample_steps"
+_REWARDS = (
+    "kl_coefficient kl_estimator exact_kl kl_budget missing_eos_penalty missing_eos_mode "
+    "reward_normalisation normalisation_samples"
+)
+_UPDATES = (
+    "ppo_epochs minibatches clip_epsilon clip_epsilon_high entropy_coefficient target_kl "
+    "tf1_epsilon"
+)
 #: Keys of the sections, as people look for them.
 GROUPS: dict[str, dict[str, str]] = {
     "model": {
@@ -54,11 +64,25 @@ GROUPS: dict[str, dict[str, str]] = {
         "": "loss_type beta label_smoothing simpo_margin desirable_weight undesirable_weight "
         "nll_coefficient reference_free precompute_reference max_length overflow dropout"
     },
+    "rlhf": {
+        "Phases": "phases preset reward_model",
+        "Samples": f"{_SAMPLES} eval_prompts",
+        "Rewards": f"{_REWARDS} adaptive_kl_target adaptive_kl_horizon whiten_rewards "
+        "score_after_end",
+        "Updates": f"{_UPDATES} gamma lam whiten_advantages whiten_unbiased critic "
+        "value_coefficient value_clip critic_learning_rate",
+    },
+    "grpo": {
+        "Problems": "prompt_template step_template answer_template chat eval_problems",
+        "Samples": f"group_size {_SAMPLES}",
+        "Rewards": f"{_REWARDS} kl_in baseline scale dynamic_sampling",
+        "Updates": f"{_UPDATES} loss_aggregation",
+    },
     "autoregressive": {"": "sequence_length"},
     "sft": {"": "max_length overflow train_on"},
     "data": {
         "": "training_data reasoning_examples preference_data validation_data validation_fraction "
-        "text_field label_field pretrained_weights tokenizer output_dir"
+        "text_field label_field pretrained_weights reward_model tokenizer output_dir"
     },
 }
 #: Objects in a section, each with a table of its own.
@@ -139,7 +163,8 @@ def _values(schema: dict[str, Any]) -> str:
     words = {"array": "list", "string": "text", "boolean": "true or false", "null": "`null`"}
     if kinds == ["array"]:
         count = f"{schema['minItems']} " if "minItems" in schema else ""
-        return f"list of {count}{_values(schema['items'])}s"
+        items = _values(schema["items"])
+        return f"list of {count}{items}" + "s" * ("enum" not in schema["items"])
     return ", ".join(words.get(kind, kind) for kind in kinds)
 
 

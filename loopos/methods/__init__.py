@@ -10,6 +10,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("posttraining", "chain_of_thought"): "loopos.methods.chain_of_thought",
     ("posttraining", "reward_model"): "loopos.methods.reward_model",
     ("posttraining", "dpo"): "loopos.methods.dpo",
+    ("posttraining", "rlhf"): "loopos.methods.rlhf",
+    ("posttraining", "grpo"): "loopos.methods.verifiable",
     ("pretraining", "autoregressive"): "loopos.methods.pretraining",
 }
 
@@ -18,7 +20,9 @@ DATA_KEYS = {
     "chain_of_thought": "reasoning_examples",
     "reward_model": "preference_data",
     "dpo": "preference_data",
+    "rlhf": "preference_data",
+    "grpo": "reasoning_examples",
 }
 
-#: Methods of the seed that this version does not have yet, and the data key that each reads.
-PLANNED = {"rlhf": "preference_data"}
+#: Directories of a run that hold what comes before its last stage, of a method with several.
+STAGES: dict[str, tuple[str, ...]] = {"rlhf": ("reward_model",)}

@@ -26,8 +26,8 @@ from loopos.data.reasoning import ReasoningExample, ReasoningExamples, read_reas
 from loopos.data.report import DataReport
 from loopos.data.solutions import SolutionTemplate, SolutionWriter
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
-from loopos.errors import ConfigError, ModelFormatError
-from loopos.files import atomic_write_text, read_json, write_json
+from loopos.errors import ConfigError
+from loopos.files import atomic_write_text
 from loopos.generation import Generation, SamplingOptions
 from loopos.methods.common import (
     RunArguments,
@@ -48,6 +48,8 @@ from loopos.methods.reasoning import (
     Options,
     Samples,
     encode_examples,
+    keep_template,
+    kept_template,
     reasoning_report,
     with_steps,
 )
@@ -63,8 +65,6 @@ Array = np.ndarray[Any, Any]
 
 #: A fresh tokenizer has a token for each digit, so that numbers are read as they are calculated.
 INDIVIDUAL_DIGITS = True
-#: How problems are written, beside a saved model.
-_TEMPLATE_FILE = "reasoning.json"
 #: Places of examples left out that a warning names.
 _PLACES = 5
 
@@ -104,7 +104,7 @@ class ChainOfThought:
     ):
         if isinstance(model, (str, Path)):
             tokenizer = load_tokenizer(model) if tokenizer is None else tokenizer
-            kept = _kept_template(Path(model))
+            kept = kept_template(Path(model))
             if kept is not None and template is None:
                 template, chat = kept[0], kept[1] if chat is None else chat
             model = load_model(model)
@@ -443,8 +443,7 @@ class ChainOfThought:
     def save(self, directory: str | Path) -> None:
         """Write model, tokenizer and templates; transformers loads the first two back."""
         self.model.save(directory, self.tokenizer)
-        kept = {"template": self.template.as_dict(), "chat": self._chat}
-        write_json(Path(directory) / _TEMPLATE_FILE, kept)
+        keep_template(directory, self.template, self._chat)
 
 
 def _is_right(solution: Solution, example: ReasoningExample) -> bool:
@@ -455,18 +454,6 @@ def _examples(data: ReasoningExamples | str | Path, options: Options) -> Reasoni
     if isinstance(data, ReasoningExamples):
         return data
     return read_reasoning(data, need_steps=options.with_steps and not options.rounds)
-
-
-def _kept_template(directory: Path) -> tuple[SolutionTemplate, bool | None] | None:
-    """Return the templates beside a model, if it was saved with some."""
-    file = directory / _TEMPLATE_FILE
-    if not file.is_file():
-        return None
-    values = read_json(file, ModelFormatError)
-    try:
-        return SolutionTemplate(**values["template"]), values["chat"]
-    except (KeyError, TypeError, ConfigError) as error:
-        raise ModelFormatError(f"{file}: does not hold the templates of a model") from error
 
 
 def read(

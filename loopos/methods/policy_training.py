@@ -454,7 +454,7 @@ class PolicyTrainer(PolicyUpdates):
     def evaluate(
         self, prompts: Sequence[Any], answers: Sequence[Any] | None = None
     ) -> dict[str, float]:
-        """Sample a response to each prompt; return the mean score, KL, length and share ended."""
+        """Sample a response to each prompt; return scores (mean, deviation), KL, length, ends."""
         return self._evaluate(self._take(prompts, answers))
 
     def _evaluate(self, prompts: Prompts) -> dict[str, float]:
@@ -467,6 +467,7 @@ class PolicyTrainer(PolicyUpdates):
         )  # fmt: skip
         scores, parts = self.reward(rollout)
         figures = {"reward/score": float(scores.mean()), **parts}
+        figures["reward/score_std"] = float(scores.std())
         if self.reference is not None:
             exact = options.kl_estimator == "exact"
             data = collect(self.policy, rollout, options.temperature, self.reference, exact)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,15 +15,19 @@ from loopos.data.report import DataReport, Finding
 from loopos.data.solutions import ANSWER, PROMPT, STEPS, SolutionTemplate, SolutionWriter
 from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.errors import ConfigError, DataError, ModelFormatError
+from loopos.files import read_json, write_json
 from loopos.methods.language_model import SpanWeights
 from loopos.training.loop import TrainingOptions
 
-__all__ = ["Options", "Samples", "encode_examples", "reasoning_report", "with_steps"]
+__all__ = ["Options", "Samples", "encode_examples", "keep_template", "kept_template",
+           "reasoning_report", "with_steps"]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
 #: Places of examples that a warning names.
 _PLACES = 5
+#: How problems are written, beside a saved model.
+_TEMPLATE_FILE = "reasoning.json"
 
 
 @dataclass(frozen=True)
@@ -252,3 +257,20 @@ def with_steps(data: ReasoningExamples) -> ReasoningExamples:
     if not chosen:
         raise DataError(f"{data.where[0]}: neither this example nor any other has steps")
     return data if len(chosen) == len(data) else data.take(chosen)
+
+
+def keep_template(directory: str | Path, template: SolutionTemplate, chat: bool | None) -> None:
+    """Write beside a model how the problems that it solves are written."""
+    write_json(Path(directory) / _TEMPLATE_FILE, {"template": template.as_dict(), "chat": chat})
+
+
+def kept_template(directory: Path) -> tuple[SolutionTemplate, bool | None] | None:
+    """Return the templates beside a model, if it was saved with some."""
+    file = directory / _TEMPLATE_FILE
+    if not file.is_file():
+        return None
+    values = read_json(file, ModelFormatError)
+    try:
+        return SolutionTemplate(**values["template"]), values["chat"]
+    except (KeyError, TypeError, ConfigError) as error:
+        raise ModelFormatError(f"{file}: does not hold the templates of a model") from error

@@ -13,7 +13,7 @@ from loopos.errors import DataError
 from loopos.generation import Generation, SamplingOptions, generate
 from loopos.models.transformer import Transformer
 
-__all__ = ["Solution", "asked_for", "voted"]
+__all__ = ["Solution", "answer_in", "asked_for", "voted"]
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,12 @@ def asked_for(
     )  # fmt: skip
 
 
+def answer_in(text: str, template: SolutionTemplate) -> str | None:
+    """Return the answer that a solution gives: the marked one, else its last number, or None."""
+    _, answer = template.parse(text)
+    return extract_answer(text) if answer is None else answer
+
+
 def voted(problem: str, generations: Sequence[Generation], template: SolutionTemplate) -> Solution:
     """Put the answers of several samples to the vote (Wang et al. 2023, self-consistency).
 
@@ -107,10 +113,7 @@ def voted(problem: str, generations: Sequence[Generation], template: SolutionTem
         taken.
     """
     parsed = [template.parse(g.text or "") for g in generations]
-    answers = [
-        answer if answer is not None else extract_answer(g.text or "")
-        for (_, answer), g in zip(parsed, generations, strict=True)
-    ]
+    answers = [answer_in(g.text or "", template) for g in generations]
     keys = [None if answer is None else normal_answer(answer) for answer in answers]
     logprobs = [float(np.sum(g.logprobs, dtype=np.float64)) for g in generations]
     votes: dict[str, int] = {}

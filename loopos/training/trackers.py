@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,10 +14,18 @@ import numpy as np
 
 from loopos.errors import CheckpointError, ConfigError, OutputError
 from loopos.files import atomic_write_text, read_text
+from loopos.training.samples import sample_lines, samples_table
 
-__all__ = ["Callback", "ConsoleProgress", "MetricsFile", "RunInfo", "TensorBoard"]
+__all__ = ["Callback", "ConsoleProgress", "MetricsFile", "RunInfo", "SamplesFile", "TensorBoard",
+           "tell_samples"]  # fmt: skip
 
 Record = Mapping[str, Any]
+
+#: What is said of an evaluation, where it has any of these figures.
+_TOLD = ("loss", "accuracy", "f1_macro", "perplexity", "reward/score", "kl/mean",
+         "response/length")  # fmt: skip
+#: Samples that are shown in a table, and as plain lines.
+_ROWS, _LINES = 8, 3
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,26 @@ class Callback:
     def on_evaluate(self, record: Record) -> None:
         """After every evaluation; the metrics are ``record["eval"]``."""
 
+    def on_samples(self, step: int, rows: Sequence[Record]) -> None:
+        """When a table of samples is due, of a method that learns from its own: before `on_step`.
+
+        A row has ``prompt``, ``response``, ``score``, ``tokens`` and whether it ``ended``.
+        """
+
     def on_end(self) -> None:
         """After the last step, and when the run fails or is interrupted."""
+
+
+def tell_samples(
+    callbacks: Sequence[Callback],
+) -> Callable[[int, Sequence[Record]], None]:
+    """Return a function that hands samples to all of `callbacks`."""
+
+    def tell(step: int, rows: Sequence[Record]) -> None:
+        for callback in callbacks:
+            callback.on_samples(step, rows)
+
+    return tell
 
 
 class MetricsFile(Callback):
@@ -121,8 +147,13 @@ class MetricsFile(Callback):
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
 
-    on_step = _write
-    on_evaluate = _write
+    def on_step(self, record: Record) -> None:
+        """Write a step (raises OutputError)."""
+        self._write(record)
+
+    def on_evaluate(self, record: Record) -> None:
+        """Write an evaluation (raises OutputError)."""
+        self._write(record)
 
     def on_end(self) -> None:
         """Close the file (raises OutputError where the disk is full)."""
@@ -133,6 +164,27 @@ class MetricsFile(Callback):
             file.close()  # tries once more to write what could not be written before
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+
+class SamplesFile(MetricsFile):
+    """One JSON object a line for each sample that is shown: step, prompt, response, score...
+
+    Parameters
+    ----------
+    path : path
+        As that of :class:`MetricsFile`, and cut as that on resume.
+    """
+
+    def on_step(self, record: Record) -> None:
+        """Nothing: steps are in ``metrics.jsonl``."""
+
+    def on_evaluate(self, record: Record) -> None:
+        """Nothing."""
+
+    def on_samples(self, step: int, rows: Sequence[Record]) -> None:
+        """Write a line for each row (raises OutputError)."""
+        for row in rows:
+            self._write({"step": step, **row})
 
 
 class TensorBoard(Callback):
@@ -212,6 +264,9 @@ def _plain(value: Any) -> Any:
 class ConsoleProgress(Callback):
     """A bar with loss, tokens/s and time left on a terminal; plain lines elsewhere.
 
+    Of a method that learns from its own samples, reward, KL and length stand in place of the loss,
+    and above the bar a table of prompts, responses and scores.
+
     Parameters
     ----------
     stream : text stream, optional
@@ -225,8 +280,9 @@ class ConsoleProgress(Callback):
         self._interval_s = interval_s
         self._progress: Any = None
         self._task: Any = None
+        self._table: Any = None
         self._total = 0
-        self._last = self._started = 0.0
+        self._last = self._started = self._shown = 0.0
         self._first = 0
         self._unheard = False
 
@@ -248,13 +304,22 @@ class ConsoleProgress(Callback):
         console = Console(file=self._stream)
         if console.is_dumb_terminal:  # a bar would stay unseen up to the end
             return
-        self._progress = Progress(*columns, console=console, expand=True)
+
+        class WithTable(Progress):
+            """The bar, and above it the samples that were shown last."""
+
+            def get_renderables(bar) -> Any:
+                if self._table is not None:
+                    yield self._table
+                yield bar.make_tasks_table(bar.tasks)
+
+        self._progress = WithTable(*columns, console=console, expand=True)
         self._task = self._progress.add_task("", total=info.total_steps, completed=info.start_step)
         self._progress.start()
 
     def on_step(self, record: Record) -> None:
         """Move the bar; or print a line when the last one is old enough."""
-        text = f"loss {record['loss']:.4f}  {record['tokens_per_s']:,.0f} tokens/s"
+        text = f"{_told(record)}  {record['tokens_per_s']:,.0f} tokens/s"
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"], description=text)
             return
@@ -266,11 +331,23 @@ class ConsoleProgress(Callback):
         left_s = (now - self._started) / done * (self._total - record["step"])
         self._print(f"step {record['step']}/{self._total}  {text}  {_duration(left_s)} left")
 
+    def on_samples(self, step: int, rows: Sequence[Record]) -> None:
+        """Show samples above the bar; or print some of them where the last lines are old enough."""
+        if self._progress is not None:
+            self._table = samples_table(step, rows[:_ROWS], self._progress.console.width)
+            return
+        now = time.monotonic()
+        if now - self._shown < self._interval_s:
+            return
+        self._shown = now
+        for line in sample_lines(step, rows[:_LINES]):
+            self._print(line)
+
     def on_evaluate(self, record: Record) -> None:
         """Print the figures of an evaluation."""
         numbers = {n: float(v) for n, v in record["eval"].items() if np.ndim(v) == 0
                    and isinstance(v, (float, np.floating))}  # fmt: skip
-        known = [n for n in ("loss", "accuracy", "f1_macro", "perplexity") if n in numbers]
+        known = [n for n in _TOLD if n in numbers]
         figures = [f"{name} {numbers[name]:.4f}" for name in known or numbers]
         self._print(f"step {record['step']}/{self._total}  evaluation: {', '.join(figures)}")
 
@@ -290,6 +367,16 @@ class ConsoleProgress(Callback):
                 print(line, file=self._stream, flush=True)
         except OSError:  # the reader has left: hours of training are worth more than a line
             self._unheard = True
+
+
+def _told(record: Record) -> str:
+    """Say how a step went: by its loss, or of a policy by reward, KL and length."""
+    if "reward/score" not in record:
+        return f"loss {record['loss']:.4f}"
+    parts = [f"reward {record['reward/score']:.4f}"]
+    if "kl/mean" in record:
+        parts.append(f"KL {record['kl/mean']:.3f}")
+    return "  ".join([*parts, f"length {record['response/length']:.1f}"])
 
 
 def _duration(seconds: float) -> str:
