@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import suppress
@@ -257,6 +258,16 @@ def test_parts_of_a_run_are_judged_too(tmp_path):
     judged(run / "reward_model", accuracy=0.5, longer_accuracy=0.5)
     (finding,) = diagnose(read_run(run)).findings
     assert (finding.rule, finding.part) == ("weak_reward_model", "reward_model")
+
+
+def test_a_reward_model_is_judged_once_where_the_run_repeats_its_figures(tmp_path):
+    run = policy(tmp_path / "run")
+    judged(run / "reward_model", accuracy=0.5, longer_accuracy=0.5)
+    figures = json.loads((run / "reward_model" / "evaluation.json").read_text(encoding="utf-8"))
+    (run / "evaluation.json").write_text(json.dumps({"reward_model": figures}), encoding="utf-8")
+    assert [f.part for f in diagnose(read_run(run)).findings] == ["reward_model"]
+    shutil.rmtree(run / "reward_model")
+    assert [f.rule for f in diagnose(read_run(run)).findings] == ["weak_reward_model"]
 
 
 def test_ends_of_a_series():

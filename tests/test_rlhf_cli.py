@@ -190,7 +190,8 @@ def test_grpo_is_run_and_evaluated(project):
          "--set training.preset: expected one of 'openai-2019', 'tldr-2024', 'trl' or null, "
          "found \"trll\"; did you mean 'trl'?"),
         (["--set", "data.preference_data=pp.jsonl"],
-         "--set data.preference_data: pp.jsonl: no such file or directory; did you mean 'p.jsonl'?"),
+         "--set data.preference_data: pp.jsonl: no such file or directory; "
+         "did you mean 'p.jsonl'?"),
         (["--set", "data.pretrained_weights=w"],
          "--set data.pretrained_weights: w: no such file or directory"),
         (["--set", 'training.phases=["ppo"]'],

@@ -98,6 +98,8 @@ def _pairs(run: RunRecords) -> dict[str, float]:
     found: Any = run.last_evaluation
     if "longer_accuracy" not in found:
         found = found.get("reward_model")
+        if any(_pairs(part) for part in run.parts):
+            return {}  # a run that trained its reward model repeats what is said of that part
     if not isinstance(found, dict) or "longer_accuracy" not in found:
         return {}
     return {name: value for name, v in found.items() if (value := number(v)) is not None}
