@@ -162,13 +162,18 @@ class PolicyUpdates(ABC):
             now = done or forward_pass(self.policy, part, self.options.temperature)
             terms, found = self._policy_terms(now, part, arrays, denominator, first)
             self._require_finite(found, part)
-            if not self.shared_trunk:  # one network's activations at a time
+            valued = now.values is not None  # the critic's pass is on the tape already
+            if not (self.shared_trunk or valued):  # one network's activations at a time
                 backward(terms)
                 terms, now.states = [], None
             more, others = self._other_terms(now, part, arrays, values)
             loss = found.pop("loss") + others.pop("loss", 0.0)
             found |= others | {"loss": loss}  # last, so that its part at fault is named
             self._require_finite(found, part)
+            if valued and not self.shared_trunk:
+                # The critic first: the policy's logits need the memory that this leaves.
+                backward(more)
+                more, now.values = [], None
             backward([*terms, *more])
             total = _joined(total, found)
         return total

@@ -443,6 +443,15 @@ def collect(
     pieces = list(in_pieces(rollout))
     keep = recorded is not None and len(pieces) == 1
     for piece in pieces:
+        # The reference goes first: what its pass needs is free again when the tape is full.
+        ref: dict[str, Array] = {}
+        ref_states: Array | None = None
+        if reference is not None:
+            with no_grad():
+                at_reference = forward_pass(reference, piece, temperature)
+            ref["ref_logprobs"] = at_reference.logprobs.data
+            assert at_reference.states is not None
+            ref_states = at_reference.states.data if exact else None
         with nullcontext() if keep else no_grad():
             done = forward_pass(model, piece, temperature)
             assert done.states is not None
@@ -454,16 +463,13 @@ def collect(
         made = {"logprobs": done.logprobs.data.copy(), "entropy": done.entropy.data.copy()}
         if done.values is not None:
             made["values"] = done.values.data.copy()
-        with no_grad():
-            if reference is not None:
-                ref_states = response_states(reference, piece)
-                ref = response_logprobs(reference, ref_states, piece, temperature)[0]
-                made["ref_logprobs"] = ref.data
-                if exact:
-                    made["exact_kl"] = ops.linear_kl(
-                        done.states, model.head_weight, ref_states.data,
-                        reference.head_weight.data, temperature,
-                    ).data  # fmt: skip
+        made |= ref
+        if reference is not None and ref_states is not None:
+            with no_grad():
+                made["exact_kl"] = ops.linear_kl(
+                    done.states, model.head_weight, ref_states, reference.head_weight.data,
+                    temperature,
+                ).data  # fmt: skip
         for name, array in made.items():
             found.setdefault(name, []).append(array)
     return {name: np.concatenate(arrays) for name, arrays in found.items()}
