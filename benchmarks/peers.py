@@ -143,9 +143,11 @@ def plan(asked: argparse.Namespace) -> list[Pair]:
         if work in decoding.DECODING:
             pairs += [generation(work, dtype, backends, asked) for dtype in chosen_dtypes(asked)]
             continue
-        letter = "A" if work == "first-step" else work
+        # PyTorch does the step alone where we are timed with all that is around it.
+        letter = {"first-step": "A", "B-whole": "B"}.get(work, work)
         half = str(HERE / "loopos_half.py")
-        ours = [Side(name, (half, letter, "--backend", name)) for name in backends]
+        mine = "A" if work == "first-step" else work
+        ours = [Side(name, (half, mine, "--backend", name)) for name in backends]
         theirs: list[Side] = []
         if work in reinforcement.WORKS:
             pairs.append(Pair(work, ours, trl_sides(work, asked)))

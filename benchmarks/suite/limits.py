@@ -199,6 +199,7 @@ def cost(work: str, dtype: str = "float32") -> Cost | None:
         return attention(*works.ATTENTION_SIZES[work])
     sizes: dict[str, tuple[TransformerConfig, Sequence[int]]] = {
         "B": (works.SEED_REASONING, works.REASONING_LENGTHS),
+        "B-whole": (works.SEED_REASONING, works.REASONING_LENGTHS),
         "C": (works.GPT2, works.GPT2_LENGTHS),
         "K": (works.GPT2, works.ragged_lengths()),
     }

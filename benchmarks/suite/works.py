@@ -18,6 +18,9 @@ from loopos import ops
 from loopos.backends import get_backend
 from loopos.backends.op_cases import OpCase
 from loopos.backends.testing import make_inputs, run_case
+from loopos.data.reasoning import ReasoningExample, ReasoningExamples
+from loopos.data.solutions import SolutionTemplate
+from loopos.data.tokenizer import train_bpe
 from loopos.models.heads import SequenceClassifier
 
 Array = np.ndarray[Any, Any]
@@ -152,6 +155,36 @@ def language_model_step(config: loopos.TransformerConfig, lengths: tuple[int, ..
     return _training(loopos.Transformer(config, seed=0), [loopos.Batch.from_sequences(ids)])
 
 
+def reasoning_epoch() -> Work:
+    """B, the whole method: texts are encoded, batched and trained on, every step is recorded.
+
+    Every token counts in the loss, as on the other side; so do epochs after the first.
+    """
+    examples = [
+        ReasoningExample(f"{i}: 2 + 2 is?", ("2 + 2=4.",), "4")
+        for i in range(len(REASONING_LENGTHS))
+    ]
+    tokenizer = train_bpe([], 257)  # a token is a byte
+    method = loopos.ChainOfThought(
+        loopos.Transformer(SEED_REASONING, seed=0), tokenizer,
+        template=SolutionTemplate("{problem}\n", "{step}\n", "= {answer}"),
+    )  # fmt: skip
+    data = ReasoningExamples.of(examples)
+
+    def epochs(count: int) -> Callable[[], Any]:
+        def run() -> None:
+            result = method.fit(
+                data, num_epochs=count, batch_size=16, learning_rate=1e-5, prompt_weight=1.0
+            )
+            trained = {record["tokens"] for record in result.history}
+            assert trained == {sum(REASONING_LENGTHS)}, trained
+
+        return run
+
+    more = 16
+    return Work(epochs(more + 1), sum(REASONING_LENGTHS) * more, before=epochs(1), units=more)
+
+
 def attention(sequences: int, length: int) -> Work:
     """L: causal attention alone, 12 heads of 64, forward and backward."""
     rng = np.random.default_rng(0)
@@ -171,6 +204,7 @@ def attention(sequences: int, length: int) -> Work:
 WORKS: dict[str, Callable[[], Work]] = {
     "A": fine_tuning_epoch,
     "B": lambda: language_model_step(SEED_REASONING, REASONING_LENGTHS),
+    "B-whole": reasoning_epoch,
     "C": lambda: language_model_step(GPT2, GPT2_LENGTHS),
     "K": lambda: language_model_step(GPT2, ragged_lengths()),
     "L1": lambda: attention(*ATTENTION_SIZES["L1"]),
