@@ -221,6 +221,7 @@ class RLHF:
                 trainer.save(temporary)
             if not alone:  # what scores is what was saved, whether the run goes on or is resumed
                 del trainer
+                self.reward_model = None  # or there would be two for a moment
                 self.reward_model = load_reward_model(saved)
         return result if alone else None
 
