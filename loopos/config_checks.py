@@ -33,8 +33,8 @@ def check_reward_model(training: TrainingOptions, data: Data, faults: Faults) ->
     phases, given = getattr(training, "phases", None), data.reward_model is not None
     if phases is None and given:
         faults.add("data.reward_model", "only the method 'rlhf' reads it")
-    elif phases == ("ppo",) and not given:
-        faults.add("data.reward_model", "is needed where training.phases is 'ppo' alone")
+    elif phases is not None and "reward_model" not in phases and not given:
+        faults.add("data.reward_model", "is needed where training.phases trains none")
     elif phases is not None and "reward_model" in phases and given:
         faults.add(
             "data.reward_model",

@@ -27,6 +27,7 @@ from loopos.models.weights import load_model
 from loopos.rehearsal import rehearse
 from loopos.runner import plan, prepare, run
 from loopos.training.loop import Interrupted
+from loopos.training.options import TrainingOptions
 from loopos.training.trackers import Callback
 
 SIZES = {"d_model": 16, "num_heads": 2, "num_layers": 1, "d_ff": 32, "vocab_size": 300}
@@ -278,7 +279,8 @@ class Kill(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_start(self, info):
-        self.now = "reward_model" if info.output_dir.name == "reward_model" else "ppo"
+        inner = info.output_dir.name
+        self.now = inner if inner in ("supervised", "reward_model") else "ppo"
         self.die(0)
 
     def on_step(self, record):
@@ -311,8 +313,8 @@ def uninterrupted(tmp_path_factory):
     return outcome(directory / "out")
 
 
-def killed(directory, stage, step):
-    command = [sys.executable, "-c", KILLED, stage, str(step), *MORE]
+def killed(directory, stage, step, *more):
+    command = [sys.executable, "-c", KILLED, stage, str(step), *(more or MORE)]
     return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=120)
 
 
@@ -335,6 +337,33 @@ def test_killed_again_and_again(uninterrupted, configure, tmp_path):
         assert done.returncode == -signal.SIGKILL, done.stderr
     run(configure(*MORE), resume=True)
     assert outcome(tmp_path / "out") == uninterrupted
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_a_policy_that_learns_to_talk_first(configure, tmp_path):
+    """The same bytes however often it is killed; PPO begins with what was learnt."""
+    given = ('training.phases=["supervised", "reward_model", "ppo"]',
+             'training.supervised={"learning_rate": 0.01, "num_epochs": 4, "save_steps": 2}',
+             )  # fmt: skip
+    whole = run(configure(*given, "data.output_dir=whole"))
+    for stage, step in (("supervised", 3), ("supervised", -1), ("reward_model", 3), ("ppo", 1)):
+        done = killed(tmp_path, stage, step, *given)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    run(configure(*given), resume=True)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    name = "supervised/model/model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    records = lines("whole/supervised/metrics.jsonl")
+    losses = [record["eval"]["loss"] for record in records if "eval" in record]
+    assert losses[-1] < losses[0]
+    assert whole.evaluation["kl"] > -1
+    assert json.loads(Path("whole/start.json").read_text())["kl/mean"] == 0
+    found = plan(configure(*given), prepare(configure(*given)))
+    assert {n: s.total_steps for n, s in found.stages.items()} == {
+        "supervised": 8, "reward_model": 4, "ppo": 2,
+    }  # fmt: skip
+    estimate = rehearse(configure(*given), given)
+    assert list(estimate.stages_s) == ["supervised", "reward_model", "ppo"]
 
 
 class StopAfter(Callback):
@@ -428,6 +457,10 @@ def test_options_of_each_phase():
     assert made.with_stage("reward_model", num_epochs=1).of_reward_model.num_epochs == 1
     assert made.with_stage("ppo", num_epochs=7).num_epochs == 7
     assert list(Options(phases=("ppo",)).stages()) == ["ppo"]
+    more = Options(phases=("supervised", "ppo"), supervised={"num_epochs": 2})
+    assert list(more.stages()) == ["supervised", "ppo"]
+    assert more.with_stage("supervised", max_steps=3).of_supervised.max_steps == 3
+    assert more.of_supervised == TrainingOptions(num_epochs=2)
     with pytest.raises(TypeError, match="unexpected option 'rate'"):
         Options(rate=1)
 
@@ -486,12 +519,18 @@ def test_the_estimate_is_of_four_networks(configure, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (['training.phases=["ppo"]'], "data.reward_model: is needed where training.phases is"),
+        (['training.phases=["ppo"]'], "data.reward_model: is needed where training.phases trains"),
         (["data.reward_model=x"], "data.reward_model: training.phases trains one; leave this out"),
-        (["training.phases=[]"], "training.phases: expected ['reward_model', 'ppo'], or one of"),
-        (['training.phases=["ppo", "reward_model"]'], "training.phases: expected ['reward_model',"),
+        (["training.phases=[]"], "training.phases: expected 'supervised', 'reward_model' and"),
+        (['training.phases=["ppo", "reward_model"]'],
+         "training.phases: expected 'supervised', 'reward_model' and 'ppo' in this order, one of"),
+        (['training.phases=["supervised"]'],
+         "training.phases: expected 'supervised', 'reward_model' and 'ppo' in this order, one of"),
         (['training.phases=["sft"]'],
-         "training.phases: expected a list of one of 'reward_model', 'ppo', found [\"sft\"]"),
+         "training.phases: expected a list of one of 'supervised', 'reward_model', 'ppo', found"),
+        (['training.supervised.lora={"rank": 2}', "data.pretrained_weights=x"],
+         "training.supervised.lora: this phase trains the whole policy"),
+        (["training.supervised.max_length=9"], "training.supervised.max_length: unknown key"),
         (['training.preset="tldr"'], "found \"tldr\"; did you mean 'tldr-2024'?"),
         (["training.clip_epsilom=0.2"], "unknown key; did you mean 'clip_epsilon'?"),
         (["training.reward_model.centring_coefficient=1"],

@@ -195,7 +195,7 @@ def test_grpo_is_run_and_evaluated(project):
         (["--set", "data.pretrained_weights=w"],
          "--set data.pretrained_weights: w: no such file or directory"),
         (["--set", 'training.phases=["ppo"]'],
-         "rlhf.json: data.reward_model: is needed where training.phases is 'ppo' alone"),
+         "rlhf.json: data.reward_model: is needed where training.phases trains none"),
         (["--set", "training.reward_model.batch_sizes=4"],
          "--set training.reward_model.batch_sizes: unknown key; did you mean 'batch_size'?"),
         (["--resume"], "rlhf: there is no run to resume in it"),

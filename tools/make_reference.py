@@ -65,7 +65,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "nll_coefficient reference_free precompute_reference max_length overflow dropout"
     },
     "rlhf": {
-        "Phases": "phases preset reward_model",
+        "Phases": "phases preset supervised reward_model",
         "Samples": f"{_SAMPLES} eval_prompts",
         "Rewards": f"{_REWARDS} adaptive_kl_target adaptive_kl_horizon whiten_rewards "
         "score_after_end",

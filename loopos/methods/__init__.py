@@ -25,4 +25,4 @@ DATA_KEYS = {
 }
 
 #: Directories of a run that hold what comes before its last stage, of a method with several.
-STAGES: dict[str, tuple[str, ...]] = {"rlhf": ("reward_model",)}
+STAGES: dict[str, tuple[str, ...]] = {"rlhf": ("supervised", "reward_model")}

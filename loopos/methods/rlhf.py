@@ -1,11 +1,12 @@
-"""Learning from human preferences as a configuration asks for it: both phases, or one of them.
+"""Learning from human preferences as a configuration asks for it: all its phases, or some.
 
     rlhf = RLHF(loopos.load_model("policy"), tokenizer)
     rlhf.fit("preferences.jsonl", "held_out.jsonl", output_dir="outputs/rlhf")
 
 First a reward model is trained on the preferences, in ``reward_model/`` of the output directory;
-then the policy by PPO against it, on the prompts of the same preferences, each of them once. A run
-that was stopped in either phase goes on there.
+then the policy by PPO against it, on the prompts of the same preferences, each of them once. A
+policy that cannot talk yet may learn the chosen responses before. A run that was stopped in any
+phase goes on there.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from loopos.autograd import Array, Parameter
 from loopos.data.chat import ChatTemplate
 from loopos.data.preferences import Preferences, Render, read_preferences
 from loopos.data.readers import Source
-from loopos.data.responses import PreferenceReport, encode_responses
-from loopos.data.tokenizer import Tokenizer, load_tokenizer
-from loopos.errors import CheckpointError, ConfigError, DataError
+from loopos.data.responses import PreferenceReport, Responses, encode_responses
+from loopos.data.tokenizer import Tokenizer
+from loopos.errors import ConfigError, DataError
 from loopos.files import atomic_directory
 from loopos.methods.common import RunArguments, train_only, with_overrides
 from loopos.methods.language_model import require_language_model
@@ -33,10 +34,12 @@ from loopos.methods.policy_state import copy_of
 from loopos.methods.ppo import PPOTrainer
 from loopos.methods.reinforcement import ModelReward
 from loopos.methods.reward_model import RewardTrainer
+from loopos.methods.rlhf_judge import load_judge, require_same_judge
 from loopos.methods.rlhf_options import Options, Phase
+from loopos.methods.supervised_phase import fit_chosen, take_weights
 from loopos.models.reward import RewardModel, load_reward_model
 from loopos.models.transformer import Transformer
-from loopos.training.checkpoint import find_checkpoint, frozen_sha256, read_state
+from loopos.training.checkpoint import frozen_sha256
 from loopos.training.loop import TrainResult
 from loopos.training.trackers import Callback, tell_samples
 
@@ -44,8 +47,6 @@ __all__ = ["MAKE_TAKES", "RLHF", "Options", "RLHFReport", "make", "read"]
 
 #: What :func:`make` is told beside the model.
 MAKE_TAKES = ("reward_model",)
-#: Prompts by which it is told whether two tokenizers are the same.
-_COMPARED = 64
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class RLHFReport(PreferenceReport):
 
 
 @contextmanager
-def _of_reward_model() -> Iterator[None]:
-    """Name an option of the reward model's as the configuration has it."""
+def _named(phase: Phase) -> Iterator[None]:
+    """Name an option of a phase as the configuration has it."""
     try:
         yield
     except ConfigError as error:
         if not str(error).startswith("training."):
             raise
-        inner = str(error).replace("training.", "training.reward_model.", 1)
+        inner = str(error).replace("training.", f"training.{phase}.", 1)
         raise ConfigError(inner) from error
 
 
@@ -166,6 +167,10 @@ class RLHF:
             output_dir=output_dir, callbacks=callbacks, resume=resume, stop=stop,
             run_config=run_config,
         )  # fmt: skip
+        if "supervised" in options.phases:
+            result = self._fit_supervised(training, validation, options, run)
+            if result is not None:
+                return result
         if "reward_model" in options.phases:
             result = self._fit_reward_model(training, validation, options, run)
             if result is not None:
@@ -188,12 +193,42 @@ class RLHF:
             def begin(**overrides: Any) -> TrainResult:
                 if phase == "ppo" and self.reward_model is None:
                     self.reward_model = RewardModel(copy_of(self.model), self.seed)
-                alone = options.with_stage(phase, **overrides)
-                return self.fit(training, validation, alone, phases=(phase,), callbacks=callbacks)
+                # What the first phase leads to is not done: a run is left before its first step.
+                phases = ("supervised", "reward_model") if phase == "supervised" else (phase,)
+                changed = options.with_stage(phase, **overrides)
+                return self.fit(training, validation, changed, phases=phases, callbacks=callbacks)
 
             return begin
 
         return {phase: begins(phase) for phase in options.phases}
+
+    def _fit_supervised(
+        self,
+        training: Preferences,
+        validation: Preferences | None,
+        options: Options,
+        run: RunArguments,
+    ) -> TrainResult | None:
+        """Let the policy learn the chosen responses; return a result if the run ends with it."""
+        root = None if run["output_dir"] is None else Path(run["output_dir"]) / "supervised"
+        saved = None if root is None else root / "model"
+        if run["resume"] and saved is not None and saved.is_dir():
+            take_weights(self.model, str(saved))
+            return None
+        pairs = [None if data is None else self._encoded(data, options)
+                 for data in (training, validation)]  # fmt: skip
+        assert pairs[0] is not None
+        with _named("supervised"):
+            result = fit_chosen(
+                self.model, pairs[0], pairs[1], options.of_supervised, seed=self.seed,
+                run={**run, "output_dir": root, "resume": begun(root, run)},
+            )  # fmt: skip
+        if result.stopped_reason == "interrupted":
+            return result
+        if saved is not None:
+            with atomic_directory(saved) as temporary:
+                self.model.save(temporary, self.tokenizer)
+        return None
 
     def _fit_reward_model(
         self,
@@ -204,13 +239,13 @@ class RLHF:
     ) -> TrainResult | None:
         """Train the reward model; return a result if the run ends with it."""
         root = None if run["output_dir"] is None else Path(run["output_dir"]) / "reward_model"
-        saved, alone = None if root is None else root / "model", options.phases == ("reward_model",)
+        saved, alone = None if root is None else root / "model", "ppo" not in options.phases
         if run["resume"] and saved is not None and saved.is_dir() and not alone:
             self.reward_model = load_reward_model(saved)
             return None
         trainer = self._reward_trainer(RewardModel(copy_of(self.model), self.seed))
         arguments: RunArguments = {**run, "output_dir": root, "resume": begun(root, run)}
-        with _of_reward_model():
+        with _named("reward_model"):
             inner = options.of_reward_model
             result = trainer.fit(training, validation, inner, **arguments)
         self.reward_model = trainer.reward_model
@@ -221,6 +256,7 @@ class RLHF:
                 trainer.save(temporary)
             if not alone:  # what scores is what was saved, whether the run goes on or is resumed
                 del trainer
+                self.reward_model = None  # or there would be two for a moment
                 self.reward_model = load_reward_model(saved)
         return result if alone else None
 
@@ -235,7 +271,7 @@ class RLHF:
         run: RunArguments,
     ) -> TrainResult:
         if self.reward_model is None:
-            raise ConfigError("data.reward_model: is needed where training.phases is 'ppo' alone")
+            raise ConfigError("data.reward_model: is needed where training.phases trains none")
         prompts, held_out = self._prompts(training, validation, options)
         self._require_room([*prompts, *held_out], options)
         root = None if run["output_dir"] is None else Path(run["output_dir"])
@@ -243,7 +279,7 @@ class RLHF:
         if config is not None:
             config = config | {"reward_model_sha256": self._judge_sha256()}
             if again and root is not None:
-                _require_same_judge(root, config)
+                require_same_judge(root, config)
         separate = self.reward_model if options.critic == "separate" else None
         trainer = self._ppo = PPOTrainer(
             self.model, self.tokenizer, ModelReward(self.reward_model), self._stopping(options),
@@ -287,7 +323,7 @@ class RLHF:
         """Return what the data holds, before anything is trained."""
         options = options or Options()
         trainer = self._reward_trainer(self.reward_model or RewardModel(self.model, self.seed))
-        with _of_reward_model():
+        with _named("reward_model"):
             report = trainer.report(training, validation, options.of_reward_model)
         prompts, held_out = self._prompts(training, validation, options)
         if "ppo" in options.phases:
@@ -311,17 +347,21 @@ class RLHF:
         return list(learnt.values()), held_out[: options.eval_prompts]
 
     def _different(self, data: Preferences, options: Options) -> dict[bytes, Array]:
-        inner = options.of_reward_model
-        bodies = [self.model] if self.reward_model is None else [self.model, self.reward_model.body]
-        limit = min(body.config.max_seq_len for body in bodies)
-        found = encode_responses(
-            self.tokenizer, data, inner.max_length or limit, inner.overflow, self._render
-        )
+        found = self._encoded(data, options)
         prompts: dict[bytes, Array] = {}
         for place in range(0, len(found.tokens), 2):
             ids = np.asarray(found.tokens[place][: found.prompts[place]])
             prompts.setdefault(ids.tobytes(), ids)
         return prompts
+
+    def _encoded(self, data: Preferences, options: Options) -> Responses:
+        """Return pairs as tokens that both the policy and the reward model have room for."""
+        inner = options.of_reward_model
+        bodies = [self.model] if self.reward_model is None else [self.model, self.reward_model.body]
+        limit = min(body.config.max_seq_len for body in bodies)
+        return encode_responses(
+            self.tokenizer, data, inner.max_length or limit, inner.overflow, self._render
+        )
 
     def _require_room(self, prompts: Sequence[Array], options: Options) -> None:
         """Refuse a reward model that could not read what the policy will write."""
@@ -356,7 +396,7 @@ class RLHF:
         options, given = options or Options(), _preferences(data)
         if self.reward_model is None:
             raise ConfigError("there is no reward model to evaluate with")
-        with _of_reward_model():
+        with _named("reward_model"):
             trainer = self._reward_trainer(self.reward_model)
             judged = trainer.evaluate(given, options.of_reward_model)
         if "ppo" not in options.phases:
@@ -390,18 +430,6 @@ class RLHF:
             self._reward_trainer(self.reward_model).save(directory)
         else:
             self.model.save(directory, self.tokenizer)
-
-
-def _require_same_judge(root: Path, config: dict[str, Any]) -> None:
-    """Refuse to go on with another reward model than the run began with."""
-    newest = find_checkpoint(root / "checkpoints")
-    if newest is None:
-        return
-    was = (read_state(newest).get("run_config") or {}).get("reward_model_sha256")
-    if was is not None and was != config["reward_model_sha256"]:
-        raise CheckpointError(
-            f"data.reward_model: is not the reward model of the run to be continued ({root})"
-        )
 
 
 def _preferences(data: Preferences | Source) -> Preferences:
@@ -448,25 +476,5 @@ def make(
         As :func:`loopos.models.reward.load_reward_model`.
     """
     chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-    judge = None if reward_model is None else _loaded(Path(reward_model), tokenizer, training)
+    judge = None if reward_model is None else load_judge(Path(reward_model), tokenizer, training)
     return RLHF(model, tokenizer, chat=chat, reward_model=judge, seed=seed)
-
-
-def _loaded(directory: Path, tokenizer: Tokenizer, training: Preferences) -> RewardModel:
-    """Return a reward model that reads the policy's tokens."""
-    inner = [directory / "reward_model" / "model", directory / "model"]
-    for path in inner:
-        if path.is_dir():
-            raise ConfigError(
-                f"data.reward_model: {directory} is a run directory; its model is {path}"
-            )
-    model = load_reward_model(directory)
-    if (directory / "tokenizer.json").is_file():
-        some = [training.texts[i] for i in range(min(_COMPARED, len(training.texts)))]
-        theirs = load_tokenizer(directory).encode_batch(some)
-        mine = tokenizer.encode_batch(some)
-        if any(not np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True)):
-            raise ConfigError(
-                f"data.reward_model: the tokenizer in {directory} is another than the policy's"
-            )
-    return model

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, cast
 
+from loopos.errors import ConfigError
 from loopos.methods.policy_options import require, require_choice, require_numbers
 from loopos.methods.ppo import PRESETS
 from loopos.methods.ppo import Options as PPOOptions
@@ -13,8 +14,8 @@ from loopos.training.options import TrainingOptions
 
 __all__ = ["Options", "Phase"]
 
-Phase = Literal["reward_model", "ppo"]
-_PHASES: tuple[Phase, ...] = ("reward_model", "ppo")
+Phase = Literal["supervised", "reward_model", "ppo"]
+_PHASES: tuple[Phase, ...] = ("supervised", "reward_model", "ppo")
 
 
 @dataclass(frozen=True, init=False)
@@ -23,11 +24,14 @@ class Options(PPOOptions):
 
     Attributes
     ----------
-    phases : tuple of {"reward_model", "ppo"}
-        What is done: both, or one alone. "ppo" alone needs ``data.reward_model``; "reward_model"
-        alone leaves the policy as it is, and its model is the reward model.
+    phases : tuple of {"supervised", "reward_model", "ppo"}
+        What is done, in this order: without "reward_model", ``data.reward_model`` is needed;
+        without "ppo", the model of the run is the reward model. With "supervised" the policy first
+        learns the chosen responses, which a model that cannot talk yet needs.
     preset : {"openai-2019", "tldr-2024", "trl"} or None
         A published recipe of PPO; options that are given count before its own.
+    supervised : TrainingOptions or None
+        How the policy learns the chosen responses: an object with the options of every run.
     reward_model : Options or None
         How the reward model is trained: an object with the options of the method "reward_model".
     eval_prompts : int
@@ -36,8 +40,9 @@ class Options(PPOOptions):
         Steps between two tables of samples, which are shown and written to ``samples.jsonl``.
     """
 
-    phases: tuple[Phase, ...] = _PHASES
+    phases: tuple[Phase, ...] = ("reward_model", "ppo")
     preset: Literal["openai-2019", "tldr-2024", "trl"] | None = None
+    supervised: TrainingOptions | None = None
     reward_model: RewardOptions | None = None
     eval_prompts: int = 128
     sample_steps: int | None = 10
@@ -59,26 +64,38 @@ class Options(PPOOptions):
             require_choice(self, "preset", tuple(PRESETS))
         require_numbers(self, {"eval_prompts": (True, lambda n: n >= 1, "at least 1")})
         chosen = tuple(self.phases)
-        allowed = (_PHASES, *((phase,) for phase in _PHASES))
-        expected = "['reward_model', 'ppo'], or one of the two"
-        require(self, "phases", chosen in allowed, expected)
+        ordered = tuple(phase for phase in _PHASES if phase in chosen)
+        expected = (
+            "'supervised', 'reward_model' and 'ppo' in this order, one of the last two at least"
+        )
+        held = chosen == ordered and bool(set(chosen) - {"supervised"})
+        require(self, "phases", held, expected)
         object.__setattr__(self, "phases", chosen)
-        inner: Any = {} if self.reward_model is None else self.reward_model
-        if isinstance(inner, dict):  # as a checkpoint has it
-            object.__setattr__(self, "reward_model", RewardOptions(**inner))
+        for name, kind in (("supervised", TrainingOptions), ("reward_model", RewardOptions)):
+            inner = getattr(self, name)
+            if inner is None or isinstance(inner, dict):  # as a checkpoint has it
+                object.__setattr__(self, name, kind(**inner or {}))
+        if self.of_supervised.lora is not None:
+            raise ConfigError("training.supervised.lora: this phase trains the whole policy")
+
+    @property
+    def of_supervised(self) -> TrainingOptions:
+        """Options of the phase that learns the chosen responses."""
+        return cast(TrainingOptions, self.supervised)
 
     @property
     def of_reward_model(self) -> RewardOptions:
-        """Options of the first phase."""
+        """Options of the phase that trains the reward model."""
         return cast(RewardOptions, self.reward_model)
 
     def stages(self) -> dict[str, TrainingOptions]:
         """Return the options of each phase that is done, in their order."""
-        every = {"reward_model": self.of_reward_model, "ppo": self}
+        every = {"supervised": self.of_supervised, "reward_model": self.of_reward_model,
+                 "ppo": self}  # fmt: skip
         return {phase: every[phase] for phase in self.phases}
 
     def with_stage(self, phase: str, **overrides: Any) -> Options:
         """Return options of which some of one phase are others."""
         if phase == "ppo":
             return replace(self, **overrides)
-        return replace(self, reward_model=replace(self.of_reward_model, **overrides))
+        return replace(self, **{phase: replace(getattr(self, phase), **overrides)})
