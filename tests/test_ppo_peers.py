@@ -3,12 +3,19 @@
 The reference below is the arithmetic of TL;DR's code (Huang et al. 2024), of TRL's PPOTrainer and
 of Ziegler et al. (2019), in float64 on a GPT-2 of transformers; responses are padded to their full
 width, and everything is masked. Here nothing is padded. Weights after two steps must be the same.
+
+The last test needs nothing of PyTorch: TRL's own loop has written what it found.
 """
+
+import importlib
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from loopos.methods.ppo import PPOTrainer, preset
+from loopos.methods.reinforcement import ModelReward
 from loopos.methods.rollouts import Rollout
 from loopos.models import load_model
 from loopos.models.families import FAMILIES
@@ -199,3 +206,61 @@ def compare(mine, theirs, prefix):
                 checked += 1
                 break
     assert checked >= len(expected) - 1  # a tied head stands once
+
+
+TOOLS = Path(__file__).parents[1] / "tools"
+FIXTURE = Path(__file__).parent / "fixtures" / "trl_ppo.json"
+
+
+@pytest.mark.parametrize("name", ["default", "k3, whitened rewards, penalty"])
+def test_the_preset_is_what_trl_computes(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    maker = importlib.import_module("make_trl_fixture")
+    recorded = json.loads(FIXTURE.read_text())
+    assert recorded["trl"] == "1.9.2"
+    expected, case = recorded["cases"][name], dict(maker.CASES[name])
+    policy, reference, critic, reward = maker.networks()
+    options = preset(
+        "trl", batch_size=8, ppo_epochs=maker.PASSES, max_new_tokens=maker.WIDTH,
+        stop_ids=(maker.STOP,), learning_rate=maker.RATE,
+        temperature=maker.TEMPERATURE + 1e-7,  # as it has it
+        **case,
+    )  # fmt: skip
+    trainer = PPOTrainer(
+        policy, None, ModelReward(reward), options, reference=reference, critic=critic
+    )
+    trainer.critic.bias.requires_grad = False  # transformers' classifiers have none
+    for step, responses in zip(expected["steps"], maker.RESPONSES, strict=True):
+        ended = [response[-1] == maker.STOP for response in responses]
+        rollout = Rollout.of(trainer._take(maker.PROMPTS, None), responses, ended=ended)
+        record = trainer.learn_from(rollout, step["lr"])
+        # Its mean is over all places, those of the padding too.
+        places = sum(map(len, responses)) / (len(responses) * maker.WIDTH)
+        found = {
+            "objective/kl": record["kl/mean"],
+            "objective/rlhf_reward": record["reward/total"],
+            "policy/approxkl_avg": record["ppo/approx_kl"] * places,
+            "loss/policy_avg": record["ppo/policy_loss"],
+            "loss/value_avg": record["ppo/value_loss"],
+        }
+        assert found == pytest.approx({key: step[key] for key in found}, rel=1e-6, abs=1e-9)
+    digests(maker, trainer.policy, expected["policy"])
+    digests(maker, trainer.critic.body, expected["critic"])
+    head = maker.digest(trainer.critic.weight.data)
+    np.testing.assert_allclose(head, expected["critic"]["score.weight"], rtol=1e-6, atol=1e-8)
+
+
+def digests(maker, mine, expected):
+    """Compare weights with two numbers of each of TRL's."""
+    arrays = {name: p.data for name, p in mine.parameters().items()}
+    found = to_hf_tensors(FAMILIES["gpt2"], mine.config, arrays)
+    names = {name.removeprefix("transformer."): name for name in expected}
+    checked = 0
+    for name, array in found.items():
+        key = names.get(name.removeprefix("transformer."))
+        if key is not None:
+            np.testing.assert_allclose(
+                maker.digest(array), expected[key], rtol=1e-6, atol=1e-7, err_msg=name
+            )
+            checked += 1
+    assert checked == len([name for name in expected if name != "score.weight"])

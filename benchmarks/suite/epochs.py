@@ -121,6 +121,12 @@ class GPT2RaggedPPOStep(_Slow):
     work = "E-ragged"
 
 
+class GPT2MixedPPOStep(_Slow):
+    """The same as the first, its responses sampled with bfloat16 weights."""
+
+    work = "E-bfloat16"
+
+
 class LongAttention(_Timed):
     """Causal attention alone, forward and backward, one sequence of 2048 tokens."""
 

@@ -155,7 +155,7 @@ def sampling(sizes: Reinforcement) -> list[Cost]:
     """The prompts, then a token of every response that goes on; each is bound by its own."""
     config, prompt = sizes.config, sizes.prompt_tokens
     layer, head = layer_matrices(config), config.vocab_size * config.d_model
-    weights = 4.0 * (layer + head)
+    weights = float(WEIGHT_BYTES[sizes.rollout_weights] * (layer + head))
     read = layers_forward(config, [prompt] * sizes.prompts)
     found = [read + product(sizes.prompts, 1, head) + Cost(0.0, 0.0, weights)]
     cached = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ class Reinforcement:
     prompt_tokens : int
     response_lengths : tuple of int
         One for each prompt.
+    rollout_weights : str
+        What responses are sampled with; all else is in float32.
     most_runs, most_warmup : int
         Steps are long, so in a process there are at the most so many of them.
     """
@@ -47,6 +50,7 @@ class Reinforcement:
     config: loopos.TransformerConfig
     prompt_tokens: int
     response_lengths: tuple[int, ...]
+    rollout_weights: str = "float32"
     most_runs: int = 7
     most_warmup: int = 4
 
@@ -71,10 +75,13 @@ def ragged_responses(count: int = 8, least: int = 4, most: int = 64) -> tuple[in
     return tuple(int(n) for n in np.linspace(least, most, count).round())
 
 
+_SEED = Reinforcement(SEED_REASONING, 8, (10,) * 8)
+_GPT2 = Reinforcement(GPT2, 64, (64,) * 8, most_runs=3, most_warmup=1)
 REINFORCEMENT = {
-    "D": Reinforcement(SEED_REASONING, 8, (10,) * 8),
-    "E": Reinforcement(GPT2, 64, (64,) * 8, most_runs=3, most_warmup=1),
-    "E-ragged": Reinforcement(GPT2, 64, ragged_responses(), most_runs=3, most_warmup=1),
+    "D": _SEED,
+    "E": _GPT2,
+    "E-ragged": replace(_GPT2, response_lengths=ragged_responses()),
+    "E-bfloat16": replace(_GPT2, rollout_weights="bfloat16"),
 }
 
 
@@ -90,7 +97,7 @@ def make_trainer(sizes: Reinforcement, **options: Any) -> PPOTrainer:
     reward_model = RewardModel(loopos.Transformer(sizes.config, seed=1), seed=1)
     given = {
         "ppo_epochs": 1, "minibatches": 1, "batch_size": sizes.prompts,
-        "max_new_tokens": max(sizes.response_lengths),
+        "max_new_tokens": max(sizes.response_lengths), "rollout_weights": sizes.rollout_weights,
     }  # fmt: skip
     policy = loopos.Transformer(sizes.config, seed=0)
     chosen = preset("trl", **given | options)
@@ -191,8 +198,5 @@ def rlhf_epoch() -> Work:
 
 #: Every work by its name.
 WORKS: dict[str, Callable[[], Work]] = {
-    "D": lambda: ppo_step(REINFORCEMENT["D"]),
-    "E": lambda: ppo_step(REINFORCEMENT["E"]),
-    "E-ragged": lambda: ppo_step(REINFORCEMENT["E-ragged"]),
-    "RLHF": rlhf_epoch,
-}
+    name: partial(ppo_step, sizes) for name, sizes in REINFORCEMENT.items()
+} | {"RLHF": rlhf_epoch}
