@@ -1,0 +1,351 @@
+#!/usr/bin/env python3
+"""Do rewards that a program computes get learnt? A pattern, a solver, word problems, by seed.
+
+    python benchmarks/rlhf_verifiable.py [--seeds 0,1,2] [--runs pattern,solver,arithmetic]
+        [--arms ppo,grpo,rloo] [--json FILE]
+
+Each run begins with a small model after a little supervised training, so that the reward is not
+always the same, and goes on with PPO, GRPO or RLOO on it.
+
+"pattern": sentences name a date, in many forms; a regular expression gives 1 for an ISO date that
+is all of the response. Asked are dates of other years. The highest mean is 1.
+
+"solver": the prompt says how much of a substance is to be left, the response is a number, the
+rate of a reaction. The reward integrates y' = -k y (1 + y) with NumPy and says how near y(1) comes.
+The highest mean is known from trying every number that can be written.
+
+"arithmetic": word problems of three calculations, of which the supervised model solves about half;
+a reward of 1 for the right answer. Asked are problems that share no calculation with those learnt
+from, greedily and sampled once.
+
+Prints a table of every seed, with mean and spread (the standard deviation over seeds).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import loopos
+from loopos.data.answers import same_answer
+from loopos.data.conversations import read_conversations
+from loopos.data.problems import make_problems
+from loopos.data.reasoning import read_reasoning
+from loopos.data.solutions import SolutionTemplate
+from loopos.data.tokenizer import Tokenizer, train_bpe
+from loopos.demo_reasoning import ASKED, LEVEL, fresh
+from loopos.demo_reasoning import OPTIONS as REASONING
+from loopos.methods import grpo, ppo
+from loopos.methods.policy_training import PolicyTrainer
+from loopos.methods.sft import Options as SupervisedOptions
+from loopos.methods.sft import SupervisedFineTuner
+from loopos.models.config import TransformerConfig
+from loopos.models.transformer import Transformer
+
+RUNS, ARMS = ("pattern", "solver", "arithmetic"), ("ppo", "grpo", "rloo")
+Scores = list[float]
+
+# -- a pattern -----------------------------------------------------------------------------------
+
+ISO = re.compile(r"(?:19|20)\d\d-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12]\d|3[01])")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September",
+          "October", "November", "December")  # fmt: skip
+#: Years of the prompts that are asked at the end; every other one from 1950 to 2049 is learnt from.
+HELD_OUT_YEARS = range(1953, 2050, 5)
+
+
+def pattern_reward(prompts: list[str], responses: list[str]) -> Scores:
+    """Return 1 for each ISO date."""
+    return [float(ISO.fullmatch(text.strip()) is not None) for text in responses]
+
+
+def date_prompts(count: int, rng: np.random.Generator, held_out: bool) -> list[tuple[str, str]]:
+    """Return prompts, and what a careless writer makes of each: one in four is an ISO date."""
+    years = [y for y in range(1950, 2050) if (y in HELD_OUT_YEARS) == held_out]
+    made = []
+    for _ in range(count):
+        year, month, day = int(rng.choice(years)), int(rng.integers(1, 13)), int(rng.integers(1, 29))
+        prompt = f"{MONTHS[month - 1]} {day}, {year} is "
+        forms = (f"{day}.{month}.{year}", f"{month}/{day}/{year}", f"{day}/{month}/{year}",
+                 f"{year}/{month:02}/{day:02}", f"{year}-{month}-{day}", f"{day} {month} {year}")
+        iso = rng.random() < 0.25
+        made.append((prompt, f"{year}-{month:02}-{day:02}" if iso else str(rng.choice(forms))))
+    return made
+
+
+# -- a solver ------------------------------------------------------------------------------------
+
+#: Amounts left, in thousandths; every fifth one is asked at the end.
+TARGETS = range(50, 901)
+SOLVER_STEPS = 16
+_NUMBER = re.compile(r"\d\.\d\d")
+
+
+def left_after(rates: Any) -> Any:
+    """Integrate y' = -k y (1 + y), y(0) = 1, to 1 for each k, with Runge and Kutta's method."""
+    k = np.asarray(rates, np.float64)
+    y, h = np.ones_like(k), 1.0 / SOLVER_STEPS
+
+    def slope(y: Any) -> Any:
+        return -k * y * (1 + y)
+
+    for _ in range(SOLVER_STEPS):
+        a = slope(y)
+        b = slope(y + h / 2 * a)
+        c = slope(y + h / 2 * b)
+        y = y + h / 6 * (a + 2 * b + 2 * c + slope(y + h * c))
+    return y
+
+
+def nearness(rates: Any, targets: Any) -> Any:
+    """Return 1 where the target is met, 0 from 0.2 beside it on."""
+    return np.maximum(0.0, 1.0 - np.abs(left_after(rates) - targets) / 0.2)
+
+
+def target_of(prompt: str) -> float:
+    """Return the amount that a prompt asks for."""
+    return float(re.findall(r"0\.\d+", prompt)[0])
+
+
+def solver_reward(prompts: list[str], responses: list[str]) -> Scores:
+    """Return how near each response's rate comes; 0 for what is no number."""
+    good = np.array([_NUMBER.fullmatch(text.strip()) is not None for text in responses])
+    rates = np.array([float(t) if g else 0.0 for t, g in zip(responses, good, strict=True)])
+    targets = np.array([target_of(prompt) for prompt in prompts])
+    return list(np.where(good, nearness(rates, targets), 0.0))
+
+
+def solver_maximum(prompts: Sequence[str]) -> float:
+    """Return the highest mean, by trying every number that the pattern admits."""
+    every = left_after(np.arange(1000) / 100)
+    best = [np.abs(every - target_of(prompt)).min() for prompt in prompts]
+    return float(np.mean(1.0 - np.array(best) / 0.2))
+
+
+def rate_prompts(count: int, rng: np.random.Generator, held_out: bool) -> list[tuple[str, str]]:
+    """Return prompts, and rates up to 2.5 times too low or too high."""
+    targets = [t for t in TARGETS if (t % 5 == 0) == held_out]
+    grid = np.arange(1000) / 100
+    reached = left_after(grid)
+    made = []
+    for target in rng.choice(targets, count):
+        rate = grid[np.abs(reached - target / 1000).argmin()]
+        rough = min(9.99, rate * 2.5 ** rng.uniform(-1, 1))
+        made.append((f"left 0.{target:03}: rate ", f"{rough:.2f}"))
+    return made
+
+
+# -- small supervised starts ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A programmatic reward with its prompts, and the highest mean that prompts admit."""
+
+    reward: Callable[[list[str], list[str]], Scores]
+    prompts: Callable[[int, np.random.Generator, bool], list[tuple[str, str]]]
+    maximum: Callable[[Sequence[str]], float]
+    max_new_tokens: int
+
+
+TASKS = {
+    "pattern": Task(pattern_reward, date_prompts, lambda prompts: 1.0, 16),
+    "solver": Task(solver_reward, rate_prompts, solver_maximum, 6),
+}
+#: Examples of the supervised start; steps of the policy; prompts asked.
+SHOWN, STEPS, HELD_OUT = 9_600, 60, 256
+SUPERVISED = SupervisedOptions(
+    num_epochs=1, batch_size=32, learning_rate=2e-3, scheduler="cosine", warmup_steps=20,
+    max_grad_norm=1.0,
+)  # fmt: skip
+COMMON: dict[str, Any] = {
+    "num_epochs": 1, "learning_rate": 1e-3, "scheduler": "linear", "warmup_steps": 5,
+    "max_grad_norm": 1.0, "temperature": 1.0, "rollout_batch_size": 128, "kl_coefficient": 0.002,
+}  # fmt: skip
+GROUPS: dict[str, Any] = {"kl_estimator": "k3", "ppo_epochs": 2, "minibatches": 2}
+LEAVE_ONE_OUT = {"baseline": "leave_one_out", "scale": "none", "loss_aggregation": "token"}
+#: As many responses a step for all.
+ARM_OPTIONS: dict[str, dict[str, Any]] = {
+    "ppo": {"batch_size": 64, "ppo_epochs": 4, "minibatches": 2, "value_coefficient": 0.5},
+    "grpo": {"batch_size": 8, "group_size": 8, **GROUPS},
+    "rloo": {"batch_size": 8, "group_size": 8, **GROUPS, **LEAVE_ONE_OUT},
+}
+
+
+def trainer_of(
+    arm: str, policy: Transformer, tokenizer: Tokenizer, reward: Any, seed: int, **changes: Any
+) -> PolicyTrainer:
+    """Return PPO's or GRPO's trainer with the options of an arm."""
+    given = COMMON | ARM_OPTIONS[arm] | changes
+    if arm == "ppo":
+        return ppo.PPOTrainer(policy, tokenizer, reward, ppo.Options(**given), seed=seed)
+    return grpo.GRPOTrainer(policy, tokenizer, reward, grpo.Options(**given), seed=seed)
+
+
+def copy_of(model: Transformer) -> Transformer:
+    """Return a model with the same weights."""
+    arrays = {name: p.data.copy() for name, p in model.parameters().items()}
+    return Transformer(model.config, dtype=model.dtype, arrays=arrays)
+
+
+def small_start(task: Task, seed: int) -> tuple[Transformer, Tokenizer]:
+    """Return a model of 0.1 million parameters that imitates a careless writer."""
+    rows = task.prompts(SHOWN, np.random.default_rng([seed, 0]), False)
+    tokenizer = train_bpe([p + r for p, r in rows[:1000]], 320, individual_digits=True)
+    config = TransformerConfig(
+        d_model=64, num_heads=4, num_layers=2, d_ff=256, vocab_size=tokenizer.vocab_size,
+        max_seq_len=48, positions="rope",
+    )  # fmt: skip
+    model = Transformer(config, seed=seed)
+    examples = [{"prompt": prompt, "completion": response} for prompt, response in rows]
+    SupervisedFineTuner(model, tokenizer, seed=seed).fit(
+        read_conversations(examples), options=SUPERVISED
+    )
+    return model, tokenizer
+
+
+def programmatic(run: str, seed: int, arms: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """Learn a programmatic reward; mean scores on held-out prompts as shares of the highest."""
+    task, rows = TASKS[run], []
+    began = time.perf_counter()
+    model, tokenizer = small_start(task, seed)
+    supervised_s = time.perf_counter() - began
+    held_out = [p for p, _ in task.prompts(HELD_OUT, np.random.default_rng([seed, 1]), True)]
+    maximum = task.maximum(held_out)
+    for arm in arms:
+        started = time.perf_counter()
+        trainer = trainer_of(arm, copy_of(model), tokenizer, task.reward, seed,
+                             max_new_tokens=task.max_new_tokens)  # fmt: skip
+        count = steps * trainer.options.batch_size
+        asked = [p for p, _ in task.prompts(count, np.random.default_rng([seed, 2]), False)]
+        before = trainer.evaluate(held_out)
+        trainer.fit(asked)
+        after = trainer.evaluate(held_out)
+        rows.append({
+            "run": run, "arm": arm, "seed": seed, "before": before["reward/score"] / maximum,
+            "after": after["reward/score"] / maximum, "maximum": maximum,
+            "kl": after["kl/mean"], "steps": trainer.steps,
+            "supervised_s": round(supervised_s, 1),
+            "policy_s": round(time.perf_counter() - started, 1),
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# -- word problems -------------------------------------------------------------------------------
+
+#: Steps of the supervised start, of which the learning rate falls to its end; of the policy.
+REASONING_STEPS, SOLVING_STEPS = 900, 80
+SOLVING: dict[str, Any] = {
+    "learning_rate": 3e-4, "batch_size": 16, "group_size": 8, "kl_coefficient": 0.0,
+    "max_new_tokens": 90, "max_grad_norm": 1.0, "ppo_epochs": 1, "minibatches": 2,
+}  # fmt: skip
+TEMPLATE = SolutionTemplate()
+
+
+def answer_reward(prompts: list[str], responses: list[str], answers: list[str]) -> Scores:
+    """Return 1 for each response that marks the right answer."""
+    given = [TEMPLATE.parse(text)[1] for text in responses]
+    return [float(g is not None and same_answer(g, a)) for g, a in zip(given, answers, strict=True)]
+
+
+def arithmetic(seed: int, arms: Sequence[str], steps: int) -> list[dict[str, Any]]:
+    """Learn to solve; accuracies on held-out problems, greedy and of one sample each."""
+    began = time.perf_counter()
+    # The policy's problems are those after the ones that were shown with their solutions.
+    shown, more = 16 * REASONING_STEPS, steps * SOLVING["batch_size"]
+    problems = make_problems(shown + more, seed=seed, levels=(LEVEL,))
+    unseen = make_problems(ASKED, seed=seed, levels=(LEVEL,), split="test")
+    options = dataclasses.replace(REASONING, max_steps=REASONING_STEPS, eval_samples=1)
+    start = fresh(read_reasoning(problems[:shown]), seed)
+    start.fit(read_reasoning(problems[:shown]), options=options)
+    asked, weights = read_reasoning(unseen), copy_of(start.model)
+    greedy = start.evaluate(asked, options)["accuracy"]
+    supervised_s, rows = time.perf_counter() - began, []
+    texts, answers, held_out, held_out_answers = (
+        [row[key] if key == "answer" else TEMPLATE.prompt.replace("{problem}", row[key])
+         for row in part]
+        for part in (problems[shown:], unseen) for key in ("problem", "answer")
+    )  # fmt: skip
+    for arm in arms:
+        started = time.perf_counter()
+        trainer = trainer_of(arm, copy_of(weights), start.tokenizer, answer_reward, seed, **SOLVING)
+        before = trainer.evaluate(held_out, held_out_answers)
+        trainer.fit(texts, answers=answers)
+        after = trainer.evaluate(held_out, held_out_answers)
+        start.model = trainer.policy
+        rows.append({
+            "run": "arithmetic", "arm": arm, "seed": seed, "before": greedy,
+            "after": start.evaluate(asked, options)["accuracy"],
+            "sampled_before": before["reward/score"], "sampled_after": after["reward/score"],
+            "asked": len(asked), "steps": trainer.steps, "supervised_s": round(supervised_s, 1),
+            "policy_s": round(time.perf_counter() - started, 1),
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+# -- the table -----------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each run and arm: before and after by seed, mean and spread of both."""
+    lines = []
+    for run, arm in dict.fromkeys((row["run"], row["arm"]) for row in rows):
+        found = [row for row in rows if (row["run"], row["arm"]) == (run, arm)]
+        names = ["before", "after"]
+        names += ["sampled_before", "sampled_after"] if run == "arithmetic" else []
+        for name in names:
+            values = 100 * np.array([row[name] for row in found])
+            by_seed = "  ".join(f"{row['seed']}: {v:5.1f}" for row, v in
+                                zip(found, values, strict=True))  # fmt: skip
+            spread = values.std(ddof=1) if len(values) > 1 else 0.0
+            lines.append(
+                f"{run:<11}{arm:<5}{name:<15} {by_seed}   mean {values.mean():5.1f} +- {spread:.1f}"
+            )
+    return lines
+
+
+def main() -> None:
+    """Parse arguments, learn, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--runs", default=",".join(RUNS))
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--steps", type=int, help="of the policy")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    runs, arms = given.runs.split(","), given.arms.split(",")
+    for option, names, known in (("--runs", runs, RUNS), ("--arms", arms, ARMS)):
+        for name in names:
+            if name not in known:
+                raise SystemExit(f"{option}: unknown '{name}' (known: {', '.join(known)})")
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        for seed in map(int, given.seeds.split(",")):
+            if run == "arithmetic":
+                without_critic = [arm for arm in arms if arm != "ppo"]
+                rows += arithmetic(seed, without_critic, given.steps or SOLVING_STEPS)
+            else:
+                rows += programmatic(run, seed, arms, given.steps or STEPS)
+    print("\n".join(table(rows)))
+    if given.json is not None:
+        about = {
+            "loopos": loopos.__version__, "python": platform.python_version(),
+            "numpy": np.__version__, "backend": loopos.get_backend().name, "rows": rows,
+        }  # fmt: skip
+        given.json.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
