@@ -85,7 +85,7 @@ def date_prompts(count: int, rng: np.random.Generator, held_out: bool) -> list[t
 
 # -- a solver ------------------------------------------------------------------------------------
 
-#: Amounts left, in thousandths; every fifth one is asked at the end.
+#: Amounts left, in thousandths; every seventh one is asked at the end.
 TARGETS = range(50, 901)
 SOLVER_STEPS = 16
 _NUMBER = re.compile(r"\d\.\d\d")
@@ -134,7 +134,7 @@ def solver_maximum(prompts: Sequence[str]) -> float:
 
 def rate_prompts(count: int, rng: np.random.Generator, held_out: bool) -> list[tuple[str, str]]:
     """Return prompts, and rates up to 2.5 times too low or too high."""
-    targets = [t for t in TARGETS if (t % 5 == 0) == held_out]
+    targets = [t for t in TARGETS if (t % 7 == 3) == held_out]
     grid = np.arange(1000) / 100
     reached = left_after(grid)
     made = []
@@ -156,14 +156,15 @@ class Task:
     prompts: Callable[[int, np.random.Generator, bool], list[tuple[str, str]]]
     maximum: Callable[[Sequence[str]], float]
     max_new_tokens: int
+    steps: int
 
 
 TASKS = {
-    "pattern": Task(pattern_reward, date_prompts, lambda prompts: 1.0, 16),
-    "solver": Task(solver_reward, rate_prompts, solver_maximum, 6),
+    "pattern": Task(pattern_reward, date_prompts, lambda prompts: 1.0, 16, 100),
+    "solver": Task(solver_reward, rate_prompts, solver_maximum, 6, 200),
 }
-#: Examples of the supervised start; steps of the policy; prompts asked.
-SHOWN, STEPS, HELD_OUT = 9_600, 60, 256
+#: Examples of the supervised start; prompts asked.
+SHOWN, HELD_OUT = 9_600, 256
 SUPERVISED = SupervisedOptions(
     num_epochs=1, batch_size=32, learning_rate=2e-3, scheduler="cosine", warmup_steps=20,
     max_grad_norm=1.0,
@@ -337,7 +338,7 @@ def main() -> None:
                 without_critic = [arm for arm in arms if arm != "ppo"]
                 rows += arithmetic(seed, without_critic, given.steps or SOLVING_STEPS)
             else:
-                rows += programmatic(run, seed, arms, given.steps or STEPS)
+                rows += programmatic(run, seed, arms, given.steps or TASKS[run].steps)
     print("\n".join(table(rows)))
     if given.json is not None:
         about = {
