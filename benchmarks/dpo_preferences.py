@@ -145,7 +145,8 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             by_seed = "  ".join(f"{row['seed']}: {v:5.1f}" for row, v in
                                 zip(found, values, strict=True))  # fmt: skip
             spread = values.std(ddof=1) if len(values) > 1 else 0.0
-            lines.append(f"{loss:<8}{name:<10} {by_seed}   mean {values.mean():5.1f} +- {spread:.1f}")
+            mean = f"mean {values.mean():5.1f} +- {spread:.1f}"
+            lines.append(f"{loss:<8}{name:<10} {by_seed}   {mean}")
     return lines
 
 
