@@ -14,9 +14,9 @@ is all of the response. Asked are dates of other years. The highest mean is 1.
 rate of a reaction. The reward integrates y' = -k y (1 + y) with NumPy and says how near y(1) comes.
 The highest mean is known from trying every number that can be written.
 
-"arithmetic": word problems of three calculations with numbers below ten. The supervised start, with
-steps written out, ends as soon as it solves 45 % of other problems; then a reward of 1 for the
-right answer, for the model's own steps. Asked are problems that were in neither, greedily and
+"arithmetic": word problems of three calculations with numbers below ten. The supervised start saw
+solutions written out step by step, half of which forget one of the changes; then a reward of 1 for
+the right answer, for the model's own steps. Asked are problems that were in neither, greedily and
 sampled once.
 
 Prints a table of every seed, with mean and spread (the standard deviation over seeds).
@@ -25,7 +25,6 @@ Prints a table of every seed, with mean and spread (the standard deviation over 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
 import re
@@ -51,7 +50,6 @@ from loopos.methods.sft import Options as SupervisedOptions
 from loopos.methods.sft import SupervisedFineTuner
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer
-from loopos.training.trackers import Callback, Record
 
 RUNS, ARMS = ("pattern", "solver", "arithmetic"), ("ppo", "grpo", "rloo")
 Scores = list[float]
@@ -168,12 +166,16 @@ class Task:
     maximum: Callable[[Sequence[str]], float]
     max_new_tokens: int
     steps: int
+    #: In a step, for all arms.
+    responses: int
+    options: dict[str, Any]
 
 
 TASKS = {
-    "pattern": Task(pattern_reward, date_prompts, lambda prompts: 1.0, 16, 100),
-    "solver": Task(solver_reward, rate_prompts, solver_maximum, 5, 200),
-}
+    "pattern": Task(pattern_reward, date_prompts, lambda prompts: 1.0, 16, 100, 64, {}),
+    "solver": Task(solver_reward, rate_prompts, solver_maximum, 5, 300, 128,
+                   {"entropy_coefficient": 0.02}),
+}  # fmt: skip
 #: Examples of the supervised start; prompts asked.
 SHOWN, HELD_OUT = 9_600, 256
 SUPERVISED = SupervisedOptions(
@@ -184,13 +186,14 @@ COMMON: dict[str, Any] = {
     "num_epochs": 1, "learning_rate": 1e-3, "scheduler": "linear", "warmup_steps": 5,
     "max_grad_norm": 1.0, "temperature": 1.0, "rollout_batch_size": 128, "kl_coefficient": 0.002,
 }  # fmt: skip
-GROUPS: dict[str, Any] = {"kl_estimator": "k3", "ppo_epochs": 2, "minibatches": 2}
+GROUPS: dict[str, Any] = {
+    "group_size": 8, "kl_estimator": "k3", "ppo_epochs": 2, "minibatches": 2
+}  # fmt: skip
 LEAVE_ONE_OUT = {"baseline": "leave_one_out", "scale": "none", "loss_aggregation": "token"}
-#: As many responses a step for all.
 ARM_OPTIONS: dict[str, dict[str, Any]] = {
-    "ppo": {"batch_size": 64, "ppo_epochs": 4, "minibatches": 2, "value_coefficient": 0.5},
-    "grpo": {"batch_size": 8, "group_size": 8, **GROUPS},
-    "rloo": {"batch_size": 8, "group_size": 8, **GROUPS, **LEAVE_ONE_OUT},
+    "ppo": {"ppo_epochs": 4, "minibatches": 2, "value_coefficient": 0.5},
+    "grpo": GROUPS,
+    "rloo": GROUPS | LEAVE_ONE_OUT,
 }
 
 
@@ -241,9 +244,12 @@ def programmatic(run: str, seed: int, arms: Sequence[str], steps: int) -> list[d
     maximum = task.maximum(held_out)
     for arm in arms:
         started = time.perf_counter()
-        trainer = trainer_of(arm, copy_of(model), tokenizer, task.reward, seed,
-                             max_new_tokens=task.max_new_tokens)  # fmt: skip
-        count = steps * trainer.options.batch_size
+        batch = task.responses // ARM_OPTIONS[arm].get("group_size", 1)
+        trainer = trainer_of(
+            arm, copy_of(model), tokenizer, task.reward, seed, batch_size=batch,
+            max_new_tokens=task.max_new_tokens, **task.options,
+        )  # fmt: skip
+        count = steps * batch
         asked = [p for p, _ in task.prompts(count, np.random.default_rng([seed, 2]), False)]
         before = trainer.evaluate(held_out)
         trainer.fit(asked)
@@ -261,21 +267,29 @@ def programmatic(run: str, seed: int, arms: Sequence[str], steps: int) -> list[d
 
 # -- word problems -------------------------------------------------------------------------------
 
-PROBLEMS, VALIDATED, ASKED = 9_600, 200, 400
-#: The supervised start ends with the first evaluation that solves this share of other problems.
-SOLVED, EVERY, MOST_STEPS = 0.45, 25, 1_200
+PROBLEMS, ASKED = 9_600, 400
+#: Share of the solutions shown to the supervised start in which one change is forgotten.
+FORGOTTEN = 0.5
 SOLVED_BY = ReasoningOptions(
-    max_steps=MOST_STEPS, num_epochs=50, batch_size=32, learning_rate=2e-3, warmup_steps=50,
-    scheduler="constant", max_grad_norm=1.0, eval_steps=EVERY, eval_problems=ASKED,
-    max_new_tokens=40, generation_batch_size=128,
+    max_steps=700, num_epochs=50, batch_size=32, learning_rate=2e-3, warmup_steps=50,
+    scheduler="cosine", max_grad_norm=1.0, eval_problems=ASKED, max_new_tokens=48,
+    generation_batch_size=128,
 )  # fmt: skip
 SOLVING_STEPS = 60
 SOLVING: dict[str, Any] = {
-    "learning_rate": 3e-4, "batch_size": 16, "kl_coefficient": 0.0, "max_new_tokens": 40,
+    "learning_rate": 3e-4, "batch_size": 16, "kl_coefficient": 0.0, "max_new_tokens": 48,
     "ppo_epochs": 1, "minibatches": 2,
 }  # fmt: skip
 PEOPLE, THINGS = ("Ann", "Ben", "Eva", "Leo", "Mia", "Tom"), ("pens", "cups", "keys", "toys")
 TEMPLATE = SolutionTemplate()
+
+
+def solution_of(changes: Sequence[int]) -> dict[str, Any]:
+    """Return the steps, and what is there at the end, of a first amount and its changes."""
+    amounts = np.cumsum(changes).tolist()
+    steps = [f"{a} {'+' if c > 0 else '-'} {abs(c)} = {a + c}." for a, c in
+             zip(amounts[:-1], changes[1:], strict=True)]  # fmt: skip
+    return {"reasoning": steps, "answer": str(amounts[-1])}
 
 
 def problems_of(seed: int, count: int, held_out: bool = False) -> list[dict[str, Any]]:
@@ -290,25 +304,23 @@ def problems_of(seed: int, count: int, held_out: bool = False) -> list[dict[str,
         if (key % 7 == 3) != held_out:
             continue
         told = ", ".join(f"{'gets' if c > 0 else 'gives'} {abs(c)}" for c in changes)
-        rows.append({
-            "problem": f"{rng.choice(PEOPLE)} has {first} {rng.choice(THINGS)}, {told}. How many?",
-            "reasoning": [f"{a} {'+' if c > 0 else '-'} {abs(c)} = {a + c}." for a, c in
-                          zip(amounts, changes, strict=False)],
-            "answer": str(amounts[-1]),
-        })  # fmt: skip
+        problem = f"{rng.choice(PEOPLE)} has {first} {rng.choice(THINGS)}, {told}. How many?"
+        rows.append({"problem": problem, "changes": [first, *changes],
+                     **solution_of([first, *changes])})  # fmt: skip
     return rows
 
 
-class UntilSolved(Callback):
-    """Ends the supervised start where it is good enough."""
-
-    def __init__(self) -> None:
-        self.reached = False
-
-    def on_evaluate(self, record: Record) -> None:
-        """Look at the share of validation problems that are solved."""
-        print(record["step"], record["eval"]["accuracy"], flush=True)
-        self.reached = record["eval"]["accuracy"] >= SOLVED
+def told_carelessly(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Return the problems with solutions of which some forget a change, and so end wrong."""
+    rng, told = np.random.default_rng([seed, 3]), []
+    for row in rows:
+        if rng.random() >= FORGOTTEN:
+            told.append(row)
+            continue
+        kept = list(row["changes"])
+        del kept[int(rng.integers(1, len(kept)))]
+        told.append(row | solution_of(kept))
+    return told
 
 
 def answer_reward(prompts: list[str], responses: list[str], answers: list[str]) -> Scores:
@@ -322,12 +334,13 @@ def reasoning_start(seed: int, kept: Path | None) -> ChainOfThought:
     directory = None if kept is None else kept / f"arithmetic-{seed}"
     if directory is not None and directory.is_dir():
         return ChainOfThought(directory, seed=seed)
-    made = problems_of(seed, PROBLEMS + VALIDATED)
-    examples, validation = read_reasoning(made[:PROBLEMS]), read_reasoning(made[PROBLEMS:])
+    told = told_carelessly(problems_of(seed, PROBLEMS), seed)
+    examples = read_reasoning(
+        [{k: row[k] for k in ("problem", "reasoning", "answer")} for row in told]
+    )
     tokenizer = train_bpe(examples.corpus[:2000], 320, individual_digits=True)
     start = ChainOfThought(small_model(tokenizer, seed), tokenizer, seed=seed)
-    until, options = UntilSolved(), dataclasses.replace(SOLVED_BY, eval_problems=VALIDATED)
-    start.fit(examples, validation, options, callbacks=[until], stop=lambda: until.reached)
+    start.fit(examples, options=SOLVED_BY)
     if directory is not None:
         start.save(directory)
     return start
