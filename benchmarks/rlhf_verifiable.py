@@ -15,7 +15,7 @@ rate of a reaction. The reward integrates y' = -k y (1 + y) with NumPy and says 
 The highest mean is known from trying every number that can be written.
 
 "arithmetic": word problems of three calculations with numbers below ten. The supervised start saw
-solutions written out step by step, half of which forget one of the changes; then a reward of 1 for
+solutions written out step by step, half of which forget the last change; then a reward of 1 for
 the right answer, for the model's own steps. Asked are problems that were in neither, greedily and
 sampled once.
 
@@ -268,16 +268,17 @@ def programmatic(run: str, seed: int, arms: Sequence[str], steps: int) -> list[d
 # -- word problems -------------------------------------------------------------------------------
 
 PROBLEMS, ASKED = 9_600, 400
-#: Share of the solutions shown to the supervised start in which one change is forgotten.
+#: Share of the solutions shown to the supervised start that forget the last change.
 FORGOTTEN = 0.5
 SOLVED_BY = ReasoningOptions(
-    max_steps=700, num_epochs=50, batch_size=32, learning_rate=2e-3, warmup_steps=50,
+    max_steps=1_300, num_epochs=50, batch_size=32, learning_rate=2e-3, warmup_steps=50,
     scheduler="cosine", max_grad_norm=1.0, eval_problems=ASKED, max_new_tokens=48,
     generation_batch_size=128,
 )  # fmt: skip
-SOLVING_STEPS = 60
+SOLVING_STEPS = 40
 SOLVING: dict[str, Any] = {
     "learning_rate": 3e-4, "batch_size": 16, "kl_coefficient": 0.0, "max_new_tokens": 48,
+    "temperature": 0.5,
     "ppo_epochs": 1, "minibatches": 2,
 }  # fmt: skip
 PEOPLE, THINGS = ("Ann", "Ben", "Eva", "Leo", "Mia", "Tom"), ("pens", "cups", "keys", "toys")
@@ -311,15 +312,13 @@ def problems_of(seed: int, count: int, held_out: bool = False) -> list[dict[str,
 
 
 def told_carelessly(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Return the problems with solutions of which some forget a change, and so end wrong."""
+    """Return the problems with solutions of which some forget the last change, and so end wrong."""
     rng, told = np.random.default_rng([seed, 3]), []
     for row in rows:
         if rng.random() >= FORGOTTEN:
             told.append(row)
             continue
-        kept = list(row["changes"])
-        del kept[int(rng.integers(1, len(kept)))]
-        told.append(row | solution_of(kept))
+        told.append(row | solution_of(row["changes"][:-1]))
     return told
 
 
