@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loopos.errors import OutputError
-from loopos.files import ASSETS, atomic_write_text, read_text
+from loopos.files import atomic_write_text, read_text
 from loopos.reporting.catalogue import OTHERS, charts_of, constants_of, main_chart, tiles_of
 from loopos.reporting.charts import HEIGHT, SMOOTHED_SHARE, WIDTH, Chart
 from loopos.reporting.doctor import diagnose
@@ -21,6 +21,7 @@ from loopos.version import __version__
 
 __all__ = ["report_page", "write_report"]
 
+_TEMPLATE = Path(__file__).with_name("page.html")
 #: Rows of a table of samples, and characters of a text in it.
 _ROWS, _TEXT = 8, 600
 #: Of a list or a nested value in a table.
@@ -60,7 +61,7 @@ def report_page(run: RunRecords) -> str:
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
                               lstrip_blocks=True)  # fmt: skip
-    template = environment.from_string(read_text(ASSETS / "_report.html"))
+    template = environment.from_string(read_text(_TEMPLATE))
     page = template.render(
         run=run,
         diagnosis=diagnose(run),
