@@ -208,6 +208,14 @@ def test_thread_limit_holds_inside_the_block_only():
         pass
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2", 10**30])
+def test_a_number_of_threads_is_checked_before_it_holds(wrong):
+    before = threads.get_num_threads()
+    with pytest.raises(ConfigError, match="num_threads: expected"):
+        loopos.set_num_threads(wrong)
+    assert threads.get_num_threads() == before
+
+
 def test_available_cpus_respects_the_environment(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     everything = threads.available_cpus()

@@ -115,7 +115,7 @@ def set_num_threads(num_threads: int | None) -> None:
     Raises
     ------
     ConfigError
-        If the number is not positive.
+        If it is no whole number, or not positive.
     """
     global _asked, _found_until
     _check(num_threads)
@@ -123,8 +123,14 @@ def set_num_threads(num_threads: int | None) -> None:
 
 
 def _check(num_threads: int | None) -> None:
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
+    if num_threads is None:
+        return
+    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
+        raise ConfigError(f"num_threads: expected a whole number, found {num_threads!r}")
+    if not 1 <= num_threads < 1 << 31:  # a C int; the pool itself starts no more than 256
+        raise ConfigError(
+            f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}"
+        )
 
 
 @contextmanager
@@ -136,7 +142,7 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        If the number is not positive.
+        If it is no whole number, or not positive.
     """
     if num_threads is None:
         yield
