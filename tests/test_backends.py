@@ -43,6 +43,13 @@ def test_case(backend, case, check):
     getattr(testing, check)(backend, case)
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_values_at_any_number_of_threads(backend, count):
+    with threads.thread_limit(count):
+        for case in CASES:
+            testing.check_values(backend, case)
+
+
 def test_case_names_are_unique_and_every_op_has_a_case():
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
@@ -201,6 +208,14 @@ def test_thread_limit_holds_inside_the_block_only():
         pass
 
 
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2", 10**30])
+def test_a_number_of_threads_is_checked_before_it_holds(wrong):
+    before = threads.get_num_threads()
+    with pytest.raises(ConfigError, match="num_threads: expected"):
+        loopos.set_num_threads(wrong)
+    assert threads.get_num_threads() == before
+
+
 def test_available_cpus_respects_the_environment(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     everything = threads.available_cpus()
@@ -209,6 +224,37 @@ def test_available_cpus_respects_the_environment(monkeypatch):
     assert threads.available_cpus() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     assert threads.available_cpus() == everything
+
+
+@pytest.mark.parametrize(
+    ("files", "own", "cpus"),
+    [
+        ({"cpu.max": "150000 100000"}, "0::/", 1.5),
+        ({"cpu.max": "max 100000"}, "0::/", None),
+        ({}, "0::/", None),
+        ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 3.0),
+        ({"a/cpu.max": "100000 100000", "a/b/cpu.max": "400000 100000"}, "0::/a/b", 1.0),
+        ({"cpu.max": "200000 100000"}, "0::/of/the/host", 2.0),
+        (
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "50000\n",
+             "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"},
+            "3:memory:/a\n2:cpu,cpuacct:/a", 0.5,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "2:cpu:/", None),
+    ],
+)  # fmt: skip
+def test_quota_of_the_control_group(tmp_path, monkeypatch, files, own, cpus):
+    for name, text in files.items():
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text(text)
+    (tmp_path / "own").write_text(own + "\n")
+    found = threads._cgroup_cpus(tmp_path / "tree", tmp_path / "own")
+    assert found == cpus
+    assert threads._cgroup_cpus(tmp_path / "tree", tmp_path / "absent") is None
+    monkeypatch.setattr(threads, "_cgroup_cpus", lambda: cpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if cpus is not None:
+        assert 1 <= threads.available_cpus() <= max(1, int(cpus))
 
 
 def test_import_is_light_and_changes_nothing_of_the_host():

@@ -226,6 +226,29 @@ def test_products_are_the_same_by_both_sides(load, form):
         np.testing.assert_allclose(ours(), theirs(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", loopos.available_backends())
+def test_subnormal_numbers_are_those_that_are_timed(load, name):
+    works, tiny = load("suite.works"), np.finfo(np.float32).tiny
+    with loopos.use_backend(name):
+        y, _ = works.subnormal_op("linear", 1e-40)()
+        assert 0 < np.abs(y).max() < tiny
+        found = works.subnormal_op("activation", 1e-40)()
+        assert 0 < np.abs(found).max() < tiny
+        timed = load("suite.kernels").Subnormals()
+        for op in works.SUBNORMAL_OPS:
+            assert timed.track_times_normal(name, op) > 0
+
+
+def test_ops_are_timed_at_several_threads(load, monkeypatch):
+    monkeypatch.setattr(loopos.backends, "_default", None)  # which asv's setup changes
+    timed = load("suite.kernels").Op()
+    for threads in timed.params[1]:
+        timed.setup("numpy", threads, "linear[1x768x3072]")
+        timed.time_op("numpy", threads, "linear[1x768x3072]")
+        assert loopos.get_num_threads() == threads
+        timed.teardown("numpy", threads, "linear[1x768x3072]")
+
+
 def test_suite_times_every_work(load):
     timed = vars(load("suite.epochs")).values()
     letters = {work for cls in timed if (work := getattr(cls, "work", None)) is not None}

@@ -215,7 +215,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself(backend):
     ("call", "error", "words"),
     [
         (lambda b: b.activation(np.zeros(3, np.int32), "gelu"), TypeError, "x: expected an array"),
-        (lambda b: b.activation([1.0], "gelu"), TypeError, "expected a NumPy array, found list"),
+        (lambda b: b.activation([1.0], "gelu"), TypeError, "x: expected a NumPy array, found list"),
         (lambda b: b.activation_backward(array(3), array(4), "relu"), ValueError, r"shape \[4\]"),
         (lambda b: b.swiglu(array(3, 2), array(2, 3)), ValueError, r"up: expected shape \[3, 2\]"),
         (lambda b: b.layer_norm(array(3, 2), array(3), None, 1e-5), ValueError, r"g: .*\[2\]"),
@@ -226,7 +226,7 @@ def test_a_row_that_is_not_finite_spoils_only_itself(backend):
                 array(2, 3), np.zeros(2, np.int32), np.zeros((4, 5), np.float32)
             ),
             ValueError,
-            r"x: expected shape \[2, 5\], found \[2, 3\]",
+            r"dy: expected shape \[2, 5\], found \[2, 3\]",
         ),
     ],
 )

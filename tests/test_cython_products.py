@@ -137,7 +137,7 @@ def test_layouts_and_read_only_inputs(backend):
         ({"w": np.zeros((3, 6), np.float32)}, ValueError, r"w: expected shape \[any, 5\], found"),
         ({"x": np.zeros(5, np.float32)}, ValueError, r"x: expected shape \[any, any\], found"),
         ({"b": np.zeros(4, np.float32)}, ValueError, r"b: expected shape \[3\], found \[4\]"),
-        ({"b": [0.0, 0.0, 0.0]}, TypeError, "expected a NumPy array, found list"),
+        ({"b": [0.0, 0.0, 0.0]}, TypeError, "b: expected a NumPy array of float32, found"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, words):

@@ -185,6 +185,44 @@ def test_indices_out_of_bounds_raise_and_write_nothing():
     assert (w == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda x, g: NUMBA.swiglu(x, x[:2]), r"up: expected shape \[6, 4\], found \[2, 4\]"),
+        (lambda x, g: NUMBA.swiglu_backward(x[:2], x, x), "dy: expected shape"),
+        (lambda x, g: NUMBA.activation_backward(x[:2], x, "gelu"), "dy: expected shape"),
+        (lambda x, g: NUMBA.layer_norm(x, g[:3], None, 1e-5), r"g: expected shape \[4\]"),
+        (lambda x, g: NUMBA.rms_norm(x, g, 1e-5, x[:2]), "residual: expected shape"),
+        (lambda x, g: NUMBA.rms_norm_backward(x, x, g, x[:2, :1]), r"rstd: .* shape \[6, 1\]"),
+        (lambda x, g: NUMBA.embedding_backward(x[:2], np.zeros(6, int), x), "dy: expected shape"),
+        (lambda x, g: NUMBA.gae(g, g[:2], offsets(4), 1, 1), "values: expected shape"),
+        (lambda x, g: NUMBA.linear_logprobs(x, x, np.zeros(2, int)), r"targets: .* shape \[6\]"),
+        (lambda x, g: NUMBA.linear_kl(x, x, x[:2], x), "h_ref: expected shape"),
+        (lambda x, g: NUMBA.adamw(x, x[:2], x, x, 0, 0, 0, 0, 0, 1), "g: expected shape"),
+        (lambda x, g: NUMBA.adamw(x.T, x.T, x, x, 0, 0, 0, 0, 0, 1), "p: expected a C-contig"),
+        (lambda x, g: NUMPY.sgd(x.T, x.T, None, 0.1), "p: expected a C-contiguous array"),
+        (lambda x, g: heads(2, 2, [0, 6], v=3), r"v: expected shape \[6, 2, 4\], found \[3,"),
+        (lambda x, g: heads(3, 2, [0, 6]), "k: 2 heads do not divide the 3 heads of q"),
+        (lambda x, g: heads(2, 2, [0, 9, 6]), "offsets: expected to rise from 0 to 6"),
+        (lambda x, g: NUMBA.rope(x[:, None], x[:, None], np.arange(2), g[:2]), "positions: exp"),
+        (lambda x, g: NUMBA.rope(x[:, None], x[:, None], np.arange(6), g), "inv_freq: expected"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(np.ones((6, 4), np.float32), np.ones(4, np.float32))
+
+
+def heads(queries, keys, at, v=6):
+    q, k = np.ones((6, queries, 4), "f4"), np.ones((6, keys, 4), "f4")
+    return NUMBA.attention(q, k, k[:v], np.array(at, np.int32), True, 1.0)
+
+
+def test_what_is_no_numpy_array_is_refused():
+    with pytest.raises(TypeError, match="expected a NumPy array, found list"):
+        NUMBA.activation([1.0], "gelu")
+
+
 # -- threads -----------------------------------------------------------------------------------
 
 

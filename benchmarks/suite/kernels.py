@@ -7,7 +7,7 @@ from loopos.backends.op_cases import BENCHMARK_CASES
 from loopos.backends.threads import available_cpus, thread_limit
 
 from . import targets, works
-from .epochs import BACKENDS, _measured
+from .epochs import BACKENDS, THREADS, _measured
 
 CASES = {case.name: case for case in BENCHMARK_CASES}
 
@@ -15,16 +15,38 @@ CASES = {case.name: case for case in BENCHMARK_CASES}
 class Op:
     """Forward and, where there is one, backward."""
 
-    params = (BACKENDS, list(CASES))
-    param_names = ("backend", "op")
+    params = (BACKENDS, THREADS, list(CASES))
+    param_names = ("backend", "threads", "op")
     warmup_time = 0.2
+
+    def setup(self, backend, threads, name):
+        loopos.set_backend(backend)
+        self.limited = thread_limit(threads)
+        self.limited.__enter__()
+        self.run = works.op(CASES[name])
+
+    def teardown(self, backend, threads, name):
+        self.limited.__exit__(None, None, None)
+
+    def time_op(self, backend, threads, name):
+        self.run()
+
+
+class Subnormals:
+    """What numbers below the normal range cost: nothing is flushed to 0 for speed."""
+
+    params = (BACKENDS, list(works.SUBNORMAL_OPS))
+    param_names = ("backend", "op")
 
     def setup(self, backend, name):
         loopos.set_backend(backend)
-        self.run = works.op(CASES[name])
 
-    def time_op(self, backend, name):
-        self.run()
+    def track_times_normal(self, backend, name):
+        small, normal = (works.subnormal_op(name, scale) for scale in (1e-40, 1.0))
+        with thread_limit(1):
+            return min(works.spent_s(small, 20, 2)) / min(works.spent_s(normal, 20, 2))
+
+    track_times_normal.unit = "x the time of normal numbers"
 
 
 class Product:

@@ -238,6 +238,26 @@ def gemm(form: str, rows: int, out: int, width: int) -> tuple[Callable[[], Any],
     }[form]
 
 
+#: Ops that meet subnormal numbers: moments that decay, activations and probabilities that vanish.
+SUBNORMAL_OPS = ("adamw", "linear", "activation", "layer_norm")
+
+
+def subnormal_op(name: str, scale: float) -> Callable[[], object]:
+    """One of these on numbers of about this size; below 1e-38 they are subnormal in float32."""
+    rng, backend = np.random.default_rng(0), get_backend()
+    x, w, p = (rng.standard_normal((512, 512), dtype=np.float32) for _ in range(3))
+    x *= np.float32(scale)
+    g, moments = np.zeros_like(p), (x.copy(), np.abs(x))
+    ones = np.ones(512, np.float32)
+    return {
+        # Decays by nothing, so that moments stay as small as they are.
+        "adamw": lambda: backend.adamw(p, g, *moments, 1e-3, 1 - 1e-7, 1 - 1e-7, 1e-8, 0.0, 10),
+        "linear": lambda: backend.linear(x, w),
+        "activation": lambda: backend.activation(x, "gelu_tanh"),
+        "layer_norm": lambda: backend.layer_norm(x, ones, ones, 1e-5),
+    }[name]
+
+
 def op(case: OpCase) -> Callable[[], object]:
     """One op forward and backward in float32 on the backend in force."""
     inputs, backend = make_inputs(case, np.float32), get_backend()

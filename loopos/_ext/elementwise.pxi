@@ -7,6 +7,8 @@ FUNCTION_CODES = {"exp": 0, "tanh": 1, "erf": 2, "sigmoid": 3}
 
 cdef same(object array, str name, object like):
     """Raise ValueError unless both arrays have one shape."""
+    if not isinstance(array, cnp.ndarray):
+        raise TypeError(f"{name}: expected a NumPy array, found {type(array).__name__}")
     if array.shape != like.shape:
         wrong_shape(array, name, str(list(like.shape)))
 
@@ -102,16 +104,17 @@ def fill(into, float value, int threads):
     """Set every element."""
     cdef loopos_map p
     p.a = p.b = p.c = p.z = NULL
-    p.n, p.op, p.factor, p.y = into.size, LOOPOS_MAP_FILL, value, floats(into, "into", True)
+    p.y = floats(into, "into", True)
+    p.n, p.op, p.factor = into.size, LOOPOS_MAP_FILL, value
     run_map(&p, threads)
 
 
 def column_sums(x, into, int threads):
     """Add the sum over the rows of ``x`` to `into`."""
     cdef int status
-    cdef const float *data = matrix(x, "x", -1, -1)
+    cdef const float *data = matrix(x, "dy", -1, -1)
     cdef long rows = size_of(x, 0), columns = size_of(x, 1)
-    cdef float *to = vector(into, "into", columns, True)
+    cdef float *to = vector(into, "db", columns, True)
     with nogil:
         status = loopos_kernels().column_sums(threads, rows, columns, data, to)
     done(status)
@@ -123,8 +126,8 @@ def norm(x, residual, g, b, bint layer, float eps, int threads):
     cdef int status
     p.x = matrix(x, "x", -1, -1)
     p.rows, p.columns, p.layer, p.eps = size_of(x, 0), size_of(x, 1), layer, eps
-    p.residual = matrix(residual, "residual", p.rows, p.columns)
-    p.g, p.b = vector(g, "g", p.columns), vector(b, "b", p.columns)
+    p.residual = matrix_or_null(residual, "residual", p.rows, p.columns)
+    p.g, p.b = vector(g, "g", p.columns), vector_or_null(b, "b", p.columns)
     y = make2(p.rows, p.columns)
     s = x if residual is None else make2(p.rows, p.columns)
     mean = make2(p.rows, 1) if layer else None
@@ -143,10 +146,11 @@ def norm_backward(dy, s, g, mean, rstd, ds, dg, db, bint need_dx, int threads):
     cdef int status
     p.x = matrix(s, "s", -1, -1)
     p.rows, p.columns, p.layer = size_of(s, 0), size_of(s, 1), mean is not None
-    p.dy, p.ds = matrix(dy, "dy", p.rows, p.columns), matrix(ds, "ds", p.rows, p.columns)
+    p.dy, p.ds = matrix(dy, "dy", p.rows, p.columns), matrix_or_null(ds, "ds", p.rows, p.columns)
     p.g = vector(g, "g", p.columns)
-    p.mean, p.rstd = matrix(mean, "mean", p.rows, 1), matrix(rstd, "rstd", p.rows, 1)
-    p.dg, p.db = vector(dg, "dg", p.columns, True), vector(db, "db", p.columns, True)
+    p.mean, p.rstd = matrix_or_null(mean, "mean", p.rows, 1), matrix(rstd, "rstd", p.rows, 1)
+    p.dg = vector_or_null(dg, "dg", p.columns, True)
+    p.db = vector_or_null(db, "db", p.columns, True)
     dx = make2(p.rows, p.columns) if need_dx else None
     p.dx = floats(dx, "dx") if need_dx else NULL
     with nogil:
@@ -184,10 +188,10 @@ def add_rows(x, ids, table, int threads):
     """Add ``x[r]`` to ``table[ids[r]]``, in order of r."""
     cdef loopos_rows p
     cdef int status
-    p.table = matrix(table, "table", -1, -1, True)
+    p.table = matrix(table, "dtable", -1, -1, True)
     p.columns, p.scatter = size_of(table, 1), 1
     set_rows(&p, ids, size_of(table, 0))
-    p.x = matrix(x, "x", p.rows, p.columns)
+    p.x = matrix(x, "dy", p.rows, p.columns)
     with nogil:
         status = loopos_kernels().rows(threads, &p)
     done(status)
@@ -256,6 +260,7 @@ def adamw(tensors, double beta1, double beta2, double eps, double grad_scale, bi
     cdef double rate, decay
     cdef long step
     for p, g, m, v, rate, decay, step, rows in tensors:
+        floats(p, "p", True)
         for name, array in (("g", g), ("m", m), ("v", v)):
             same(array, name, p)
         tensor = job.append(g, "g")
@@ -276,6 +281,26 @@ def adamw(tensors, double beta1, double beta2, double eps, double grad_scale, bi
     job.update.beta2, job.update.one_minus_beta2 = <float>beta2, <float>(1.0 - beta2)
     with nogil:
         status = loopos_kernels().adamw(threads, &job.update)
+    done(status)
+
+
+def sgd(
+    p, g, m, double rate, double momentum, double decay, bint nesterov, bint first_step,
+    double grad_scale, int threads,
+):
+    """One step of SGD in place, with the momentum's buffer `m` or None."""
+    cdef loopos_sgd u
+    cdef int status
+    u.p, u.g, u.n = floats(p, "p", True), floats(g, "g"), p.size
+    same(g, "g", p)
+    u.m = NULL
+    if m is not None:
+        same(m, "momentum_buffer", p)
+        u.m = floats(m, "momentum_buffer", True)
+    u.rate, u.momentum, u.decay, u.grad_scale = rate, momentum, decay, grad_scale
+    u.nesterov, u.first_step = nesterov, first_step
+    with nogil:
+        status = loopos_kernels().sgd(threads, &u)
     done(status)
 
 

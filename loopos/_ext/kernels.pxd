@@ -66,6 +66,15 @@ cdef extern from "loopos.h" nogil:
         const float *dlogp
         const float *dentropy
 
+    ctypedef struct loopos_kl_rows:
+        long rows
+        long columns
+        float *z
+        const float *z_ref
+        float factor
+        float *kl
+        const float *dkl
+
     ctypedef struct loopos_sample:
         long rows
         long columns
@@ -217,6 +226,18 @@ cdef extern from "loopos.h" nogil:
         float one_minus_beta2
         float eps
 
+    ctypedef struct loopos_sgd:
+        long n
+        float *p
+        float *m
+        const float *g
+        float rate
+        float momentum
+        float decay
+        float grad_scale
+        int nesterov
+        int first_step
+
     ctypedef struct loopos_table:
         const char *name
         int vector_floats
@@ -239,6 +260,9 @@ cdef extern from "loopos.h" nogil:
         int (*packed_product)(int threads, const loopos_packed *p) noexcept nogil
         int (*pack_weight)(int threads, const loopos_pack *p) noexcept nogil
         int (*sample)(int threads, const loopos_sample *p) noexcept nogil
+        int (*kl_rows)(int threads, const loopos_kl_rows *p) noexcept nogil
+        int (*kl_rows_gradient)(int threads, const loopos_kl_rows *p) noexcept nogil
+        int (*sgd)(int threads, const loopos_sgd *p) noexcept nogil
 
 cdef const loopos_table *kernels() noexcept nogil
 cdef int parallel(int threads, long count, size_t scratch_bytes, loopos_task task,

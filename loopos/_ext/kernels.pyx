@@ -167,9 +167,7 @@ cdef float *floats(object array, str name, bint writable=False) except? NULL:
 
 
 cdef float *vector(object array, str name, long size, bint writable=False) except? NULL:
-    """The data of a float32 array of one axis and this size (-1: any); NULL for None."""
-    if array is None:
-        return NULL
+    """The data of a float32 array of one axis and this size (-1: any)."""
     cdef float *data = floats(array, name, writable)
     if cnp.PyArray_NDIM(<cnp.ndarray>array) != 1 or size not in (-1, cnp.PyArray_SIZE(<cnp.ndarray>array)):
         wrong_shape(array, name, f"[{'any' if size < 0 else size}]")
@@ -177,9 +175,7 @@ cdef float *vector(object array, str name, long size, bint writable=False) excep
 
 
 cdef float *matrix(object array, str name, long rows, long columns, bint writable=False) except? NULL:
-    """The data of a float32 array of two axes and these sizes (-1: any); NULL for None."""
-    if array is None:
-        return NULL
+    """The data of a float32 array of two axes and these sizes (-1: any)."""
     cdef float *data = floats(array, name, writable)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(<cnp.ndarray>array)
     if (
@@ -189,6 +185,16 @@ cdef float *matrix(object array, str name, long rows, long columns, bint writabl
     ):
         wrong_shape(array, name, f"[{'any' if rows < 0 else rows}, {'any' if columns < 0 else columns}]")
     return data
+
+
+cdef float *vector_or_null(object array, str name, long size, bint writable=False) except? NULL:
+    """The same of what may be None: NULL then."""
+    return NULL if array is None else vector(array, name, size, writable)
+
+
+cdef float *matrix_or_null(object array, str name, long rows, long columns) except? NULL:
+    """The same of what may be None: NULL then."""
+    return NULL if array is None else matrix(array, name, rows, columns)
 
 
 cdef int32_t *integers(object array, str name, long size) except? NULL:
@@ -211,27 +217,34 @@ cdef done(int status):
 # -- what stands between any array and a kernel -----------------------------------------------------
 
 
-def single(*arrays):
+def single(**arrays):
     """Return whether the kernels take these: none is float64 (those are the reference's).
 
-    One that is no NumPy array, but a list or the array of another library, is a TypeError.
+    Another dtype, or what is no NumPy array but a list or the array of another library, is a
+    TypeError that names it. None is passed over: where an array may not be absent, the kernel's
+    door says so.
     """
-    for array in arrays:
+    cdef int kind
+    for name, array in arrays.items():
         if array is None:
             continue
         if not isinstance(array, cnp.ndarray):
-            raise TypeError(f"expected a NumPy array, found {type(array).__name__}")
-        if cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.NPY_FLOAT64:
+            raise TypeError(f"{name}: expected a NumPy array, found {type(array).__name__}")
+        kind = cnp.PyArray_TYPE(<cnp.ndarray>array)
+        if kind == cnp.NPY_FLOAT64:
             return False
+        if kind != cnp.NPY_FLOAT32:
+            raise TypeError(f"{name}: expected an array of float32, found {array.dtype}")
     return True
 
 
 def contiguous(array):
-    """Return the array itself when its elements lie in C order and aligned, else a copy."""
-    if array is None:
-        return None
+    """Return the array itself when its elements lie in C order and aligned, else a copy.
+
+    What is no NumPy array is returned as it is: the kernel's door knows its name, and says so.
+    """
     if not isinstance(array, cnp.ndarray):
-        raise TypeError(f"expected a NumPy array, found {type(array).__name__}")
+        return array
     if cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array) and cnp.PyArray_ISALIGNED(<cnp.ndarray>array):
         return array
     return np.require(array, requirements=["C", "A"])
@@ -242,27 +255,27 @@ def all_contiguous(*arrays):
     return [contiguous(array) for array in arrays]
 
 
-def as_int32(array):
+def as_int32(array, str name):
     """Return ids, offsets or rows as contiguous int32.
 
     What is no integer is a TypeError, what does not fit into 32 bits a ValueError.
     """
     if not isinstance(array, cnp.ndarray):
-        raise TypeError(f"expected a NumPy array of integers, found {type(array).__name__}")
+        raise TypeError(f"{name}: expected a NumPy array of integers, found {type(array).__name__}")
     if cnp.PyArray_TYPE(<cnp.ndarray>array) == cnp.NPY_INT32 and array.dtype.isnative:
         return contiguous(array)
     if cnp.PyArray_TYPE(<cnp.ndarray>array) != cnp.NPY_INT32:
         if array.dtype.kind not in "iu":
-            raise TypeError(f"expected an array of integers, found {array.dtype}")
+            raise TypeError(f"{name}: expected an array of integers, found {array.dtype}")
         limits = np.iinfo(np.int32)
         if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
-            raise ValueError("integers: some do not fit into int32")
+            raise ValueError(f"{name}: some do not fit into int32")
     return np.require(array, np.int32, ["C", "A"])
 
 
-def row_numbers(array, long limit):
+def row_numbers(array, str name, long limit):
     """Return row numbers as int32; negative ones count from the end, as in NumPy."""
-    rows = as_int32(array)
+    rows = as_int32(array, name)
     if rows.size and rows.min() < 0:
         rows = np.where(rows < 0, rows + np.int32(limit), rows)
     return rows

@@ -37,11 +37,40 @@ def loss_rows_gradient(z, targets, float factor, dlogp, lse, dentropy, entropy, 
     targets_of(&p, z, targets)
     p.factor, p.logp = factor, NULL
     p.dlogp, p.lse = vector(dlogp, "dlogp", p.rows), vector(lse, "lse", p.rows)
-    p.dentropy, p.entropy = vector(dentropy, "dentropy", p.rows), vector(entropy, "entropy", p.rows)
-    if p.dlogp is NULL or p.lse is NULL or (p.dentropy is not NULL and p.entropy is NULL):
-        raise TypeError("dlogp and lse: expected arrays, and an entropy beside dentropy")
+    p.dentropy = vector_or_null(dentropy, "dentropy", p.rows)
+    p.entropy = NULL if dentropy is None else vector(entropy, "entropy", p.rows)
     with nogil:
         status = loopos_kernels().loss_rows_gradient(threads, &p)
+    done(status)
+
+
+def kl_rows(z, z_ref, float factor, int threads):
+    """Return the divergence of each row of ``factor * z`` from that of ``factor * z_ref``."""
+    cdef loopos_kl_rows p
+    cdef int status
+    cdef cnp.npy_intp[1] shape
+    p.z = matrix(z, "z", -1, -1)
+    p.rows, p.columns, p.factor = size_of(z, 0), size_of(z, 1), factor
+    p.z_ref = matrix(z_ref, "z_ref", p.rows, p.columns)
+    shape[0] = p.rows
+    kl = make(1, shape)
+    p.kl, p.dkl = floats(kl, "kl"), NULL
+    with nogil:
+        status = loopos_kernels().kl_rows(threads, &p)
+    done(status)
+    return kl
+
+
+def kl_rows_gradient(z, z_ref, float factor, dkl, kl, int threads):
+    """Replace `z` by the gradient of ``dkl * kl`` in it."""
+    cdef loopos_kl_rows p
+    cdef int status
+    p.z = matrix(z, "z", -1, -1, True)
+    p.rows, p.columns, p.factor = size_of(z, 0), size_of(z, 1), factor
+    p.z_ref = matrix(z_ref, "z_ref", p.rows, p.columns)
+    p.dkl, p.kl = vector(dkl, "dkl", p.rows), vector(kl, "kl", p.rows)
+    with nogil:
+        status = loopos_kernels().kl_rows_gradient(threads, &p)
     done(status)
 
 

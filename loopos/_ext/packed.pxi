@@ -32,7 +32,7 @@ def pack_weight(w, int bits, int threads):
     panels = memory.view(np.int8 if bits == 8 else np.uint16).reshape(shape)
     scales = empty(p.n) if bits == 8 else None
     p.panels = cnp.PyArray_DATA(<cnp.ndarray>panels)
-    p.scales = vector(scales, "scales", p.n)
+    p.scales = vector_or_null(scales, "scales", p.n)
     with nogil:
         status = loopos_kernels().pack_weight(threads, &p)
     done(status)
@@ -47,7 +47,8 @@ def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, i
     p.m, p.n, p.k = size_of(x, 0), outputs, inputs
     p.bits = check_panels(panels, p.n, p.k)
     p.panels = cnp.PyArray_DATA(<cnp.ndarray>panels)
-    p.scales, p.bias = vector(scales, "scales", p.n), vector(b, "b", p.n)
+    p.scales = vector_or_null(scales, "scales", p.n)
+    p.bias = vector_or_null(b, "b", p.n)
     p.activation = ACTIVATION_CODES[activation]
     y = make2(p.m, p.n)
     p.y = <float *>cnp.PyArray_DATA(y)

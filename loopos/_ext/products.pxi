@@ -9,7 +9,7 @@ def linear(x, w, b, activation, int threads):
     p.m, p.k = size_of(x, 0), size_of(x, 1)
     p.b = matrix(w, "w", -1, p.k)
     p.n = size_of(w, 0)
-    p.bias = vector(b, "b", p.n)
+    p.bias = vector_or_null(b, "b", p.n)
     p.a_row, p.a_col, p.b_row, p.b_col = p.k, 1, 1, p.k
     p.activation = ACTIVATION_CODES[activation]
     y = make2(p.m, p.n)

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from loopos.backends.cython_support import converted
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 
 
 def _samples(sample_ids: Array | None) -> Array | None:
-    return None if sample_ids is None else np.ascontiguousarray(sample_ids, dtype=np.int64)
+    return None if sample_ids is None else converted(sample_ids, "sample_ids", np.int64)
 
 
 class CythonAttention(NumpyBackend):
@@ -21,7 +22,7 @@ class CythonAttention(NumpyBackend):
 
     def rope(self, q: Array, k: Array, positions: Array, inv_freq: Array) -> tuple[Array, Array]:
         """Rotary position embedding; see :meth:`NumpyBackend.rope`."""
-        if not self._kernels.single(q, k):
+        if not self._kernels.single(q=q, k=k):
             return super().rope(q, k, positions, inv_freq)
         return self._rope(q, k, positions, inv_freq, inverse=False)
 
@@ -29,18 +30,18 @@ class CythonAttention(NumpyBackend):
         self, dq: Array, dk: Array, positions: Array, inv_freq: Array
     ) -> tuple[Array, Array]:
         """The inverse rotation of both gradients."""
-        if not self._kernels.single(dq, dk):
+        if not self._kernels.single(dq=dq, dk=dk):
             return super().rope_backward(dq, dk, positions, inv_freq)
         return self._rope(dq, dk, positions, inv_freq, inverse=True)
 
     def _rope(
         self, q: Array, k: Array, positions: Array, inv_freq: Array, inverse: bool
     ) -> tuple[Array, Array]:
-        frequencies = np.ascontiguousarray(inv_freq, dtype=np.float64)
+        frequencies = converted(inv_freq, "inv_freq", np.float64)
         rotated: tuple[Array, Array] = self._kernels.rope(
             self._kernels.contiguous(q),
             self._kernels.contiguous(k),
-            self._kernels.as_int32(positions),
+            self._kernels.as_int32(positions, "positions"),
             frequencies,
             inverse,
             get_num_threads(),
@@ -62,13 +63,13 @@ class CythonAttention(NumpyBackend):
     ) -> tuple[Array, Array]:
         """Softmax attention of each sequence on itself; see :meth:`NumpyBackend.attention`."""
         options = (causal, scale, window, dropout_rate, key)
-        if not self._kernels.single(q, k, v):
+        if not self._kernels.single(q=q, k=k, v=v):
             return super().attention(q, k, v, offsets, *options, sample_ids)
         y, lse = self._kernels.attention(
             self._kernels.contiguous(q),
             self._kernels.contiguous(k),
             self._kernels.contiguous(v),
-            self._kernels.as_int32(offsets),
+            self._kernels.as_int32(offsets, "offsets"),
             *options,
             _samples(sample_ids),
             get_num_threads(),
@@ -93,12 +94,12 @@ class CythonAttention(NumpyBackend):
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k, v; see :meth:`NumpyBackend.attention_backward`."""
         options = (causal, scale, window, dropout_rate, key)
-        arrays = (dy, q, k, v, y, lse)
-        if not self._kernels.single(*arrays):
-            return super().attention_backward(*arrays, offsets, *options, sample_ids)
+        arrays = {"dy": dy, "q": q, "k": k, "v": v, "y": y, "lse": lse}
+        if not self._kernels.single(**arrays):
+            return super().attention_backward(*arrays.values(), offsets, *options, sample_ids)
         dq, dk, dv = self._kernels.attention_backward(
-            *(self._kernels.contiguous(a) for a in arrays),
-            self._kernels.as_int32(offsets),
+            *self._kernels.all_contiguous(*arrays.values()),
+            self._kernels.as_int32(offsets, "offsets"),
             *options,
             _samples(sample_ids),
             get_num_threads(),
@@ -117,7 +118,7 @@ class CythonAttention(NumpyBackend):
         window: int | None = None,
     ) -> Array:
         """Causal attention of new tokens; see :meth:`NumpyBackend.attention_cached`."""
-        if not self._kernels.single(q, k_cache, v_cache):
+        if not self._kernels.single(q=q, k_cache=k_cache, v_cache=v_cache):
             return super().attention_cached(
                 q, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
@@ -125,9 +126,9 @@ class CythonAttention(NumpyBackend):
             self._kernels.contiguous(q),
             self._kernels.contiguous(k_cache),
             self._kernels.contiguous(v_cache),
-            self._kernels.as_int32(offsets),
-            self._kernels.as_int32(slots),
-            self._kernels.as_int32(lengths),
+            self._kernels.as_int32(offsets, "offsets"),
+            self._kernels.as_int32(slots, "slots"),
+            self._kernels.as_int32(lengths, "lengths"),
             scale,
             window,
             get_num_threads(),

@@ -16,7 +16,7 @@ from loopos.backends.cython_attention import CythonAttention
 from loopos.backends.cython_elementwise import CythonElementwise
 from loopos.backends.cython_losses import CythonLosses
 from loopos.backends.cython_quantized import CythonQuantized
-from loopos.backends.numpy_backend import Array, NumpyBackend
+from loopos.backends.numpy_backend import ACTIVATIONS, Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 from loopos.errors import BackendError
 
@@ -93,7 +93,7 @@ class CythonBackend(
         self, x: Array, w: Array, b: Array | None = None, activation: str | None = None
     ) -> tuple[Array, Array | None]:
         """``y = act(x w^T + b)``; see :meth:`NumpyBackend.linear`."""
-        if not self._kernels.single(x, w):
+        if not self._kernels.single(x=x, w=w) or activation not in (None, *ACTIVATIONS):
             return super().linear(x, w, b, activation)
         y, pre = self._kernels.linear(
             self._kernels.contiguous(x),
@@ -119,7 +119,7 @@ class CythonBackend(
         need_dx: bool = True,
     ) -> Array | None:
         """Gradients of :meth:`linear`; see :meth:`NumpyBackend.linear_backward`."""
-        if not self._kernels.single(dy, w):
+        if not self._kernels.single(dy=dy, w=w):
             return super().linear_backward(
                 dy, x, w, pre, activation,
                 dw=dw, db=db, accumulate=accumulate, dx=dx, need_dx=need_dx,

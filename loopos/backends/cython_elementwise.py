@@ -20,14 +20,14 @@ class CythonElementwise(NumpyBackend):
 
     def activation(self, x: Array, kind: str) -> Array:
         """See :meth:`NumpyBackend.activation`."""
-        if not self._kernels.single(x) or kind not in ACTIVATIONS:
+        if not self._kernels.single(x=x) or kind not in ACTIVATIONS:
             return super().activation(x, kind)
         y: Array = self._kernels.activation(self._kernels.contiguous(x), kind, get_num_threads())
         return y
 
     def activation_backward(self, dy: Array, x: Array, kind: str) -> Array:
         """See :meth:`NumpyBackend.activation_backward`."""
-        if not self._kernels.single(dy, x) or kind not in ACTIVATIONS:
+        if not self._kernels.single(dy=dy, x=x) or kind not in ACTIVATIONS:
             return super().activation_backward(dy, x, kind)
         dx: Array = self._kernels.activation_backward(
             self._kernels.contiguous(dy), self._kernels.contiguous(x), kind, get_num_threads()
@@ -36,7 +36,7 @@ class CythonElementwise(NumpyBackend):
 
     def swiglu(self, gate: Array, up: Array) -> Array:
         """See :meth:`NumpyBackend.swiglu`."""
-        if not self._kernels.single(gate, up):
+        if not self._kernels.single(gate=gate, up=up):
             return super().swiglu(gate, up)
         gate, up = self._kernels.all_contiguous(gate, up)
         y: Array = self._kernels.swiglu(gate, up, get_num_threads())
@@ -44,7 +44,7 @@ class CythonElementwise(NumpyBackend):
 
     def swiglu_backward(self, dy: Array, gate: Array, up: Array) -> tuple[Array, Array]:
         """See :meth:`NumpyBackend.swiglu_backward`."""
-        if not self._kernels.single(dy, gate, up):
+        if not self._kernels.single(dy=dy, gate=gate, up=up):
             return super().swiglu_backward(dy, gate, up)
         dy, gate, up = self._kernels.all_contiguous(dy, gate, up)
         dgate, dup = self._kernels.swiglu_backward(dy, gate, up, get_num_threads())
@@ -52,7 +52,7 @@ class CythonElementwise(NumpyBackend):
 
     def add(self, a: Array, b: Array, scale: float = 1.0) -> Array:
         """See :meth:`NumpyBackend.add`."""
-        if not self._kernels.single(a, b):
+        if not self._kernels.single(a=a, b=b):
             return super().add(a, b, scale)
         a, b = self._kernels.all_contiguous(a, b)
         y: Array = self._kernels.add(a, b, scale, None, get_num_threads())
@@ -64,7 +64,7 @@ class CythonElementwise(NumpyBackend):
         self, x: Array, g: Array, b: Array | None, eps: float, residual: Array | None = None
     ) -> tuple[Array, Array, Array, Array]:
         """See :meth:`NumpyBackend.layer_norm`."""
-        if not self._kernels.single(x, g, b, residual):
+        if not self._kernels.single(x=x, g=g, b=b, residual=residual):
             return super().layer_norm(x, g, b, eps, residual)
         x, residual, g, b = self._kernels.all_contiguous(x, residual, g, b)
         y, s, mean, rstd = self._kernels.norm(x, residual, g, b, True, eps, get_num_threads())
@@ -84,7 +84,7 @@ class CythonElementwise(NumpyBackend):
         need_dx: bool = True,
     ) -> Array | None:
         """See :meth:`NumpyBackend.layer_norm_backward`."""
-        if not self._kernels.single(dy, s, g, ds):
+        if not self._kernels.single(dy=dy, s=s, g=g, ds=ds):
             return super().layer_norm_backward(
                 dy, s, g, mean, rstd, ds, dg=dg, db=db, need_dx=need_dx
             )
@@ -94,7 +94,7 @@ class CythonElementwise(NumpyBackend):
         self, x: Array, g: Array, eps: float, residual: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """See :meth:`NumpyBackend.rms_norm`."""
-        if not self._kernels.single(x, g, residual):
+        if not self._kernels.single(x=x, g=g, residual=residual):
             return super().rms_norm(x, g, eps, residual)
         x, residual, g = self._kernels.all_contiguous(x, residual, g)
         y, s, _, rstd = self._kernels.norm(x, residual, g, None, False, eps, get_num_threads())
@@ -112,7 +112,7 @@ class CythonElementwise(NumpyBackend):
         need_dx: bool = True,
     ) -> Array | None:
         """See :meth:`NumpyBackend.rms_norm_backward`."""
-        if not self._kernels.single(dy, s, g, ds):
+        if not self._kernels.single(dy=dy, s=s, g=g, ds=ds):
             return super().rms_norm_backward(dy, s, g, rstd, ds, dg=dg, need_dx=need_dx)
         return self._norm_backward(dy, s, g, None, rstd, ds, dg, None, need_dx)
 
@@ -144,29 +144,29 @@ class CythonElementwise(NumpyBackend):
         self, dy: Array, ids: Array, dtable: Array, accumulate: bool = True
     ) -> None:
         """See :meth:`NumpyBackend.embedding_backward`."""
-        if not self._kernels.single(dy, dtable):
+        if not self._kernels.single(dy=dy, dtable=dtable):
             super().embedding_backward(dy, ids, dtable, accumulate)
             return
         if not accumulate:
             self._kernels.fill(dtable, 0.0, get_num_threads())
-        rows = self._kernels.row_numbers(ids, len(dtable))
+        rows = self._kernels.row_numbers(ids, "ids", len(dtable))
         dy = self._kernels.contiguous(dy).reshape(len(dy), int(np.prod(dy.shape[1:])))
         table = dtable.reshape(len(dtable), int(np.prod(dtable.shape[1:])))
         self._kernels.add_rows(dy, rows, table, get_num_threads())
 
     def gather_rows(self, x: Array, rows: Array) -> Array:
         """See :meth:`NumpyBackend.gather_rows`."""
-        if not self._kernels.single(x) or x.ndim < 2:
+        if not self._kernels.single(x=x) or x.ndim < 2:
             return super().gather_rows(x, rows)
         flat = self._kernels.contiguous(x).reshape(len(x), int(np.prod(x.shape[1:])))
         taken: Array = self._kernels.take_rows(
-            flat, self._kernels.row_numbers(rows, len(x)), get_num_threads()
+            flat, self._kernels.row_numbers(rows, "rows", len(x)), get_num_threads()
         )
         return taken.reshape(len(taken), *x.shape[1:])
 
     def gather_rows_backward(self, dy: Array, rows: Array, num_rows: int) -> Array:
         """See :meth:`NumpyBackend.gather_rows_backward`."""
-        if not self._kernels.single(dy):
+        if not self._kernels.single(dy=dy):
             return super().gather_rows_backward(dy, rows, num_rows)
         dx: Array = self._kernels.empty((num_rows, *dy.shape[1:]))
         self.embedding_backward(dy, rows, dx, accumulate=False)
@@ -176,7 +176,7 @@ class CythonElementwise(NumpyBackend):
 
     def dropout(self, x: Array, rate: float, key: int, offsets: Array, sample_ids: Array) -> Array:
         """See :meth:`NumpyBackend.dropout`."""
-        if not self._kernels.single(x):
+        if not self._kernels.single(x=x):
             return super().dropout(x, rate, key, offsets, sample_ids)
         lengths = np.diff(offsets)
         positions = np.arange(len(x), dtype=np.int64) - np.repeat(offsets[:-1], lengths)
@@ -198,9 +198,9 @@ class CythonElementwise(NumpyBackend):
         decoupled: bool = True,
     ) -> None:
         """See :meth:`NumpyBackend.adamw_many`; one pass over all of them."""
-        wide = [t for t in tensors if not self._kernels.single(t.p, t.g, t.m, t.v)]
+        wide = [t for t in tensors if not self._kernels.single(p=t.p, g=t.g, m=t.m, v=t.v)]
         super().adamw_many(wide, beta1, beta2, eps, grad_scale, decoupled)
-        narrow = [t for t in tensors if self._kernels.single(t.p, t.g, t.m, t.v)]
+        narrow = [t for t in tensors if self._kernels.single(p=t.p, g=t.g, m=t.m, v=t.v)]
         self._kernels.adamw(narrow, beta1, beta2, eps, grad_scale, decoupled, get_num_threads())
 
     def adamw(
@@ -219,7 +219,7 @@ class CythonElementwise(NumpyBackend):
         decoupled: bool = True,
     ) -> None:
         """See :meth:`NumpyBackend.adamw`."""
-        if not self._kernels.single(p, g, m, v):
+        if not self._kernels.single(p=p, g=g, m=m, v=v):
             super().adamw(
                 p, g, m, v, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale,
                 decoupled,
@@ -230,16 +230,40 @@ class CythonElementwise(NumpyBackend):
         )
         self._kernels.adamw([tensor], beta1, beta2, eps, grad_scale, decoupled, get_num_threads())
 
+    def sgd(
+        self,
+        p: Array,
+        g: Array,
+        momentum_buffer: Array | None,
+        learning_rate: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        first_step: bool = False,
+        grad_scale: float = 1.0,
+    ) -> None:
+        """See :meth:`NumpyBackend.sgd`; one pass over memory."""
+        if not self._kernels.single(p=p, g=g, momentum_buffer=momentum_buffer):
+            super().sgd(
+                p, g, momentum_buffer, learning_rate, momentum, weight_decay, nesterov, first_step,
+                grad_scale,
+            )  # fmt: skip
+            return
+        self._kernels.sgd(
+            p, self._kernels.contiguous(g), momentum_buffer, learning_rate, momentum, weight_decay,
+            nesterov, first_step, grad_scale, get_num_threads(),
+        )  # fmt: skip
+
     def sum_squares(self, arrays: Sequence[Array]) -> float:
         """See :meth:`NumpyBackend.sum_squares`; one pass over all of them."""
-        narrow = [self._kernels.contiguous(a) for a in arrays if self._kernels.single(a)]
-        wide = [a for a in arrays if not self._kernels.single(a)]
+        narrow = [self._kernels.contiguous(a) for a in arrays if self._kernels.single(arrays=a)]
+        wide = [a for a in arrays if not self._kernels.single(arrays=a)]
         total: float = self._kernels.sum_squares(narrow, get_num_threads())
         return total + (super().sum_squares(wide) if wide else 0.0)
 
     def scale(self, x: Array, factor: float) -> None:
         """See :meth:`NumpyBackend.scale`."""
-        if not self._kernels.single(x) or not x.flags.c_contiguous:
+        if not self._kernels.single(x=x) or not x.flags.c_contiguous:
             super().scale(x, factor)
             return
         self._kernels.scale(x, factor, x, get_num_threads())

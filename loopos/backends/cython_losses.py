@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from loopos.backends.cython_support import converted
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 
@@ -39,15 +40,17 @@ class CythonLosses(NumpyBackend):
         need_db: bool = False,
     ) -> tuple[float, float, Array | None, Array | None, Array | None]:
         """Summed negative log-likelihood; see :meth:`NumpyBackend.linear_cross_entropy`."""
-        if not self._kernels.single(h, w):
+        if not self._kernels.single(h=h, w=w):
             return super().linear_cross_entropy(
                 h, w, targets, weights, b, need_dh=need_dh, need_dw=need_dw, need_db=need_db
             )
         kernels, threads = self._kernels, get_num_threads()
         weight = np.ones(len(h), np.float32)
         if weights is not None:
-            weight[...] = weights
-        rows = np.flatnonzero(weight)
+            weight = converted(weights, "weights", np.float32)
+            if weight.shape != (len(h),):
+                raise ValueError(f"weights: expected shape [{len(h)}], found {list(weight.shape)}")
+        rows, targets = np.flatnonzero(weight), self._targets(targets, len(h))
         dh = kernels.empty(h.shape) if need_dh else None
         if dh is not None and rows.size < len(h):
             dh.fill(0)
@@ -57,7 +60,7 @@ class CythonLosses(NumpyBackend):
         for chunk in _chunks(rows.size, w.shape[0]):
             at = rows[chunk]
             states, scale = h[at], weight[at]
-            picked = self._kernels.as_int32(targets[at])
+            picked = targets[at]
             z = self.linear(states, w, b)[0]
             logp, lse, _ = kernels.loss_rows(z, picked, 1.0, False, threads)
             total -= float(np.sum(logp * scale, dtype=np.float64))
@@ -78,12 +81,13 @@ class CythonLosses(NumpyBackend):
         self, h: Array, w: Array, targets: Array, temperature: float = 1.0, b: Array | None = None
     ) -> tuple[Array, Array, Array]:
         """Log-probability, entropy, log-sum-exp; see :meth:`NumpyBackend.linear_logprobs`."""
-        if not self._kernels.single(h, w):
+        if not self._kernels.single(h=h, w=w):
             return super().linear_logprobs(h, w, targets, temperature, b)
+        targets = self._targets(targets, len(h))
         parts = [
             self._kernels.loss_rows(
                 self.linear(h[chunk], w, b)[0],
-                self._kernels.as_int32(targets[chunk]),
+                targets[chunk],
                 1 / temperature,
                 True,
                 get_num_threads(),
@@ -113,17 +117,18 @@ class CythonLosses(NumpyBackend):
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; see :meth:`NumpyBackend.linear_logprobs_backward`."""
-        if not self._kernels.single(h, w, dlogp):
+        if not self._kernels.single(h=h, w=w, dlogp=dlogp):
             return super().linear_logprobs_backward(
                 dlogp, dentropy, h, w, targets, entropy, lse, temperature, b,
                 dw=dw, db=db, need_dh=need_dh,
             )  # fmt: skip
+        targets = self._targets(targets, len(h))
         dh = self._kernels.empty(h.shape) if need_dh else None
         for chunk in _chunks(len(h), w.shape[0]):
             z = self.linear(h[chunk], w, b)[0]
             self._kernels.loss_rows_gradient(
                 z,
-                self._kernels.as_int32(targets[chunk]),
+                targets[chunk],
                 1 / temperature,
                 self._kernels.contiguous(dlogp[chunk]),
                 self._kernels.contiguous(lse[chunk]),
@@ -136,14 +141,77 @@ class CythonLosses(NumpyBackend):
                 dh[chunk] = part
         return dh
 
+    def linear_kl(
+        self,
+        h: Array,
+        w: Array,
+        h_ref: Array,
+        w_ref: Array,
+        temperature: float = 1.0,
+        b: Array | None = None,
+        b_ref: Array | None = None,
+    ) -> Array:
+        """Exact divergence per token; see :meth:`NumpyBackend.linear_kl`."""
+        if not self._kernels.single(h=h, w=w, h_ref=h_ref, w_ref=w_ref):
+            return super().linear_kl(h, w, h_ref, w_ref, temperature, b, b_ref)
+        kl: Array = self._kernels.empty(len(h))
+        for chunk in _chunks(len(h), 2 * w.shape[0]):
+            z, z_ref = self.linear(h[chunk], w, b)[0], self.linear(h_ref[chunk], w_ref, b_ref)[0]
+            kl[chunk] = self._kernels.kl_rows(z, z_ref, 1 / temperature, get_num_threads())
+        return kl
+
+    def linear_kl_backward(
+        self,
+        dkl: Array,
+        kl: Array,
+        h: Array,
+        w: Array,
+        h_ref: Array,
+        w_ref: Array,
+        temperature: float = 1.0,
+        b: Array | None = None,
+        b_ref: Array | None = None,
+        *,
+        dw: Array | None = None,
+        db: Array | None = None,
+        need_dh: bool = True,
+    ) -> Array | None:
+        """Gradient of ``h``; see :meth:`NumpyBackend.linear_kl_backward`."""
+        if not self._kernels.single(dkl=dkl, kl=kl, h=h, w=w, h_ref=h_ref, w_ref=w_ref):
+            return super().linear_kl_backward(
+                dkl, kl, h, w, h_ref, w_ref, temperature, b, b_ref, dw=dw, db=db, need_dh=need_dh
+            )
+        dh = self._kernels.empty(h.shape) if need_dh else None
+        for chunk in _chunks(len(h), 2 * w.shape[0]):
+            z, z_ref = self.linear(h[chunk], w, b)[0], self.linear(h_ref[chunk], w_ref, b_ref)[0]
+            self._kernels.kl_rows_gradient(
+                z,
+                z_ref,
+                1 / temperature,
+                self._kernels.contiguous(dkl[chunk]),
+                self._kernels.contiguous(kl[chunk]),
+                get_num_threads(),
+            )
+            part = self.linear_backward(z, h[chunk], w, dw=dw, db=db, need_dx=need_dh)
+            if dh is not None:
+                dh[chunk] = part
+        return dh
+
+    def _targets(self, targets: Array, rows: int) -> Array:
+        """Return targets as int32, one a row."""
+        found: Array = self._kernels.as_int32(targets, "targets")
+        if found.shape != (rows,):
+            raise ValueError(f"targets: expected shape [{rows}], found {list(found.shape)}")
+        return found
+
     def sample(
         self, logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, u: Array
     ) -> tuple[Array, Array]:
         """One token a row; see :meth:`NumpyBackend.sample`."""
-        if not self._kernels.single(logits):
+        if not self._kernels.single(logits=logits):
             return super().sample(logits, temperature, top_k, top_p, min_p, u)
         ids, logp = self._kernels.sample(
             self._kernels.contiguous(logits), temperature, top_k, top_p, min_p,
-            np.ascontiguousarray(u, dtype=np.float64), get_num_threads(),
+            converted(u, "u", np.float64), get_num_threads(),
         )  # fmt: skip
         return ids, logp

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from loopos.backends.numpy_backend import Array, NumpyBackend
+from loopos.backends.numpy_backend import ACTIVATIONS, Array, NumpyBackend
 from loopos.backends.numpy_quantized import check_weight
 from loopos.backends.quantized import QuantizedWeight, check_scales
 from loopos.backends.threads import get_num_threads
@@ -35,7 +35,7 @@ class CythonQuantized(NumpyBackend):
         activation: str | None = None,
     ) -> Array:
         """Product without a gradient; see :meth:`NumpyBackend.linear_quantized`."""
-        if not self._kernels.single(x):
+        if not self._kernels.single(x=x) or activation not in (None, *ACTIVATIONS):
             return super().linear_quantized(x, w, b, activation)
         y: Array = self._kernels.linear_packed(
             self._kernels.contiguous(x),

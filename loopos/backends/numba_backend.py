@@ -23,13 +23,17 @@ from loopos.backends.numba_pool import POOL
 from loopos.backends.numba_support import (
     as_input,
     attention_items,
+    check_heads,
+    check_offsets,
     dropout_bits,
+    expect,
     groups_of_rows,
     int64,
     one_of,
     reach,
 )
 from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
+from loopos.backends.numpy_updates import check_in_place
 from loopos.backends.threads import get_num_threads
 
 Array = np.ndarray[Any, Any]
@@ -82,6 +86,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         if kind not in ACTIVATIONS or not one_of(dy, x):
             return super().activation_backward(dy, x, kind)
         kernels, _ = numba_compile.compiled()
+        expect(x.shape, dy=dy)
         dx = np.empty(x.shape, x.dtype)
         POOL.run(
             kernels.activation_backward, -(-x.size // kernels.ELEMENTS), 2 * x.size,
@@ -95,6 +100,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         if not one_of(gate, up):
             return super().swiglu(gate, up)
         kernels, _ = numba_compile.compiled()
+        expect(gate.shape, up=up)
         y = np.empty(gate.shape, gate.dtype)
         flat = (as_input(a).reshape(-1) for a in (gate, up, y))
         POOL.run(kernels.swiglu, -(-y.size // kernels.ELEMENTS), 2 * y.size, *flat)
@@ -105,6 +111,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         if not one_of(dy, gate, up):
             return super().swiglu_backward(dy, gate, up)
         kernels, _ = numba_compile.compiled()
+        expect(gate.shape, up=up, dy=dy)
         dgate, dup = np.empty(gate.shape, gate.dtype), np.empty(gate.shape, gate.dtype)
         flat = (as_input(a).reshape(-1) for a in (dy, gate, up, dgate, dup))
         POOL.run(kernels.swiglu_backward, -(-dup.size // kernels.ELEMENTS), 3 * dup.size, *flat)
@@ -131,6 +138,8 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         self, x: Array, g: Array, b: Array | None, eps: float, residual: Array | None, centred: bool
     ) -> tuple[Array, Array, Array, Array]:
         kernels, _ = numba_compile.compiled()
+        expect((len(x), x.shape[-1]), x=x, residual=residual)
+        expect(x.shape[1:], g=g, b=b)
         none = np.empty((0, 0), x.dtype)
         y, mean, rstd = (np.empty((len(x), n), x.dtype) for n in (x.shape[1], 1, 1))
         s = none if residual is None else np.empty(x.shape, x.dtype)
@@ -164,6 +173,9 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         dg: Array | None, db: Array | None, need_dx: bool, centred: bool,
     ) -> Array | None:  # fmt: skip
         kernels, _ = numba_compile.compiled()
+        expect((len(s), s.shape[-1]), s=s, dy=dy, ds=ds)
+        expect(s.shape[1:], g=g, dg=dg, db=db)
+        expect((len(s), 1), rstd=rstd, mean=mean)
         blocks, none = -(-len(s) // kernels.ROWS), np.empty((0, 0), s.dtype)
         dx = np.empty(s.shape, s.dtype) if need_dx else none
         sums = [
@@ -231,6 +243,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
             super().embedding_backward(dy, ids, dtable)  # complains where it must
             return
         kernels, _ = numba_compile.compiled()
+        expect((ids.size, dtable.shape[1]), dy=dy)
         order, starts = groups_of_rows(ids)
         POOL.run(
             kernels.add_rows, starts.size - 1, 2 * dy.size,
@@ -272,6 +285,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         if offsets[-1] != len(rewards) or not one_of(rewards, values):
             return super().gae(rewards, values, offsets, gamma, lam)
         kernels, _ = numba_compile.compiled()
+        expect(rewards.shape, values=values)
         f = rewards.dtype.type
         advantages, returns = (np.empty(rewards.shape, rewards.dtype) for _ in range(2))
         POOL.run(
@@ -306,6 +320,8 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
             )  # fmt: skip
             return
         kernels, _ = numba_compile.compiled()
+        check_in_place(p=p, m=m, v=v)
+        expect(p.shape, g=g, m=m, v=v)
         keep = 1.0 - learning_rate * weight_decay if decoupled else 1.0
         constants = (
             grad_scale, weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
@@ -337,6 +353,8 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
             )  # fmt: skip
             return
         kernels, _ = numba_compile.compiled()
+        check_in_place(p=p, momentum_buffer=momentum_buffer)
+        expect(p.shape, g=g, momentum_buffer=momentum_buffer)
         buffer = np.empty(0, p.dtype) if momentum_buffer is None else momentum_buffer.reshape(-1)
         constants = np.array((grad_scale, weight_decay, momentum, learning_rate), p.dtype)
         POOL.run(
@@ -389,6 +407,11 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
         self, q: Array, k: Array, positions: Array, inv_freq: Array, sign: float
     ) -> tuple[Array, Array]:
         _, kernels = numba_compile.compiled()
+        expect((len(q), *k.shape[1:2], q.shape[-1]), k=k)
+        expect((len(q),), positions=positions)
+        if 2 * len(inv_freq) > q.shape[-1]:
+            half = q.shape[-1] // 2
+            raise ValueError(f"inv_freq: expected at most {half} elements, found {len(inv_freq)}")
         cos, sin = (a[:, 0, :] for a in self._rotation(positions, inv_freq, q.dtype))
         turned = np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype)
         for x, y in zip((q, k), turned, strict=True):
@@ -411,8 +434,11 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
     ) -> tuple[Array, Array]:
         """Softmax attention by online softmax, one block of queries of one head at a time."""
         options = (offsets, causal, scale, window, dropout_rate, key, sample_ids)
-        if offsets[-1] != len(q) or len(k) != len(q) or not one_of(q, k, v):
+        if not one_of(q, k, v):
             return super().attention(q, k, v, *options)
+        check_heads(q, k, v)
+        check_offsets(offsets, len(q))
+        expect((len(q),), k=k[:, 0, 0])
         _, kernels = numba_compile.compiled()
         lengths = np.diff(int64(offsets))
         samples = np.arange(lengths.size) if sample_ids is None else sample_ids
@@ -446,8 +472,13 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k, v, one head of one sequence at a time."""
         options = (offsets, causal, scale, window, dropout_rate, key, sample_ids)
-        if offsets[-1] != len(q) or len(k) != len(q) or not one_of(dy, q, k, v, y, lse):
+        if not one_of(dy, q, k, v, y, lse):
             return super().attention_backward(dy, q, k, v, y, lse, *options)
+        check_heads(q, k, v)
+        check_offsets(offsets, len(q))
+        expect((len(q),), k=k[:, 0, 0])
+        expect(q.shape, dy=dy, y=y)
+        expect(q.shape[:2], lse=lse)
         _, kernels = numba_compile.compiled()
         lengths = np.diff(int64(offsets))
         samples = np.arange(lengths.size) if sample_ids is None else sample_ids
@@ -487,6 +518,7 @@ class NumbaBackend(NumbaLosses, NumpyBackend):
             return super().attention_cached(
                 q, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
+        check_heads(q, k_cache, v_cache)
         _, kernels = numba_compile.compiled()
         totals = int64(lengths)
         items = attention_items(

@@ -11,7 +11,7 @@ import numpy as np
 
 from loopos.backends import numba_compile
 from loopos.backends.numba_pool import POOL
-from loopos.backends.numba_support import as_input, int64, one_of
+from loopos.backends.numba_support import as_input, expect, int64, one_of
 from loopos.backends.numpy_backend import DenseOps
 from loopos.backends.numpy_losses import LossOps, _chunks, _logits
 
@@ -100,6 +100,7 @@ class NumbaLosses(DenseOps, LossOps):
             )
         kernels, _ = numba_compile.compiled()
         weight = np.ones(len(h), h.dtype) if weights is None else np.asarray(weights, h.dtype)
+        expect((len(h),), targets=targets, weights=weight)
         rows, wanted = np.flatnonzero(weight), need_dh or need_dw or need_db
         dh = np.zeros_like(h, order="C") if need_dh else None
         make = np.empty_like if rows.size else np.zeros_like  # the first chunk fills it
@@ -130,6 +131,7 @@ class NumbaLosses(DenseOps, LossOps):
         if not one_of(h, w, b):
             return super().linear_logprobs(h, w, targets, temperature, b)
         kernels, _ = numba_compile.compiled()
+        expect((len(h),), targets=targets)
         targets = _targets(targets, w.shape[0])
         logp, entropy, lse = (np.empty(len(h), dtype=h.dtype) for _ in range(3))
         for chunk in _chunks(len(h), w.shape[0]):
@@ -161,6 +163,8 @@ class NumbaLosses(DenseOps, LossOps):
                 dw=dw, db=db, need_dh=need_dh,
             )  # fmt: skip
         kernels, _ = numba_compile.compiled()
+        columns = {"targets": targets, "dlogp": dlogp, "dentropy": dentropy}
+        expect((len(h),), **columns, entropy=entropy, lse=lse)
         targets = _targets(targets, w.shape[0])
         dh = np.empty_like(h, order="C") if need_dh else None
         ups = [np.empty(0, h.dtype) if a is None else as_input(a) for a in (dlogp, dentropy)]
@@ -191,6 +195,8 @@ class NumbaLosses(DenseOps, LossOps):
         if not one_of(h, w, h_ref, w_ref, b, b_ref):
             return super().linear_kl(h, w, h_ref, w_ref, temperature, b, b_ref)
         kernels, _ = numba_compile.compiled()
+        expect((len(h), w_ref.shape[1]), h_ref=h_ref)
+        expect((w.shape[0], h_ref.shape[1]), w_ref=w_ref)
         kl = np.empty(len(h), dtype=h.dtype)
         for chunk in _chunks(len(h), w.shape[0]):
             z = _logits(h[chunk], w, b, temperature)
@@ -220,6 +226,9 @@ class NumbaLosses(DenseOps, LossOps):
                 dkl, kl, h, w, h_ref, w_ref, temperature, b, b_ref, dw=dw, db=db, need_dh=need_dh
             )
         kernels, _ = numba_compile.compiled()
+        expect((len(h), w_ref.shape[1]), h_ref=h_ref)
+        expect((w.shape[0], h_ref.shape[1]), w_ref=w_ref)
+        expect((len(h),), dkl=dkl, kl=kl)
         dh = np.empty_like(h, order="C") if need_dh else None
         kl, up = as_input(kl), as_input(dkl / h.dtype.type(temperature))
         for chunk in _chunks(len(h), w.shape[0]):

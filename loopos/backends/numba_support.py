@@ -37,9 +37,38 @@ def int64(x: Array) -> Array:
 
 
 def one_of(*arrays: Array | None) -> bool:
-    """Whether all arrays are float32, or all float64: what kernels are compiled for."""
+    """Whether all arrays are float32, or all float64: what kernels are compiled for.
+
+    What is no NumPy array, but a list or the array of another library, is a TypeError.
+    """
+    for a in arrays:
+        if a is not None and not isinstance(a, np.ndarray):
+            raise TypeError(f"expected a NumPy array, found {type(a).__name__}")
     kinds = {a.dtype for a in arrays if a is not None}
     return len(kinds) == 1 and kinds.pop() in _FLOATS
+
+
+def expect(shape: tuple[int, ...], **arrays: Array | None) -> None:
+    """Raise ValueError for an array of another shape: compiled code checks no index."""
+    for name, array in arrays.items():
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, found {list(array.shape)}")
+
+
+def check_heads(q: Array, k: Array, v: Array) -> None:
+    """Raise ValueError unless ``q[N, H, D]`` fits to keys and values of heads that divide H."""
+    if q.ndim != 3 or k.ndim < 3:
+        raise ValueError(f"q: expected shape [any, any, any], found {list(q.shape)}")
+    if k.shape[-2] < 1 or q.shape[1] % k.shape[-2]:
+        raise ValueError(f"k: {k.shape[-2]} heads do not divide the {q.shape[1]} heads of q")
+    expect((*k.shape[:-1], q.shape[2]), k=k)
+    expect(k.shape, v=v)
+
+
+def check_offsets(offsets: Array, rows: int) -> None:
+    """Raise ValueError unless offsets rise from 0 to `rows`."""
+    if not offsets.size or offsets[0] != 0 or offsets[-1] != rows or (np.diff(offsets) < 0).any():
+        raise ValueError(f"offsets: expected to rise from 0 to {rows}, found {offsets}")
 
 
 def dropout_bits(rate: float, key: int, dtype: Any) -> tuple[Any, Any, Any]:

@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 def check_weight(w: Array, kind: str) -> None:
     """Raise what :meth:`QuantizedOps.quantize` promises for a wrong kind, dtype or shape."""
     check_kind(kind)
+    if not isinstance(w, np.ndarray):
+        raise TypeError(f"w: expected a NumPy array, found {type(w).__name__}")
     if w.dtype.kind != "f":
         raise TypeError(f"w: expected an array of floats, found {w.dtype}")
     if w.ndim != 2:

@@ -23,6 +23,15 @@ def _blocks(*arrays: Array | None) -> Iterator[tuple[Any, ...]]:
         yield tuple(None if a is None else a[start : start + _BLOCK] for a in flat)
 
 
+def check_in_place(**arrays: Array | None) -> None:
+    """Raise ValueError for an array whose flat blocks would be copies: updates would be lost."""
+    for name, array in arrays.items():
+        if array is not None and not array.flags.c_contiguous:
+            raise ValueError(
+                f"{name}: expected a C-contiguous array, found strides {array.strides}"
+            )
+
+
 class AdamwTensor(NamedTuple):
     """A parameter with its gradient, moments and own numbers; see :meth:`UpdateOps.adamw`.
 
@@ -105,6 +114,7 @@ class UpdateOps:
         decoupled : bool
             False adds the decay to the gradient instead: Adam with L2 (Kingma and Ba 2015).
         """
+        check_in_place(p=p, m=m, v=v)
         f = p.dtype.type
         root = f(1.0 / np.sqrt(1.0 - beta2**step))
         rate = f(learning_rate / (1.0 - beta1**step))
@@ -170,6 +180,7 @@ class UpdateOps:
 
         On the first step the buffer becomes the gradient.
         """
+        check_in_place(p=p, momentum_buffer=momentum_buffer)
         f = p.dtype.type
         for pb, gb, mb in _blocks(p, g, momentum_buffer):
             t = gb * f(grad_scale)

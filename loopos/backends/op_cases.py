@@ -651,5 +651,6 @@ BENCHMARK_CASES: list[OpCase] = [
     attention((16, 500, 80, 43, 7, 250), 12, 12, 64, True),
     linear_cross_entropy(1024, 768, 50257, False),
     linear_logprobs(256, 768, 50257, 1.0),
+    linear_kl(256, 768, 50257, 1.0),
     adamw((3072, 768), 2, True),
 ]

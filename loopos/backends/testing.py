@@ -105,9 +105,13 @@ def check_values(backend: NumpyBackend, case: OpCase) -> None:
 
 def check_layouts(backend: NumpyBackend, case: OpCase) -> None:
     """Read-only and non-contiguous inputs give the same result, and no input is changed."""
-    expected = run_case(backend, case, make_inputs(case, np.float64))
-    frozen = make_inputs(case, np.float64)
-    strided = make_inputs(case, np.float64)
+    for dtype, tolerance in ((np.float32, FLOAT32_TOLERANCE), (np.float64, 1e-12)):
+        _check_layouts(backend, case, dtype, tolerance)
+
+
+def _check_layouts(backend: NumpyBackend, case: OpCase, dtype: Any, tolerance: float) -> None:
+    expected = run_case(backend, case, make_inputs(case, dtype))
+    frozen, strided = make_inputs(case, dtype), make_inputs(case, dtype)
     for name, value in frozen.items():
         if not isinstance(value, np.ndarray) or name in case.in_place:
             continue
@@ -117,8 +121,8 @@ def check_layouts(backend: NumpyBackend, case: OpCase) -> None:
         # Optimizer state belongs to loopos and is contiguous; activations need not be.
         if not case.in_place:
             strided[name] = spread[..., ::2]
-    _compare(f"{case.name} read-only", run_case(backend, case, frozen), expected, 1e-12)
-    _compare(f"{case.name} strided", run_case(backend, case, strided), expected, 1e-12)
+    _compare(f"{case.name} read-only", run_case(backend, case, frozen), expected, tolerance)
+    _compare(f"{case.name} strided", run_case(backend, case, strided), expected, tolerance)
 
 
 def check_gradients(backend: NumpyBackend, case: OpCase, seed: int = 3) -> None:

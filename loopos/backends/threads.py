@@ -41,13 +41,38 @@ def blas() -> Blas:
     return Blas(name, "unknown", available_cpus())
 
 
-def _cgroup_cpus() -> float | None:
-    """Return the CPU quota of this process's control group (v2), in CPUs."""
+def _quota(directory: Path) -> float | None:
+    """Return the CPUs that one control group (version 2 or 1) may use; None: no limit there."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if (directory / "cpu.max").exists():
+            quota, period = (directory / "cpu.max").read_text().split()
+        else:
+            quota = (directory / "cpu.cfs_quota_us").read_text().strip()
+            period = (directory / "cpu.cfs_period_us").read_text()
     except (OSError, ValueError):
-        return None  # no such file: no control group, so no limit
-    return None if quota == "max" else int(quota) / int(period)
+        return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def _cgroup_cpus(
+    root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> float | None:
+    """Return the CPU quota of this process's control group and of those above it, in CPUs."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return None  # not Linux
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = root / controllers if controllers else root
+        inner = (top / path.lstrip("/")).resolve()
+        # In a container the path may be the host's, which is not seen here: then the top is ours.
+        groups = [inner, *inner.parents] if inner.exists() else [top.resolve()]
+        found += [_quota(group) for group in groups if group.is_relative_to(root.resolve())]
+    return min((quota for quota in found if quota is not None), default=None)
 
 
 def available_cpus() -> int:
@@ -90,7 +115,7 @@ def set_num_threads(num_threads: int | None) -> None:
     Raises
     ------
     ConfigError
-        If the number is not positive.
+        If it is no whole number, or not positive.
     """
     global _asked, _found_until
     _check(num_threads)
@@ -98,8 +123,14 @@ def set_num_threads(num_threads: int | None) -> None:
 
 
 def _check(num_threads: int | None) -> None:
-    if num_threads is not None and num_threads < 1:
-        raise ConfigError(f"num_threads: expected at least 1, found {num_threads}")
+    if num_threads is None:
+        return
+    if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
+        raise ConfigError(f"num_threads: expected a whole number, found {num_threads!r}")
+    if not 1 <= num_threads < 1 << 31:  # a C int; the pool itself starts no more than 256
+        raise ConfigError(
+            f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}"
+        )
 
 
 @contextmanager
@@ -111,7 +142,7 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        If the number is not positive.
+        If it is no whole number, or not positive.
     """
     if num_threads is None:
         yield

@@ -97,6 +97,17 @@ typedef struct {
     const float *dlogp, *dentropy;
 } loopos_loss_rows;
 
+/* Divergences KL(p || p_ref) of rows of logits z and z_ref [rows, columns], each scaled by `factor`.
+   The forward writes kl. The gradient, given kl, replaces z by that of dkl * kl; z_ref is fixed. */
+typedef struct {
+    long rows, columns;
+    float *z;
+    const float *z_ref;
+    float factor;
+    float *kl;
+    const float *dkl;
+} loopos_kl_rows;
+
 /* One token of each row of logits z [rows, columns], drawn with u (rows, in [0, 1)): ids, and logp at
    that temperature before truncation. Temperature 0 takes the first of the largest. Kept are the
    top_k largest and their equals (0: all), of these the fewest with a share of top_p, of these what
@@ -222,6 +233,16 @@ typedef struct {
     float grad_scale, beta1, beta2, one_minus_beta1, one_minus_beta2, eps;
 } loopos_update;
 
+/* One step of SGD on n elements: g = grad_scale g + decay p; with a buffer m (or NULL), m = momentum m
+   + g (m = g on the first step), and the step is along m, with `nesterov` along g + momentum m. */
+typedef struct {
+    long n;
+    float *p, *m;
+    const float *g;
+    float rate, momentum, decay, grad_scale;
+    int nesterov, first_step;
+} loopos_sgd;
+
 typedef struct {
     const char *name;   /* of the instruction set */
     int vector_floats;  /* float32 lanes of a register */
@@ -243,6 +264,9 @@ typedef struct {
     int (*packed_product)(int threads, const loopos_packed *p);
     int (*pack_weight)(int threads, const loopos_pack *p);
     int (*sample)(int threads, const loopos_sample *p);
+    int (*kl_rows)(int threads, const loopos_kl_rows *p);
+    int (*kl_rows_gradient)(int threads, const loopos_kl_rows *p);
+    int (*sgd)(int threads, const loopos_sgd *p);
 } loopos_table;
 
 /* The table in use; NULL only on an x86-64 processor older than x86-64-v2. */
