@@ -658,6 +658,8 @@ def test_on_a_terminal_there_is_a_bar_and_lines_fit(trained):
     shown = on_terminal("run", "run.json", "--output-dir", "tty", cwd=directory)
     assert "\x1b[" in shown
     assert "step 18/18" in shown
+    bare = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"tokens/s (0:00:\d\d|-:--:--) left", bare)
     assert "evaluation: loss" in shown
     assert shown.rstrip().endswith("next: loopos predict tty 'a text'")
     plain = on_terminal("run", "run.json", "--output-dir", "tty2", cwd=directory, NO_COLOR="1")
