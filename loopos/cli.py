@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 
 from loopos import commands, generate_commands, preview, report_commands
 from loopos.display import (
@@ -31,16 +32,33 @@ from loopos.display import (
     show_prepared,
     show_start,
     show_summary,
+    show_trained,
     silence,
 )
 from loopos.errors import InputError, LooposError, OutputError
 from loopos.version import __version__
 
 if TYPE_CHECKING:
+    from loopos.runner import Prepared
     from loopos.training.trackers import RunInfo
+
+
+class _Interrupted(Exception):
+    """Ctrl-C, of which click would make an exit code without a word."""
+
+
+class _Commands(typer.core.TyperGroup):
+    def invoke(self, ctx: typer.Context) -> Any:
+        """Carry out a command; say so where it is interrupted."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            raise _Interrupted from interrupt
+
 
 app = typer.Typer(
     name="loopos",
+    cls=_Commands,
     help="Post-training of transformer language models on CPUs.",
     epilog="First steps: 'loopos demo', then 'loopos configs --copy fine_tuning my.json', "
     "'loopos validate my.json' and 'loopos run my.json'. "
@@ -98,7 +116,7 @@ def _run_app() -> int:
         return _complain(error, 1)
     except MemoryError as error:
         return _complain(f"there is not enough memory{f' ({error})' if str(error) else ''}", 1)
-    except (KeyboardInterrupt, typer.Abort):
+    except (KeyboardInterrupt, _Interrupted, typer.Abort):
         return _complain("interrupted", 130)
     except BrokenPipeError:
         raise
@@ -149,7 +167,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest whole checkpoint.")
     ] = False,
-    output_dir: Annotated[Path | None, _OUTPUT] = None,
+    output_dir: Annotated[str | None, _OUTPUT] = None,
 ) -> None:
     """Carry out a configuration: check, train, evaluate, save.
 
@@ -162,9 +180,15 @@ def run(
 
     loaded = load_config(config, _with_output(overrides, output_dir))
 
+    sizes: list[int] = []
+
+    def announce(prepared: Prepared) -> None:
+        sizes.append(prepared.num_parameters)
+        show_prepared(prepared)
+
     class Announce(Callback):
         def on_start(self, info: RunInfo) -> None:
-            show_start(loaded, info)
+            show_start(loaded, info, sizes[0])
 
     with _stop_on_signals() as stop:
         try:
@@ -173,7 +197,7 @@ def run(
                 resume=resume,
                 callbacks=[Announce(), ConsoleProgress()],
                 stop=stop,
-                on_prepared=show_prepared,
+                on_prepared=announce,
             )
         except (Interrupted, KeyboardInterrupt) as interrupt:
             print(str(interrupt) or "interrupted", file=sys.stderr)
@@ -181,7 +205,7 @@ def run(
             if any(any(loaded.output_dir.glob(place)) for place in places):
                 again = ["loopos", "run", config]
                 again += [part for override in overrides or [] for part in ("--set", override)]
-                again += [] if output_dir is None else ["--output-dir", str(output_dir)]
+                again += [] if output_dir is None else ["--output-dir", output_dir]
                 print(f"continue with: {shlex.join([*again, '--resume'])}", file=sys.stderr)
             raise typer.Exit(130) from interrupt
     show_summary(summary)
@@ -191,7 +215,7 @@ def run(
 def validate(
     config: Annotated[str, _CONFIG],
     overrides: Annotated[list[str] | None, _SET] = None,
-    output_dir: Annotated[Path | None, _OUTPUT] = None,
+    output_dir: Annotated[str | None, _OUTPUT] = None,
     measure: Annotated[
         bool, typer.Option(help="Try a few steps to tell how much memory and time a run takes.")
     ] = True,
@@ -211,12 +235,12 @@ def validate(
         prepared = prepare(loaded)
         show_prepared(prepared)
         steps = plan(loaded, prepared)
-        say(f"  {steps.trained_parameters:,} are trained")
         say("run")
         for name, one in (steps.stages or {"": steps}).items():
             stage = f"{name}: " if name else ""
             an_epoch = f"{one.steps_per_epoch:,} optimizer steps an epoch"
             say(f"  {stage}{an_epoch}, {one.total_steps:,} in all")
+        show_trained(steps.trained_parameters, prepared.num_parameters)
         show_place(loaded)
     del prepared  # the rehearsal wants the memory for itself
     if measure:
@@ -227,8 +251,10 @@ def validate(
     say(f"{loaded.source}: fine")
 
 
-def _with_output(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
-    given = [] if output_dir is None else [f"data.output_dir={json.dumps(str(output_dir))}"]
+def _with_output(overrides: list[str] | None, output_dir: str | None) -> list[str]:
+    if output_dir == "":  # "$UNSET"; as a path it would be the current directory
+        raise InputError("--output-dir: expected a directory, found nothing")
+    given = [] if output_dir is None else [f"data.output_dir={json.dumps(output_dir)}"]
     return [*(overrides or []), *given]
 
 

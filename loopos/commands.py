@@ -223,6 +223,8 @@ def _load_tuner(directory: Path) -> FineTuner:
         if (directory / "metrics.jsonl").exists():
             raise _unfinished(directory)
         inner = directory
+        if not any((inner / name).exists() for name in ("config.json", "classifier.json")):
+            raise InputError(f"{directory}: is neither a run directory nor a saved classifier")
     if (inner / "config.json").exists() and not (inner / "classifier.json").exists():
         raise InputError(
             f"{inner}: is no classifier (classifier.json is missing); "

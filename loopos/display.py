@@ -28,6 +28,7 @@ __all__ = [
     "show_prepared",
     "show_start",
     "show_summary",
+    "show_trained",
     "silence",
     "write",
 ]
@@ -87,12 +88,23 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
-def show_start(config: RunConfig, info: RunInfo) -> None:
-    """Print how long the run will be, from where, and with what it computes."""
+def show_start(config: RunConfig, info: RunInfo, model_parameters: int) -> None:
+    """Print how long the run will be, from where, of how many numbers, and what computes."""
     left = f", {info.start_step:,} of them done before" if info.start_step else ""
-    say(f"  {info.trained_parameters:,} are trained")
-    say(f"run{_stage(config, info)}\n  {info.total_steps:,} optimizer steps{left}")
+    say(f"run{_stage(config, info)}\n  {_counted(info.total_steps, 'optimizer step')}{left}")
+    show_trained(info.trained_parameters, model_parameters)
     show_place(config)
+
+
+def show_trained(trained: int, model_parameters: int) -> None:
+    """Print how many numbers are trained: with what a method adds maybe more than the model's."""
+    added = trained - model_parameters
+    note = f": the model's and {added:,} of a head or critic" if added > 0 else ""
+    say(f"  {trained:,} parameters are trained{note}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _stage(config: RunConfig, info: RunInfo) -> str:
@@ -152,22 +164,32 @@ def show_summary(summary: Summary) -> None:
     best = result.best_checkpoint
     kept = int(best.name.rpartition("-")[2]) if best is not None else result.steps
     note = f"; kept is step {kept}, the best evaluation" if kept != result.steps else ""
-    say(f"{result.steps} steps, {result.stopped_reason.replace('_', ' ')}{note}")
+    say(f"{_counted(result.steps, 'step')}, {result.stopped_reason.replace('_', ' ')}{note}")
     if figures:
         say("evaluation")
         show_figures(figures, "  ")
         _confusion(figures, summary.output_dir)
     say(f"saved in {summary.output_dir}")
-    if (summary.output_dir / "model" / "classifier.json").exists():
-        say(f"next: loopos predict {shlex.quote(str(summary.output_dir))} 'a text'")
-    elif (summary.output_dir / "model" / "reward_model.json").exists():
-        say(f"next: loopos evaluate {shlex.quote(str(summary.output_dir))} pairs.jsonl")
-    elif (summary.output_dir / "samples.jsonl").exists():
-        say(f"next: loopos generate {shlex.quote(str(summary.output_dir))} --prompt 'a prompt'")
-    elif _can_chat(summary.output_dir / "model"):
-        say(f"next: loopos chat {shlex.quote(str(summary.output_dir))}")
-    else:
-        say(f"next: fine-tune it with data.pretrained_weights={summary.output_dir / 'model'}")
+    say(f"next: {_next(summary.output_dir)}")
+
+
+def _next(directory: Path) -> str:
+    """Return what may be done with a finished run, as people type it."""
+    from loopos.files import read_json
+
+    run, model = shlex.quote(str(directory)), directory / "model"
+    method = read_json(directory / "config.json")["computation"]["method"]
+    if (model / "classifier.json").exists():
+        return f"loopos predict {run} 'a text'"
+    if (model / "reward_model.json").exists():
+        return f"loopos evaluate {run} pairs.jsonl"
+    if method == "autoregressive":
+        return f"fine-tune it with --set {shlex.quote(f'data.pretrained_weights={model}')}"
+    if _can_chat(model):
+        return f"loopos chat {run}"
+    if method == "chain_of_thought":  # a prompt would have to be laid out as a problem
+        return f"loopos evaluate {run} problems.jsonl"
+    return f"loopos generate {run} --prompt 'a prompt'"
 
 
 def _can_chat(model: Path) -> bool:

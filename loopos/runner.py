@@ -173,7 +173,7 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
         validation = _read(config, "validation_data", like=whole)
     elif data.validation_fraction > 0:
         with _located(config, "data.validation_fraction"):
-            training, validation = split(whole, data.validation_fraction, seed)
+            training, validation = _split(whole, data.validation_fraction, seed)
     model = _model(config)
     tokenizer = _tokenizer(config, model, training, run_dir)
     num_classes = config.model.get("num_classes")
@@ -184,6 +184,15 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
         )
         report = trainer.report(training, validation, config.training)
     return Prepared(trainer, training, validation, report, model.num_parameters(), model)
+
+
+def _split(whole: Any, fraction: float, seed: int) -> tuple[Any, Any]:
+    try:
+        return split(whole, fraction, seed)
+    except DataError as error:  # of a .txt file with a single text, for one
+        raise DataError(
+            f"{error}; name data.validation_data, or set it to 0 to have none"
+        ) from error
 
 
 def _told(config: RunConfig, key: str) -> str | None:

@@ -10,14 +10,19 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from loopos import __main__ as started
 from loopos import cli
 from loopos.config import shipped_configs
+from loopos.display import show_summary
+from loopos.runner import Summary
+from loopos.training.loop import TrainResult
 from loopos.version import __version__
 
 LOOPOS = str(Path(sys.executable).with_name("loopos"))
@@ -113,9 +118,15 @@ def test_a_run_says_what_it_does_and_leaves_what_it_says(trained):
     assert lines[:2] == ["data", "  rows           44 training, 4 validation"]
     start = lines.index("run")
     assert lines[start + 1] == "  18 optimizer steps"
-    assert lines[start + 2].startswith("  backend ")
-    assert lines[start + 2].endswith(" (1 thread), seed 0")
-    assert lines[start + 3 : start + 5] == ["  output in out", "18 steps, finished"]
+    head = 2 * 16 + 2  # two classes on a width of 16
+    model = int(lines[start - 1].split()[0].replace(",", ""))
+    assert lines[start - 2 : start] == ["model", f"  {model:,} parameters"]
+    assert lines[start + 2] == (
+        f"  {model + head:,} parameters are trained: the model's and {head} of a head or critic"
+    )
+    assert lines[start + 3].startswith("  backend ")
+    assert lines[start + 3].endswith(" (1 thread), seed 0")
+    assert lines[start + 4 : start + 6] == ["  output in out", "18 steps, finished"]
     assert "  true \\ predicted" in lines
     assert any(line.split()[:1] == ["[red]pos"] for line in lines)
     assert lines[-2:] == ["saved in out", "next: loopos predict out 'a text'"]
@@ -204,7 +215,8 @@ def test_validate_says_what_a_run_would_do_and_writes_nothing(project):
     out, err = loopos("validate", "run.json", "--set", "training.num_epochs=5", cwd=project)
     lines = out.splitlines()
     assert lines[lines.index("run") + 1] == "  6 optimizer steps an epoch, 30 in all"
-    parameters, trained = lines[lines.index("model") + 1 : lines.index("run")]
+    (parameters,) = lines[lines.index("model") + 1 : lines.index("run")]
+    trained = lines[lines.index("run") + 2]
     assert parameters.split()[1:] == ["parameters"]
     # The head comes to the body, whose own language-model head is its table.
     assert int(trained.split()[0].replace(",", "")) == (
@@ -406,7 +418,7 @@ def test_pretraining_ends_with_what_to_do_next(project):
                     "computation.method=autoregressive", "--set", "training.max_steps=2",
                     cwd=project)  # fmt: skip
     assert "  perplexity " in out
-    assert out.endswith("next: fine-tune it with data.pretrained_weights=out/model\n")
+    assert out.endswith("next: fine-tune it with --set data.pretrained_weights=out/model\n")
     assert refused("predict", "out", "x", cwd=project) == (
         "out/model: is no classifier (classifier.json is missing); "
         "fine-tune it first, as data.pretrained_weights"
@@ -466,6 +478,76 @@ def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
     resumed, _ = loopos(*parts[1:], cwd=project)
     assert f"  330 optimizer steps, {step:,} of them done before\n" in resumed
     assert weights(project) == whole
+
+
+def test_an_interruption_while_importing_is_one_sentence(monkeypatch, capsys):
+    class Slow:
+        @property
+        def main(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "loopos.cli", Slow())
+    with pytest.raises(SystemExit) as left:
+        started.main()
+    assert left.value.code == 130
+    assert capsys.readouterr() == ("", "error: interrupted\n")
+
+
+def test_the_installed_command_is_the_one_that_can_be_interrupted():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert tomllib.loads(text)["project"]["scripts"] == {"loopos": "loopos.__main__:main"}
+
+
+@pytest.mark.parametrize("command", ["run", "validate", "preview"])
+def test_an_interruption_before_the_first_step_is_said(monkeypatch, capsys, command):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("loopos.config.load_config", interrupted)
+    monkeypatch.setattr(sys, "argv", ["loopos", command, "fine_tuning"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 130
+    assert capsys.readouterr() == ("", "error: interrupted\n")
+
+
+def test_an_output_directory_without_a_name_is_refused(project):
+    for command in ("run", "validate"):
+        assert refused(command, "run.json", "--output-dir", "", cwd=project) == (
+            "--output-dir: expected a directory, found nothing"
+        )
+    assert sorted(p.name for p in project.iterdir()) == ["run.json", "t.csv"]
+
+
+def test_predict_names_a_directory_of_something_else(tmp_path):
+    (tmp_path / "photos").mkdir()
+    assert refused("predict", "photos", "x", cwd=tmp_path) == (
+        "photos: is neither a run directory nor a saved classifier"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "files", "expected"),
+    [
+        ("dpo", {}, "loopos generate 'a run' --prompt 'a prompt'"),
+        ("sft", {}, "loopos generate 'a run' --prompt 'a prompt'"),
+        ("sft", {"tokenizer_config.json": '{"chat_template": "{{ x }}"}'}, "loopos chat 'a run'"),
+        ("chain_of_thought", {}, "loopos evaluate 'a run' problems.jsonl"),
+        ("autoregressive", {},
+         "fine-tune it with --set 'data.pretrained_weights=a run/model'"),
+        ("reward_model", {"reward_model.json": "{}"}, "loopos evaluate 'a run' pairs.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_to_do_next_fits_the_method(tmp_path, monkeypatch, capsys, method, files, expected):
+    monkeypatch.chdir(tmp_path)
+    run = Path("a run")
+    (run / "model").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"computation": {"method": method}}))
+    for name, text in files.items():
+        (run / "model" / name).write_text(text)
+    result = TrainResult(1, "finished", [], [], None, None, None)
+    show_summary(Summary(result, {}, run))
+    assert capsys.readouterr().out == f"1 step, finished\nsaved in a run\nnext: {expected}\n"
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(project, whole):
@@ -576,6 +658,8 @@ def test_on_a_terminal_there_is_a_bar_and_lines_fit(trained):
     shown = on_terminal("run", "run.json", "--output-dir", "tty", cwd=directory)
     assert "\x1b[" in shown
     assert "step 18/18" in shown
+    bare = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"tokens/s (0:00:\d\d|-:--:--) left", bare)
     assert "evaluation: loss" in shown
     assert shown.rstrip().endswith("next: loopos predict tty 'a text'")
     plain = on_terminal("run", "run.json", "--output-dir", "tty2", cwd=directory, NO_COLOR="1")

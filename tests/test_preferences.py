@@ -105,7 +105,10 @@ def test_ties_and_rows_without_a_prompt_are_left_out_and_counted(written, tokeni
     assert (report.rows, report.validation_rows) == (len(training.texts), len(validation.texts))
     assert report.ties.count == 2
     assert report.ties.places == ["p.jsonl:5", "p.jsonl:6"]
-    assert any(line.startswith("ties") and "p.jsonl:5, :6" in line for line in report.lines())
+    lines = report.lines()
+    assert any(line.startswith("ties") and "p.jsonl:5, :6" in line for line in lines)
+    # The longest row counts both responses, the limit one of them: the report says so.
+    assert any(line.endswith(" of a prompt with all its responses") for line in lines)
     assert json.loads(json.dumps(report.to_dict()))["ties"]["places"][0] == "p.jsonl:5"
 
 

@@ -726,7 +726,8 @@ def test_no_text_is_on_both_sides_and_every_class_is(rows_drawn, fraction, seed)
                  for label in set(labels)}  # fmt: skip
     if all(len(found) < 2 for found in different.values()):
         assert message_of(split, data, fraction, seed) == (
-            f"{len(texts)} rows are too few to split off a validation fraction of {fraction}"
+            f"{len(texts)} {'row is' if len(texts) == 1 else 'rows are'} too few to split off a "
+            f"validation fraction of {fraction}"
         )
         return
     training, validation = split(data, fraction, seed)

@@ -369,12 +369,25 @@ def test_a_model_that_no_machine_holds(configure):
     assert message.endswith(" GiB of memory")
 
 
+def test_a_plain_text_is_not_split_and_the_message_says_what_to_do(configure):
+    Path("one.txt").write_text("to be or not to be\n" * 20)
+    asked = ["computation.mode=pretraining", "computation.method=autoregressive",
+             "data.training_data=one.txt"]  # fmt: skip
+    said = refused(prepare, configure(*asked), kind=ConfigError)
+    assert said.endswith(
+        "data.validation_fraction: 1 row is too few to split off a validation fraction of 0.1; "
+        "name data.validation_data, or set it to 0 to have none"
+    )
+    prepared = prepare(configure(*asked, "data.validation_fraction=0"))
+    assert prepared.validation is None
+
+
 def test_too_few_rows_to_split(configure):
     write_csv("t.csv", [("one", "a"), ("two", "b")])
     config = configure("data.validation_fraction=0.1")
     assert refused(prepare, config, kind=ConfigError) == (
-        "--set data.validation_fraction: 2 rows are too few to split off "
-        "a validation fraction of 0.1"
+        "--set data.validation_fraction: 2 rows are too few to split off a validation fraction "
+        "of 0.1; name data.validation_data, or set it to 0 to have none"
     )
 
 

@@ -245,6 +245,10 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Return the report as lines of plain text, of 78 columns where words allow it."""
+        table = [*self._table(), *(("warning:", text) for text in self.warnings)]
+        return [line for name, value in table for line in _wrapped(name, value)]
+
+    def _table(self) -> list[tuple[str, str]]:
         rows = f"{self.rows} training, {self.validation_rows} validation"
         lengths = _figures(self.lengths)
         table = [("rows", rows)]
@@ -254,8 +258,7 @@ class DataReport:
             table.append((f"cut to {self.max_length}", str(self.truncated)))
         for name in ("dropped", "duplicates", "conflicts", "leaks"):
             table.append((name, str(getattr(self, name))))
-        table += [("warning:", text) for text in self.warnings]
-        return [line for name, value in table for line in _wrapped(name, value)]
+        return table
 
 
 def _check_counts(name: str, data: Texts | None, lengths: Array | None) -> None:

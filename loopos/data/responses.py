@@ -255,18 +255,19 @@ class PreferenceReport(DataReport):
         report.warnings.extend(report._warnings())
         if report.too_long.count:
             report.warnings.append(
-                f"{report.too_long.count} rows with a response of more than {max_length} tokens "
-                "are left out"
+                f"{report.too_long.count} rows are left out, whose prompt with a response has "
+                f"more than {max_length} tokens"
             )
         return report
 
-    def lines(self) -> list[str]:
-        """Return the report as lines of plain text."""
-        lines = super().lines()
-        warnings = next((i for i, line in enumerate(lines) if line.startswith("warning:")), None)
-        own = [f"{'ties':<15}{self.ties}", f"{f'over {self.longest}':<15}{self.too_long}"]
-        at = len(lines) if warnings is None else warnings
-        return [*lines[:at], *own, *lines[at:]]
+    def _table(self) -> list[tuple[str, str]]:
+        # A prompt with one response is held against the limit, not a whole row.
+        own = [("ties", str(self.ties)), (f"over {self.longest}", str(self.too_long))]
+        table = [
+            (name, f"{value} of a prompt with all its responses" if name == "tokens" else value)
+            for name, value in super()._table()
+        ]
+        return [*table, *own]
 
 
 def _whole(data: Preferences | Judgements) -> Texts:

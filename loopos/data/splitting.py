@@ -89,9 +89,8 @@ def split(data: Texts, fraction: float, seed: int) -> tuple[Any, Any]:
         held_out[groups[order[_share(sizes[order], fraction)]]] = True
     outside = held_out[group_of]
     if not outside.any() or outside.all():
-        raise DataError(
-            f"{len(data.texts)} rows are too few to split off a validation fraction of {fraction}"
-        )
+        few = "1 row is" if len(data.texts) == 1 else f"{len(data.texts)} rows are"
+        raise DataError(f"{few} too few to split off a validation fraction of {fraction}")
     # What was left out is told once, on the training side.
     training, validation = np.flatnonzero(~outside), np.flatnonzero(outside)
     return data.take(training), replace(data.take(validation), dropped=[])

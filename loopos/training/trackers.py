@@ -300,6 +300,7 @@ class ConsoleProgress(Callback):
             BarColumn(bar_width=None),
             TextColumn("{task.description}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
         )
         console = Console(file=self._stream)
         if console.is_dumb_terminal:  # a bar would stay unseen up to the end
