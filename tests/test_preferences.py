@@ -280,6 +280,23 @@ def test_batches_hold_both_responses_and_mark_their_tokens(tokenizer):
     assert not batch.loss_mask[0]
 
 
+def test_a_response_is_moved_to_another_prompt(tokenizer):
+    """As the KL that KTO starts from wants it: both responses of a pair have one prompt."""
+    pairs = [{"prompt": p, "chosen": f" {p}", "rejected": f" not {p}"} for p in ("Ask", "Tell")]
+    for rows, others in (
+        (pairs, [2, 2, 0, 0]),
+        ([*pairs, pairs[0]], [2, 2, 4, 4, 2, 2]),
+        (pairs[:1], [1, 0]),
+    ):
+        encoded = encode_responses(tokenizer, read_judgements(rows), 64)
+        moved = encoded.mismatched(64)
+        for place, other in enumerate(others):
+            prompt = encoded.tokens[place][: encoded.prompts[place]]
+            response = encoded.tokens[other][encoded.prompts[other] :]
+            assert moved.tokens[place].tolist() == [*prompt, *response]
+        assert [len(ids) for ids in encoded.mismatched(3).tokens] == [3] * len(others)
+
+
 def test_rows_that_are_too_long_are_left_out_or_refused(tokenizer):
     data = read_preferences(ROWS)
     lengths = encode_responses(tokenizer, data, 64).tokens.lengths.reshape(-1, 2).max(axis=1)
