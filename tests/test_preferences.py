@@ -280,6 +280,20 @@ def test_batches_hold_both_responses_and_mark_their_tokens(tokenizer):
     assert not batch.loss_mask[0]
 
 
+def test_pairs_without_a_preference_are_no_judgements(tokenizer):
+    pair = {"prompt": "Ask", "chosen": " a", "rejected": " b"}
+    tied = [pair | {"rejected": " a"}, pair | {"score_chosen": 2, "score_rejected": 2.0}]
+    data = read_judgements([tied[0], pair, tied[1]])
+    assert list(data.completions) == [" a", " b"]
+    assert list(data.ties) == ["row 1", "row 3"]
+    encoded = encode_responses(tokenizer, data, 64)
+    assert PreferenceReport.of(data, None, encoded, None, 64).ties.count == 2
+    with pytest.raises(DataError, match="no row has a prompt and two different responses"):
+        read_judgements(tied)
+    with pytest.raises(DataError, match="'score_chosen' 1 is below 'score_rejected' 2"):
+        read_judgements([pair | {"score_chosen": 1, "score_rejected": 2}])
+
+
 def test_a_response_is_moved_to_another_prompt(tokenizer):
     """As the KL that KTO starts from wants it: both responses of a pair have one prompt."""
     pairs = [{"prompt": p, "chosen": f" {p}", "rejected": f" not {p}"} for p in ("Ask", "Tell")]
