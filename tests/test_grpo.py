@@ -57,7 +57,8 @@ def require_same(a, b):
 
 
 def learnt_from(made, scores, responses=([1], [2, 2], [3, 3], [4, 4, 4]), **data):
-    prompts = Prompts([np.array([1], np.int32)] * 4, [[1]] * 4)
+    count = len(responses)
+    prompts = Prompts([np.array([1], np.int32)] * count, [[1]] * count)
     rollout = Rollout.of(prompts, responses)
     given = {"logprobs": np.zeros(rollout.response_offsets[-1])} | data
     scores = np.array(scores, float)
@@ -118,6 +119,8 @@ def test_groups_without_spread_are_left_out():
     assert figures["grpo/flat_groups"] == 1
     whole, _, _ = learnt_from(trainer(group_size=2), [1.0, 3.0, 5.0, 5.0])
     assert len(whole) == 4
+    _, _, figures = learnt_from(trainer(group_size=3), [0.1] * 3 + [0.1, 0.1, 0.2], [[1]] * 6)
+    assert figures["grpo/flat_groups"] == 1  # though the mean of three 0.1 is none
     flat = trainer(dynamic_sampling=True, reward=lambda p, r: [1.0] * len(r))
     before = weights(flat)
     record = flat.step(PROBLEMS[:4])

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loopos.errors import ConfigError
+from loopos.backends import available_backends, use_backend
+from loopos.errors import ConfigError, InputError
 from loopos.methods import losses
 
 LN2 = 0.6931471805599453
@@ -297,3 +298,75 @@ def test_shapes_are_not_broadcast(name):
     function, inputs, _ = CASES[name]
     with pytest.raises(ValueError, match=r"expected the shape \(11,\) of "):
         function(inputs[0], inputs[1][:1], *inputs[2:])
+
+
+# -- what is no array of floats --------------------------------------------------------------------
+
+WHOLE = {name: case for name, case in CASES.items() if name not in ("orpo", "kto")}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_numbers_and_lists_are_taken_as_floats(name):
+    """As integers, gradients and advantages would be cut to 0 and 1 in silence."""
+    function, inputs, _ = WHOLE[name]
+    real = [np.round(2 * x) if x.dtype == np.float64 else x for x in inputs]
+    expected = function(*real)
+    for whole in ([x.astype(int) for x in real], [x.astype(int).tolist() for x in real]):
+        found = function(*whole)
+        assert found[:2] == expected[:2]
+        for gradient, right in zip(found[2:], expected[2:], strict=True):
+            assert gradient.dtype == np.float64
+            np.testing.assert_array_equal(gradient, right)
+    narrow = [inputs[0].astype(np.float32), *(x.astype(int) for x in real[1:])]
+    assert function(*narrow)[2].dtype == np.float32
+
+
+@pytest.mark.parametrize("kind", [bool, int, np.float32])
+def test_rewards_of_0_and_1_have_advantages_between(kind):
+    rewards = np.array([1, 0, 1, 1]).astype(kind)
+    plain = losses.grpo_advantages(rewards, 4, scale="none")
+    assert plain.tolist() == [0.25, -0.75, 0.25, 0.25]
+    np.testing.assert_allclose(losses.grpo_advantages(rewards, 4, eps=0.0), plain * 2)
+    np.testing.assert_allclose(losses.rloo_advantages(rewards, 4), plain * 4 / 3, rtol=1e-6)
+    np.testing.assert_allclose(losses.whiten(rewards, eps=0.0), plain * 2, rtol=1e-6)
+    assert losses.token_rewards(rewards, [0.5], [0, 4], 0.5).tolist() == [-0.5, 0, -0.5, 0]
+
+
+@pytest.mark.parametrize("backend", sorted(available_backends()))
+def test_gae_takes_whole_numbers_and_refuses_other_segments(backend):
+    with use_backend(backend):
+        advantages, returns = losses.gae([0, 0, 0, 1], [0, 0, 0, 1], [0, 4], 0.9, 0.95)
+        np.testing.assert_allclose(advantages, [0.657923, 0.7695, 0.9, 0], atol=1e-6)
+        np.testing.assert_allclose(returns, [0.657923, 0.7695, 0.9, 1], atol=1e-6)
+        ones = np.ones(4, np.float32)
+        for offsets in ([0, 3], [1, 4], [0, 40], [0, 5, 2, 4], [-3, 4], [0]):
+            with pytest.raises(InputError, match="offsets: expected to rise from 0 to 4, the num"):
+                losses.gae(ones, ones, np.array(offsets))
+        for offsets in ([0.0, 4.0], [[0, 4]], 4, []):
+            with pytest.raises(InputError, match=r"offsets: expected whole numbers \[B \+ 1\]"):
+                losses.gae(ones, ones, offsets)
+        with pytest.raises(InputError, match="rewards: expected one dimension"):
+            losses.gae(ones[:, None], ones[:, None], [0, 4])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: losses.whiten(np.zeros(0)), "x: expected at least one value"),
+        (lambda: losses.whiten(["a", "b"]), "x: expected an array of numbers, found type <U1"),
+        (lambda: losses.gae([[1], [1, 2]], [0, 0], [0, 2]), "rewards: expected an array of num"),
+        (lambda: losses.ppo_loss_and_grad(A, None, C, 0.2), "old_logprobs: expected an array"),
+        (lambda: losses.ppo_loss_and_grad(A, B, C, -0.2), "clip_epsilon: expected at least 0"),
+        (lambda: losses.ppo_loss_and_grad(A, B, C, 0.2, -1), "clip_epsilon_high: expected at"),
+        (lambda: losses.value_loss_and_grad(A, B, C, -1), "clip_epsilon: expected at least 0"),
+        (lambda: losses.token_rewards(A, A, [0, 11], 0.1), "scores: expected 1, found shape"),
+        (lambda: losses.token_rewards(A, A[:1], [0, 7], 0.1), "offsets: expected to rise from 0"),
+        (lambda: losses.simpo_loss_and_grad(A, B, 0 * LENGTHS[0], LENGTHS[1]), "chosen_lengths"),
+        (lambda: losses.orpo_loss_and_grad(-A, -B, LENGTHS[0], 0 * LENGTHS[1]), "rejected_len"),
+    ],
+)
+def test_what_is_no_input_is_refused_in_one_sentence(call, message):
+    with pytest.raises(InputError, match=message) as caught:
+        call()
+    assert isinstance(caught.value, ValueError)
+    assert "\n" not in str(caught.value)

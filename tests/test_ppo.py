@@ -392,8 +392,12 @@ def test_the_first_pass_may_be_the_one_that_was_recorded(more, monkeypatch):
         ({"reward_normalisation": "std"}, "training.reward_normalisation"),
         ({"critic": "shared", "critic_learning_rate": 1e-3}, "shared critic has the policy's"),
         ({"critic": "shared", "score_after_end": True}, "needs a separate critic"),
+        ({"kl_coefficient": 0.0, "adaptive_kl_target": 1.0}, "steers a kl_coefficient above 0"),
         ({"tf1_epsilon": True, "optimizer": "sgd"}, "sgd, which has no eps"),
         ({"max_new_tokens": True}, "training.max_new_tokens"),
+        ({"stop_ids": (0, 9)}, "training.stop_ids: 9 is outside the vocabulary of 9"),
+        ({"reference": model(1, vocab_size=11)}, "has a vocab_size of 11, the policy has 9"),
+        ({"reference": model(1, causal=False)}, "the reference: expected a causal model"),
         ({"seed": -1}, "seed: expected a whole number that is not negative"),
     ],
 )

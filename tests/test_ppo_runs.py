@@ -262,6 +262,8 @@ def test_rewards_of_several_kinds():
     for bad, message in (
         (3, "a callable"), ([Model()], "a pair"), ({"a": (Model(), "b")}, "weight"),
         ([], "at least one"),
+        ({"total": (by_ids, 1.0), "b": (by_ids, 1.0)}, "reward 'total': a part needs another name"),
+        ({"score": (by_ids, 1.0), "b": (by_ids, 1.0)}, "reward 'score': a part needs another name"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=message):
             trainer(reward=bad)

@@ -283,6 +283,37 @@ def test_batches_hold_both_responses_and_mark_their_tokens(tokenizer):
     assert not batch.loss_mask[0]
 
 
+def test_pairs_without_a_preference_are_no_judgements(tokenizer):
+    pair = {"prompt": "Ask", "chosen": " a", "rejected": " b"}
+    tied = [pair | {"rejected": " a"}, pair | {"score_chosen": 2, "score_rejected": 2.0}]
+    data = read_judgements([tied[0], pair, tied[1]])
+    assert list(data.completions) == [" a", " b"]
+    assert list(data.ties) == ["row 1", "row 3"]
+    encoded = encode_responses(tokenizer, data, 64)
+    assert PreferenceReport.of(data, None, encoded, None, 64).ties.count == 2
+    with pytest.raises(DataError, match="no row has a prompt and two different responses"):
+        read_judgements(tied)
+    with pytest.raises(DataError, match="'score_chosen' 1 is below 'score_rejected' 2"):
+        read_judgements([pair | {"score_chosen": 1, "score_rejected": 2}])
+
+
+def test_a_response_is_moved_to_another_prompt(tokenizer):
+    """As the KL that KTO starts from wants it: both responses of a pair have one prompt."""
+    pairs = [{"prompt": p, "chosen": f" {p}", "rejected": f" not {p}"} for p in ("Ask", "Tell")]
+    for rows, others in (
+        (pairs, [2, 2, 0, 0]),
+        ([*pairs, pairs[0]], [2, 2, 4, 4, 2, 2]),
+        (pairs[:1], [1, 0]),
+    ):
+        encoded = encode_responses(tokenizer, read_judgements(rows), 64)
+        moved = encoded.mismatched(64)
+        for place, other in enumerate(others):
+            prompt = encoded.tokens[place][: encoded.prompts[place]]
+            response = encoded.tokens[other][encoded.prompts[other] :]
+            assert moved.tokens[place].tolist() == [*prompt, *response]
+        assert [len(ids) for ids in encoded.mismatched(3).tokens] == [3] * len(others)
+
+
 def test_rows_that_are_too_long_are_left_out_or_refused(tokenizer):
     data = read_preferences(ROWS)
     lengths = encode_responses(tokenizer, data, 64).tokens.lengths.reshape(-1, 2).max(axis=1)

@@ -7,6 +7,7 @@ import pytest
 
 from loopos import use_backend
 from loopos.backends import available_backends
+from loopos.data.preferences import plain_chat
 from loopos.data.tokenizer import train_bpe
 from loopos.errors import ConfigError
 from loopos.methods.reinforcement import ModelReward, ReinforcementTrainer
@@ -112,3 +113,18 @@ def test_rewards_of_the_facade(tokenizer):
     np.testing.assert_array_equal(  # the critic has moved from the reward model's head
         np.sign(both.ppo.critic.weight.data), np.sign(both.reward_model.weight.data)
     )
+
+
+def test_conversations_are_written_by_the_template_of_the_facade():
+    tokenizer = train_bpe([" ".join([*PROMPTS, *WORDS])] * 20, 300)
+    tokenizer.chat_template = "{{ messages }}"
+    blue, red = ([{"role": "assistant", "content": word}] for word in ("blue", "red"))
+    rows = [{"prompt": [{"role": "user", "content": prompt}], "chosen": blue, "rejected": red}
+            for prompt in PROMPTS]  # fmt: skip
+    with pytest.raises(ConfigError, match="give the trainer what renders it, chat=..."):
+        make(tokenizer).train_reward_model(rows, num_epochs=1)
+    trainer = make(tokenizer, chat=plain_chat)
+    trainer.train_reward_model(rows, num_epochs=6, batch_size=4, learning_rate=3e-3)
+    asked = [plain_chat(row["prompt"], add_generation_prompt=True) for row in rows]
+    blue, red = (trainer.compute_reward(asked, [f" {word}"] * 16) for word in ("blue", "red"))
+    assert (blue > red).all()

@@ -146,7 +146,11 @@ def test_line_6_rollouts_are_of_the_whole_distribution(cut):
 
 
 def test_line_6_a_finished_row_leaves_the_batch(monkeypatch):
-    """Each token but the last of a response goes through the model once, and no other."""
+    """Each token but the last of a response goes through the model once, and no other.
+
+    Of prompts what several begin with is computed once; the last token of each always is, for its
+    logits are wanted.
+    """
     made = trainer(stop_ids=(0, 1, 2), max_new_tokens=12, batch_size=24)
     seen, inner = [], made.policy.get_hidden_states
 
@@ -158,8 +162,14 @@ def test_line_6_a_finished_row_leaves_the_batch(monkeypatch):
     with use_backend("numpy"):
         rollout = made.sample(PROMPTS)
     assert rollout.lengths.min() < rollout.lengths.max()
+    prefixes, repeated = set(), 0
+    for prompt in PROMPTS:
+        repeated += tuple(prompt) in prefixes
+        prefixes |= {tuple(prompt[: n + 1]) for n in range(len(prompt))}
+    assert repeated > 0
+    assert len(prefixes) + repeated < rollout.prompt_lengths.sum()
     decoded = (rollout.lengths - 1).sum()
-    assert sum(seen) == rollout.prompt_lengths.sum() + decoded
+    assert sum(seen) == len(prefixes) + repeated + decoded
     assert seen[-1] == (rollout.lengths == rollout.lengths.max()).sum()
 
 

@@ -179,10 +179,13 @@ class Judgements(_Answered):
         The response to each.
     desirable : ndarray bool [n]
         Whether it is a good one.
+    ties : sequence of str
+        Where pairs stood whose responses are equal, or equally good, and which were left out.
     """
 
     completions: Sequence[str]
     desirable: Array
+    ties: Sequence[str] = field(default_factory=list, kw_only=True)
 
     @property
     def responses(self) -> tuple[Sequence[str], ...]:
@@ -434,25 +437,38 @@ def read_judgements(source: Source) -> Judgements:
     MissingFileError, DataError, OutputError
         As :func:`read_preferences`.
     """
-    kept, labels, some = _Kept(1), array.array("b"), False
+    kept, labels, some, ties = _Kept(1), array.array("b"), False, PlacesBuilder()
     with closing(iter_rows(source)) as rows:
         for row in rows:
             some = True
-            for texts, messages, label in _judged(row):
+            judged = _judged(row)
+            if not judged:
+                ties.append(row.file, row.number)
+            for texts, messages, label in judged:
                 if kept.add(row, texts, messages):
                     labels.append(label)
+    tied = ties.finish()
     if not len(kept):
         what = "no row has a prompt" if some else "there is no row in it"
+        if len(tied):
+            what += " and two different responses"
         raise DataError(f"{name_of(source)}: {what}")
     prompts, completions = kept.texts()
     desirable = np.array(labels, dtype=bool)
-    return Judgements(prompts, kept.where.finish(), completions, desirable, **kept.rest())
+    return Judgements(
+        prompts, kept.where.finish(), completions, desirable, ties=tied, **kept.rest()
+    )
 
 
 def _judged(row: Row) -> list[tuple[list[str], _Messages | None, bool]]:
-    """Return prompt and response, its messages and whether it is a good one, of each of a row."""
+    """Return prompt and response, its messages and whether it is a good one, of each of a row.
+
+    Of a pair without a preference there is none.
+    """
     if "completion" not in row.fields and "chosen" in row.fields:
         (prompt, *sides), messages = _pair(row)
+        if _tied(row) or sides[0] == sides[1]:
+            return []
         answers = [None, None] if messages is None else [(messages[0], [a]) for a in messages[1]]
         return [
             ([prompt, side], answer, good)

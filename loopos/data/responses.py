@@ -85,13 +85,38 @@ class Responses:
         return (samples[:, None] * self.per_sample + each).reshape(-1)
 
     def mismatched(self, max_length: int) -> Responses:
-        """Return each sample's prompt with the response of the next one, cut to `max_length`."""
-        builder, count = TokenStoreBuilder(), len(self.tokens)
+        """Return each sample's prompt with the response to another one, cut to `max_length`.
+
+        It is that of the next sample with another prompt, such as where pairs were taken apart; of
+        the next one where all have the same.
+        """
+        builder, others = TokenStoreBuilder(), self._others()
         for place, begin in enumerate(self.prompts.tolist()):
-            other = (place + 1) % count
+            other = others[place]
             response = self.tokens[other][self.prompts[other] :]
             builder.append(np.concatenate([self.tokens[place][:begin], response])[:max_length])
         return replace(self, tokens=builder.finish())
+
+    def _others(self) -> list[int]:
+        """Return for each response the place of the next one to another prompt, going around."""
+        count = len(self.tokens)
+        others = [(i + 1) % count for i in range(count)]
+        changes = [
+            not np.array_equal(self._prompt(here), self._prompt(following))
+            for here, following in enumerate(others)
+        ]
+        ahead: int | None = None
+        for step in range(2 * count - 1, -1, -1):  # twice around: the last ones look at the first
+            here = step % count
+            if changes[here]:
+                ahead = (here + 1) % count
+            if ahead is not None:
+                others[here] = ahead
+        return others
+
+    def _prompt(self, place: int) -> Array:
+        prompt: Array = self.tokens[place][: self.prompts[place]]
+        return prompt
 
 
 def encode_responses(

@@ -37,7 +37,7 @@ def generate(
     """Generate samples for each prompt.
 
     Rows that stop leave the batch and waiting prompts take their place. The samples of a prompt,
-    and prompts that begin with the same 16 tokens or more, compute what they have in common once.
+    and prompts that begin with the same tokens, compute what they have in common once.
     What a row becomes depends on the model, the options, its prompt and its indices alone, not on
     the other prompts, `batch_size` or the number of threads: to the byte on the Cython backend.
 

@@ -120,9 +120,9 @@ class GRPOTrainer(PolicyTrainer):
             advantages = rloo_advantages(scores, size)
         else:
             advantages = grpo_advantages(scores, size, options.scale)
-        deviations = scored.final.reshape(-1, size).std(axis=1)
-        flat = deviations == 0
-        figures["grpo/score_std"] = float(deviations.mean())
+        groups = scored.final.reshape(-1, size)
+        flat = np.ptp(groups, axis=1) == 0  # the deviation of equal scores may be rounded
+        figures["grpo/score_std"] = float(groups.std(axis=1).mean())
         figures["grpo/flat_groups"] = int(flat.sum())
         lengths = rollout.lengths
         dtype = data["logprobs"].dtype

@@ -2,9 +2,10 @@
 
 A loss returns ``(sum, count, gradient...)``: the sum over its own tokens, sequences or pairs, how
 many there were, and the gradient of the *sum* with respect to its direct inputs. Divide once, by
-the total of the counts of a whole step. Everything works in float32 and float64; sums are added in
-float64. Tokens are ragged: an array holds those that count, sequence after sequence, and nothing
-else.
+the total of the counts of a whole step. Everything works in float32 and float64; whole numbers,
+such as rewards of 0 and 1, count as float64; sums are added in float64. Tokens are ragged: an array
+holds those that count, sequence after sequence, and nothing else. What holds no numbers, or another
+number of them, is refused with an InputError (a ValueError).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from loopos.backends import get_backend
-from loopos.errors import ConfigError, nearest
+from loopos.errors import ConfigError, InputError, nearest
+from loopos.methods.loss_inputs import floats, require_at_least, segments
 
 __all__ = [
     "DPO_LOSSES",
@@ -55,15 +57,6 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
         )
 
 
-def _same_shape(**arrays: Array | None) -> None:
-    """Refuse arrays that would be broadcast in silence."""
-    given = {name: np.shape(array) for name, array in arrays.items() if array is not None}
-    (first, shape), *others = given.items()
-    for name, found in others:
-        if found != shape:
-            raise ValueError(f"{name}: expected the shape {shape} of {first}, found {found}")
-
-
 def _log_sigmoid(x: Array) -> Array:
     """``log(1 / (1 + exp(-x)))`` without overflow."""
     result: Array = np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x)))
@@ -96,10 +89,11 @@ def bradley_terry_loss_and_grad(
     total, count : float
     dchosen, drejected : ndarray [B]
     """
-    _same_shape(chosen=chosen, rejected=rejected, margins=margins)
+    more = {} if margins is None else {"margins": margins}
+    chosen, rejected, *leads = floats(chosen=chosen, rejected=rejected, **more)
     lead = chosen - rejected
-    if margins is not None:
-        lead = lead - margins.astype(lead.dtype)
+    for margin in leads:
+        lead = lead - margin.astype(lead.dtype)
     dlead = -_sigmoid(-lead)
     return -_total(_log_sigmoid(lead)), float(lead.size), dlead, -dlead
 
@@ -112,7 +106,7 @@ def centering_loss_and_grad(chosen: Array, rejected: Array) -> tuple[float, floa
     total, count : float
     dchosen, drejected : ndarray [B]
     """
-    _same_shape(chosen=chosen, rejected=rejected)
+    chosen, rejected = floats(chosen=chosen, rejected=rejected)
     both = chosen + rejected
     return _total(both * both), float(both.size), 2 * both, 2 * both
 
@@ -143,7 +137,7 @@ def kl_estimate(
         If there is no such estimator.
     """
     _one_of("estimator", estimator, KL_ESTIMATORS)
-    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs)
+    logprobs, ref_logprobs = floats(logprobs=logprobs, ref_logprobs=ref_logprobs)
     d: Array = logprobs - ref_logprobs
     if estimator == "k1":
         return d
@@ -166,6 +160,7 @@ def kl_loss_and_grad(
     total, count : float
     dlogprobs : ndarray [N]
     """
+    logprobs, ref_logprobs = floats(logprobs=logprobs, ref_logprobs=ref_logprobs)
     kl = kl_estimate(logprobs, ref_logprobs, estimator)
     d = logprobs - ref_logprobs
     gradient = {"k1": np.ones_like(d), "k2": d, "k3": -np.expm1(-d)}[estimator]
@@ -190,9 +185,12 @@ def token_rewards(kl: Array, scores: Array, offsets: Array, kl_coefficient: floa
     -------
     ndarray [N]
     """
+    (kl,), (scores,) = floats(kl=kl), floats(scores=scores)
+    offsets = segments(offsets, kl.size)
     if (np.diff(offsets) < 1).any():
-        raise ValueError(f"offsets: response {int(np.argmin(np.diff(offsets)))} is empty")
-    _same_shape(offsets=offsets[1:], scores=scores)
+        raise InputError(f"offsets: response {int(np.argmin(np.diff(offsets)))} is empty")
+    if scores.shape != (offsets.size - 1,):
+        raise InputError(f"scores: expected {offsets.size - 1}, found shape {scores.shape}")
     rewards: Array = kl * kl.dtype.type(-kl_coefficient)
     rewards[offsets[1:] - 1] += scores.astype(kl.dtype)
     return rewards
@@ -234,8 +232,10 @@ def gae(
     -------
     advantages, returns : ndarray [N]
     """
-    _same_shape(rewards=rewards, values=values)
-    return get_backend().gae(rewards, values, np.asarray(offsets), gamma, lam)
+    rewards, values = floats(rewards=rewards, values=values)
+    if rewards.ndim != 1:
+        raise InputError(f"rewards: expected one dimension, found shape {rewards.shape}")
+    return get_backend().gae(rewards, values, segments(offsets, rewards.size), gamma, lam)
 
 
 def whiten(x: Array, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8) -> Array:
@@ -251,6 +251,9 @@ def whiten(x: Array, shift_mean: bool = True, unbiased: bool = True, eps: float 
     eps : float
         Added to the variance.
     """
+    (x,) = floats(x=x)
+    if not x.size:
+        raise InputError("x: expected at least one value")
     mean = np.mean(x, dtype=np.float64)
     freedom = max(x.size - 1, 1) if unbiased else x.size
     variance = np.sum((x - mean) ** 2, dtype=np.float64) / freedom
@@ -286,10 +289,11 @@ def grpo_advantages(
     ------
     ConfigError
         If there is no such scale.
-    ValueError
+    InputError
         If the rewards are not whole groups of at least two.
     """
     _one_of("scale", scale, ("group", "batch", "none"))
+    (rewards,) = floats(rewards=rewards)
     groups = _groups(rewards, group_size)
     centred = groups - groups.mean(axis=1, keepdims=True)
     if scale == "group":
@@ -304,6 +308,7 @@ def rloo_advantages(rewards: Array, group_size: int) -> Array:
 
     Parameters and errors as :func:`grpo_advantages`.
     """
+    (rewards,) = floats(rewards=rewards)
     groups = _groups(rewards, group_size)
     others = (groups.sum(axis=1, keepdims=True) - groups) / (group_size - 1)
     return (groups - others).reshape(-1).astype(rewards.dtype)
@@ -311,9 +316,9 @@ def rloo_advantages(rewards: Array, group_size: int) -> Array:
 
 def _groups(rewards: Array, group_size: int) -> Array:
     if group_size < 2:
-        raise ValueError(f"group_size: expected at least 2, found {group_size}")
+        raise InputError(f"group_size: expected at least 2, found {group_size}")
     if rewards.ndim != 1 or rewards.size % group_size:
-        raise ValueError(
+        raise InputError(
             f"rewards: expected whole groups of {group_size}, found shape {rewards.shape}"
         )
     return rewards.astype(np.float64).reshape(-1, group_size)
@@ -345,9 +350,13 @@ def ppo_loss_and_grad(
     total, count : float
     dlogprobs : ndarray [N]
     """
-    _same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    logprobs, old_logprobs, advantages = floats(
+        logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages
+    )
     kind = logprobs.dtype.type
     high = clip_epsilon if clip_epsilon_high is None else clip_epsilon_high
+    require_at_least("clip_epsilon", clip_epsilon, 0)
+    require_at_least("clip_epsilon_high", high, 0)
     ratio = np.exp(logprobs - old_logprobs)
     clipped = np.clip(ratio, kind(1 - clip_epsilon), kind(1 + high))
     free, held = -advantages * ratio, -advantages * clipped
@@ -372,10 +381,11 @@ def value_loss_and_grad(
     total, count : float
     dvalues : ndarray [N]
     """
-    _same_shape(values=values, old_values=old_values, returns=returns)
+    values, old_values, returns = floats(values=values, old_values=old_values, returns=returns)
     error = values - returns
     if clip_epsilon is None:
         return _total(error * error) / 2, float(values.size), error
+    require_at_least("clip_epsilon", clip_epsilon, 0)
     kind = values.dtype.type
     near = np.clip(values, old_values - kind(clip_epsilon), old_values + kind(clip_epsilon))
     held = near - returns
@@ -427,7 +437,9 @@ def dpo_loss_and_grad(
     _one_of("loss_type", loss_type, DPO_LOSSES)
     if label_smoothing and loss_type != "sigmoid":
         raise ConfigError(f"label_smoothing: the loss '{loss_type}' has none")
-    _same_shape(chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected)
+    chosen, rejected, ref_chosen, ref_rejected = floats(
+        chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+    )
     h = (chosen - ref_chosen) - (rejected - ref_rejected)
     b, e = h.dtype.type(beta), h.dtype.type(label_smoothing)
     if loss_type == "sigmoid":
@@ -465,10 +477,9 @@ def simpo_loss_and_grad(
     total, count : float
     dchosen, drejected : ndarray [B]
     """
-    _same_shape(
-        chosen=chosen, rejected=rejected,
-        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths,
-    )  # fmt: skip
+    chosen, rejected, chosen_lengths, rejected_lengths = _sums_and_lengths(
+        chosen, rejected, chosen_lengths, rejected_lengths
+    )
     b = chosen.dtype.type(beta)
     each_chosen = b / chosen_lengths.astype(chosen.dtype)
     each_rejected = b / rejected_lengths.astype(chosen.dtype)
@@ -476,6 +487,18 @@ def simpo_loss_and_grad(
     dlead = -_sigmoid(-lead)
     total = -_total(_log_sigmoid(lead))
     return total, float(lead.size), dlead * each_chosen, -dlead * each_rejected
+
+
+def _sums_and_lengths(
+    chosen: Array, rejected: Array, chosen_lengths: Array, rejected_lengths: Array
+) -> list[Array]:
+    """Return log-probabilities and lengths of both sides, checked."""
+    require_at_least("chosen_lengths", chosen_lengths, 1)
+    require_at_least("rejected_lengths", rejected_lengths, 1)
+    return floats(
+        chosen=chosen, rejected=rejected,
+        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths,
+    )  # fmt: skip
 
 
 def orpo_loss_and_grad(
@@ -498,10 +521,9 @@ def orpo_loss_and_grad(
     total, count : float
     dchosen, drejected : ndarray [B]
     """
-    _same_shape(
-        chosen=chosen, rejected=rejected,
-        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths,
-    )  # fmt: skip
+    chosen, rejected, chosen_lengths, rejected_lengths = _sums_and_lengths(
+        chosen, rejected, chosen_lengths, rejected_lengths
+    )
     sizes = [n.astype(chosen.dtype) for n in (chosen_lengths, rejected_lengths)]
     means = [chosen / sizes[0], rejected / sizes[1]]
     rests = [-np.expm1(mean) for mean in means]  # 1 - p
@@ -540,7 +562,9 @@ def kto_loss_and_grad(
     total, count : float
     dlogprobs : ndarray [B]
     """
-    _same_shape(logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable)
+    logprobs, ref_logprobs, desirable = floats(
+        logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable
+    )
     kind = logprobs.dtype.type
     sign = np.where(desirable, kind(1), kind(-1))
     weight = np.where(desirable, kind(desirable_weight), kind(undesirable_weight))

@@ -89,6 +89,12 @@ class PolicyTrainer(PolicyUpdates):
         self.policy.gradient_checkpointing = options.gradient_checkpointing
         _ = self.policy.head_weight  # says what is missing
         self.reward = Reward(reward)
+        outside = [i for i in options.stop_ids if i >= self.policy.config.vocab_size]
+        if outside:
+            raise ConfigError(
+                f"training.stop_ids: {outside[0]} is outside the vocabulary "
+                f"of {self.policy.config.vocab_size}"
+            )
         train_only(self.policy.parameters(), trained_body(self.policy))
         if reference is policy:
             reference = None
@@ -109,6 +115,7 @@ class PolicyTrainer(PolicyUpdates):
             theirs = [p.data for p in given.parameters().values()]
             if any(np.shares_memory(a, b) for a in mine for b in theirs):
                 raise ConfigError("the reference shares weights with the policy, which changes")
+            _require_comparable(given, self.policy)
             return given
         if not self.options.needs_reference:
             return None
@@ -494,6 +501,15 @@ class PolicyTrainer(PolicyUpdates):
     def save(self, directory: str | Path) -> None:
         """Write policy and tokenizer; transformers loads them back."""
         self.policy.save(directory, self.tokenizer)
+
+
+def _require_comparable(reference: Transformer, policy: Transformer) -> None:
+    """Refuse a reference that does not say how probable the policy's tokens are."""
+    if not reference.config.causal or not reference.config.lm_head:
+        raise ConfigError("the reference: expected a causal model with a language-model head")
+    theirs, mine = reference.config.vocab_size, policy.config.vocab_size
+    if theirs != mine:
+        raise ConfigError(f"the reference has a vocab_size of {theirs}, the policy has {mine}")
 
 
 def _nothing() -> None:

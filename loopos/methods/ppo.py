@@ -102,6 +102,8 @@ class Options(PolicyOptions):
             require(self, name, isinstance(getattr(self, name), bool), "true or false")
         if self.critic_learning_rate is not None and self.critic == "shared":
             raise ConfigError("training.critic_learning_rate: a shared critic has the policy's")
+        if self.adaptive_kl_target is not None and not self.kl_coefficient:
+            raise ConfigError("training.adaptive_kl_target: steers a kl_coefficient above 0 only")
         if self.score_after_end and self.critic == "shared":
             raise ConfigError("training.score_after_end: needs a separate critic")
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from loopos.autograd import Array, no_grad
 from loopos.data.batch import Batch
+from loopos.data.preferences import Render
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError
 from loopos.generation import SamplingOptions, generate
@@ -84,6 +85,8 @@ class ReinforcementTrainer:
         Of PPO.
     reference : Transformer, optional
         In place of a copy of the start.
+    chat : callable, optional
+        Writes preferences that are conversations, as :class:`RewardTrainer` takes it.
     seed : int
     **overrides
         Options of PPO by name.
@@ -111,6 +114,7 @@ class ReinforcementTrainer:
         reward_model: RewardModel | None = None,
         options: Options | None = None,
         reference: Transformer | None = None,
+        chat: Render | None = None,
         seed: int = 0,
         **overrides: Any,
     ):
@@ -120,7 +124,7 @@ class ReinforcementTrainer:
         self.options = with_overrides(options or Options(), overrides)
         self._reward, self._weight, self._reference = reward, reward_weight, reference
         start = RewardModel(copy_of(policy), seed) if reward_model is None else reward_model
-        self.rewards = RewardTrainer(start, tokenizer, seed=seed)
+        self.rewards = RewardTrainer(start, tokenizer, chat=chat, seed=seed)
         self._has_model = reward_model is not None
         self.ppo: PPOTrainer | None = None
 

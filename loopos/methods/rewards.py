@@ -18,6 +18,8 @@ __all__ = ["NORMALISATIONS", "Normaliser", "Reward"]
 
 Normalisation = Literal["none", "mean", "mean_std", "running"]
 NORMALISATIONS = ("none", "mean", "mean_std", "running")
+#: What follows "reward/" in records already.
+_TAKEN = ("score", "score_std", "total")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Reward:
     Raises
     ------
     ConfigError
-        If it is none of these.
+        If it is none of these, or a part has the name of a figure of the sum.
     """
 
     def __init__(self, reward: Any):
@@ -55,6 +57,9 @@ class Reward:
             pairs = [("score", (reward, 1.0))]
         if not pairs:
             raise ConfigError("reward: expected at least one part")
+        for name, _ in pairs if len(pairs) > 1 else ():
+            if name in _TAKEN:
+                raise ConfigError(f"reward '{name}': a part needs another name, this is the sum's")
         self._parts = [_part(name, pair) for name, pair in pairs]
 
     def __call__(self, rollout: Rollout) -> tuple[Array, dict[str, float]]:
