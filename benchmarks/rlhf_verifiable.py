@@ -173,7 +173,7 @@ class Task:
 
 TASKS = {
     "pattern": Task(pattern_reward, date_prompts, lambda prompts: 1.0, 16, 100, 64, {}),
-    "solver": Task(solver_reward, rate_prompts, solver_maximum, 5, 300, 128,
+    "solver": Task(solver_reward, rate_prompts, solver_maximum, 5, 500, 128,
                    {"entropy_coefficient": 0.02}),
 }  # fmt: skip
 #: Examples of the supervised start; prompts asked.
