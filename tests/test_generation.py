@@ -314,6 +314,7 @@ def test_each_option_changes_the_result(change):
         ("temperature", -0.1, "a number of at least 0"),
         ("temperature", float("nan"), "a number of at least 0"),
         ("temperature", "hot", "a number of at least 0"),
+        ("temperature", 10**400, "a number of at least 0"),
         ("top_k", 1.5, "a whole number of at least 0"),
         ("top_p", 0, r"a number in \(0, 1\]"),
         ("min_p", 1.1, r"a number in \[0, 1\]"),
@@ -337,6 +338,17 @@ def test_numbers_of_numpy_are_as_good():
     )
     assert options == SamplingOptions(max_new_tokens=5, seed=4, top_p=0.5, stop_ids=(3,))
     assert generate(scrambled(GPT2), PROMPTS[:2], options)[0].ids.size <= 5
+
+
+def test_numbers_beyond_every_bound_are_taken_as_they_are_meant():
+    model = scrambled(GPT2)
+    expected = generate(model, PROMPTS[:3], SAMPLED)
+    assert_same(generate(model, PROMPTS[:3], SAMPLED, top_k=10**30), expected)
+    hot, cold = (generate(model, PROMPTS[:3], SAMPLED, temperature=t) for t in (1e300, 1e-300))
+    assert len({token for g in hot for token in g.ids.tolist()}) > 15
+    assert ids_of(cold) == ids_of(generate(model, PROMPTS[:3], SAMPLED, temperature=0))
+    (found,) = generate(model, [[1] * 90], max_new_tokens=10**30)
+    assert (found.ids.size, found.stop_reason) == (6, "context")
 
 
 def test_a_row_ends_where_the_context_does():
