@@ -101,7 +101,9 @@ def test_greedy_tokens_are_those_of_whole_forwards(name, dtype):
         assert result.text is None
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Qwen2", "Qwen3", "Mistral"])
+@pytest.mark.parametrize(
+    "name", ["GPT2", "Llama", "Llama biased", "Llama scaled", "Qwen2", "Qwen3", "Mistral"]
+)
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -110,9 +112,14 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     llama = {"hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 2, "head_dim": 6,
              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     slides = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
     configs = {"GPT2": gpt2, "Llama": llama, "Qwen2": llama | slides, "Qwen3": llama,
+               "Llama biased": llama | {"attention_bias": True, "mlp_bias": True},
+               "Llama scaled": llama | {"rope_parameters": rope},
                "Mistral": llama | {"sliding_window": 5}}  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(**configs[name], **common)
+    changes, name = configs[name], name.split()[0]
+    config = getattr(transformers, f"{name}Config")(**changes, **common)
     torch.manual_seed(1)
     theirs = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     theirs = theirs(config).eval()
