@@ -122,6 +122,14 @@ def test_examples_that_are_too_long_are_left_out_and_named():
         trainer().fit(data, max_steps=1, max_length=5)
 
 
+def test_an_example_in_which_nothing_counts_is_never_trained_as_nothing():
+    data = ReasoningExamples.of([*DATA, ReasoningExample("2 + 2?", (), "4")])
+    cot = trainer()
+    cot.fit(data, max_steps=1)  # its answer counts
+    with pytest.raises(DataError, match="^row 9: has no steps, and nothing else counts"):
+        cot.fit(data, max_steps=1, answer_weight=0.0)
+
+
 def test_answers_from_nowhere_are_reported():
     odd = ReasoningExample("2 + 2?", ("2 + 2 = 4.",), "5")
     fine = [ReasoningExample("2 + 2?", ("2 + 2 = $4.00",), "4"), DATA[0]]
