@@ -122,6 +122,14 @@ def test_examples_that_are_too_long_are_left_out_and_named():
         trainer().fit(data, max_steps=1, max_length=5)
 
 
+def test_an_example_in_which_nothing_counts_is_never_trained_as_nothing():
+    data = ReasoningExamples.of([*DATA, ReasoningExample("2 + 2?", (), "4")])
+    cot = trainer()
+    cot.fit(data, max_steps=1)  # its answer counts
+    with pytest.raises(DataError, match="^row 9: has no steps, and nothing else counts"):
+        cot.fit(data, max_steps=1, answer_weight=0.0)
+
+
 def test_answers_from_nowhere_are_reported():
     odd = ReasoningExample("2 + 2?", ("2 + 2 = 4.",), "5")
     fine = [ReasoningExample("2 + 2?", ("2 + 2 = $4.00",), "4"), DATA[0]]
@@ -216,6 +224,19 @@ def test_a_saved_model_knows_its_templates(learnt, tmp_path):
 def test_a_problem_that_fills_the_context_is_named():
     with pytest.raises(DataError, match="leaves no room for a solution"):
         trainer(max_seq_len=16).solve_with_reasoning("how many " * 20)
+
+
+def test_problems_that_leave_no_room_are_not_solved(learnt):
+    """One such row among others, left out of the training, ends neither evaluation nor round."""
+    long = ReasoningExample("how many pens " * 200, ("1 + 1 = 2.",), DATA[0].answer)
+    mixed = ReasoningExamples.of([long, *DATA])
+    figures = learnt.evaluate(mixed, Options(eval_samples=2, temperature=0.1))
+    assert (figures["asked"], figures["solved"], figures["accuracy"]) == (9, 8, 8 / 9)
+    assert figures["accuracy_voted"] == 8 / 9
+    kept = learnt.sample_solutions(mixed, Options(samples=2, temperature=2.0, max_new_tokens=40))
+    assert long.problem not in {example.problem for example in kept}
+    cot = trainer()
+    cot.fit(mixed, mixed, rounds=1, samples=1, max_steps=1, max_new_tokens=4, eval_problems=2)
 
 
 # -- votes -----------------------------------------------------------------------------------------

@@ -110,3 +110,14 @@ def test_what_does_not_fit_is_refused(backend):
         backend.sample(z, 1.0, 0, 1.0, 0.0, np.zeros(3))
     with pytest.raises(ValueError, match=r"z: expected shape \[any, at least 1\], found \[2, 0\]"):
         backend.sample(z[:, :0], 1.0, 0, 1.0, 0.0, np.zeros(2))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-45, 1e-30, 1e-11, 1e11, 1e30, 1e300])
+def test_extreme_temperatures_stay_within_the_vocabulary(backend, temperature):
+    rng = np.random.default_rng(2)
+    z = (rng.standard_normal((9, 70)) * 5).astype(np.float32)
+    ids = drawn(backend, z, (temperature, 0, 1, 0), np.append(rng.uniform(size=8), 1 - 2**-53))
+    if temperature < 1:
+        np.testing.assert_array_equal(ids, z.argmax(axis=1))
+    else:
+        assert ids[-1] == 69

@@ -118,6 +118,26 @@ def test_stop_strings_cut_the_text(stop, text, tokenizer, monkeypatch):
     assert "" not in pieces
 
 
+def test_a_tokenizer_that_closes_texts_does_not_close_prompts(tokenizer, speaker):
+    from tokenizers.processors import TemplateProcessing
+
+    backend = tokenizer._backend.__class__.from_str(tokenizer._backend.to_str())
+    end = "<|endoftext|>"
+    backend.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_id)]
+    )
+    closing = Tokenizer(backend, end)
+    assert closing.encode("the cat")[-1] == closing.eos_id
+    how = {"temperature": 0, "max_new_tokens": 12}
+    for text, ids in (
+        ("the cat", tokenizer.encode("the cat")),
+        (f"the cat{end}", [*tokenizer.encode("the cat"), tokenizer.eos_id]),
+    ):
+        (found,) = generate(speaker, [text], tokenizer=closing, **how)
+        (expected,) = generate(speaker, [ids], tokenizer=closing, **how)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+
+
 # -- text as it comes ----------------------------------------------------------------------------
 
 

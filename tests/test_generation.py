@@ -101,7 +101,9 @@ def test_greedy_tokens_are_those_of_whole_forwards(name, dtype):
         assert result.text is None
 
 
-@pytest.mark.parametrize("name", ["GPT2", "Llama", "Qwen2", "Qwen3", "Mistral"])
+@pytest.mark.parametrize(
+    "name", ["GPT2", "Llama", "Llama biased", "Llama scaled", "Qwen2", "Qwen3", "Mistral"]
+)
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
@@ -110,9 +112,14 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
     llama = {"hidden_size": 12, "intermediate_size": 9, "num_hidden_layers": 2, "head_dim": 6,
              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
     slides = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
     configs = {"GPT2": gpt2, "Llama": llama, "Qwen2": llama | slides, "Qwen3": llama,
+               "Llama biased": llama | {"attention_bias": True, "mlp_bias": True},
+               "Llama scaled": llama | {"rope_parameters": rope},
                "Mistral": llama | {"sliding_window": 5}}  # fmt: skip
-    config = getattr(transformers, f"{name}Config")(**configs[name], **common)
+    changes, name = configs[name], name.split()[0]
+    config = getattr(transformers, f"{name}Config")(**changes, **common)
     torch.manual_seed(1)
     theirs = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     theirs = theirs(config).eval()
@@ -314,6 +321,7 @@ def test_each_option_changes_the_result(change):
         ("temperature", -0.1, "a number of at least 0"),
         ("temperature", float("nan"), "a number of at least 0"),
         ("temperature", "hot", "a number of at least 0"),
+        ("temperature", 10**400, "a number of at least 0"),
         ("top_k", 1.5, "a whole number of at least 0"),
         ("top_p", 0, r"a number in \(0, 1\]"),
         ("min_p", 1.1, r"a number in \[0, 1\]"),
@@ -337,6 +345,17 @@ def test_numbers_of_numpy_are_as_good():
     )
     assert options == SamplingOptions(max_new_tokens=5, seed=4, top_p=0.5, stop_ids=(3,))
     assert generate(scrambled(GPT2), PROMPTS[:2], options)[0].ids.size <= 5
+
+
+def test_numbers_beyond_every_bound_are_taken_as_they_are_meant():
+    model = scrambled(GPT2)
+    expected = generate(model, PROMPTS[:3], SAMPLED)
+    assert_same(generate(model, PROMPTS[:3], SAMPLED, top_k=10**30), expected)
+    hot, cold = (generate(model, PROMPTS[:3], SAMPLED, temperature=t) for t in (1e300, 1e-300))
+    assert len({token for g in hot for token in g.ids.tolist()}) > 15
+    assert ids_of(cold) == ids_of(generate(model, PROMPTS[:3], SAMPLED, temperature=0))
+    (found,) = generate(model, [[1] * 90], max_new_tokens=10**30)
+    assert (found.ids.size, found.stop_reason) == (6, "context")
 
 
 def test_a_row_ends_where_the_context_does():

@@ -40,6 +40,37 @@ def test_forms_of_rows(tmp_path, row):
     assert list(read_reasoning([row])) == [TOM]
 
 
+@pytest.mark.parametrize(
+    "last", ["5", "Answer: 5", "**Answer:** 5", "The answer is 5.", "\\boxed{5}", "#### 5"]
+)
+def test_the_last_line_of_an_assistant_is_the_answer_without_its_mark(last):
+    said = [{"role": "user", "content": TOM.problem},
+            {"role": "assistant", "content": f"{TOM.steps[0]}\n\n{last}\n"}]  # fmt: skip
+    assert list(read_reasoning([{"messages": said}])) == [TOM]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (1234567.0, "1234567"), (0.1234567, "0.1234567"), (1e6, "1000000"), (-2.5, "-2.5"),
+        (12345678901, "12345678901"), (np.int64(7), "7"), (np.float32(0.5), "0.5"),
+        ("5 pens\nand 2 more", "5 pens and 2 more"),
+    ],
+)  # fmt: skip
+def test_answers_keep_every_digit_and_one_line(answer, expected):
+    row = {"problem": "a", "reasoning": ["s"], "answer": answer}
+    assert [e.answer for e in read_reasoning([row])] == [expected]
+    row = {"question": "a", "answer": f"s\n#### {answer}"}
+    if isinstance(answer, str):
+        assert [e.answer for e in read_reasoning([row])] == [expected]
+
+
+@pytest.mark.parametrize("answer", [True, float("nan"), float("inf"), None, [5]])
+def test_answers_that_are_no_answer(answer):
+    with pytest.raises(DataError, match="^row 1: .*answer"):
+        list(read_reasoning([{"problem": "a", "reasoning": ["s"], "answer": answer}]))
+
+
 def test_parquet_and_arrays(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -89,6 +89,25 @@ def test_text_is_read_back(steps, answer):
         assert template.parse(text) == (tuple(steps), answer)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        SolutionTemplate(step="<s> {step} </s>\n", answer="<answer>{answer}</answer>"),
+        SolutionTemplate(step="* {step};\n\n", answer="\\boxed{{answer}}\nDone."),
+        SolutionTemplate(answer="The answer is {answer}."),
+        SolutionTemplate(step="Step\n{step}\n", answer="So: {answer} .\n"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("answer", ["4.5", "1,200", "a pear"])
+def test_what_stands_behind_steps_and_answer_is_no_part_of_them(template, answer):
+    steps = ("1 + 2 = 3", "3.0 + 1.5 = 4.5")
+    text = template.steps_text(steps) + template.answer_text(answer)
+    found, given = template.parse(text)
+    assert tuple(step for step in found if step != "Step") == steps
+    assert given == answer
+
+
 def test_text_without_a_mark_has_steps_alone():
     assert SolutionTemplate().parse("1 + 2 = 3\n\n 3 + 4 = 7") == (("1 + 2 = 3", "3 + 4 = 7"), None)
     assert SolutionTemplate().parse("Answer:") == ((), None)

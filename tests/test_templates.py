@@ -66,7 +66,12 @@ TWICE = "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% end
 DOUBLE = (
     "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s OP n.s %}{% endfor %}"
 )
+NEST = (
+    "{% set n = namespace(x=['a']) %}{% for i in range(60) %}"
+    "{% set n.x = MADE %}{% endfor %}{{ SHOWN }}"
+)
 LINE = "{% set s = 'a' * 99999 %}"
+BIG = "{% set s = 'a' * 4000000 %}" + LOOP
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,21 @@ LINE = "{% set s = 'a' * 99999 %}"
         ("{{ [1] | tojson(indent=1000000000) }}", NUMBER),
         ("{{ 'a' | center(1000000000) }}", NUMBER),
         ("{{ 'a'.ljust(1000000000) }}", NUMBER),
+        (NEST.replace("MADE", "[n.x, n.x]").replace("SHOWN", "n.x"), LONG),
+        (NEST.replace("MADE", "(n.x, n.x)").replace("SHOWN", "{n.x: 1} | length"), LONG),
+        (NEST.replace("MADE", "{'a': n.x, 'b': n.x}").replace("SHOWN", "n.x | tojson"), LONG),
+        (NEST.replace("MADE", "dict(a=n.x, b=n.x)").replace("SHOWN", "n.x ~ ''"), LONG),
+        (NEST.replace("MADE", "(n.x * 2) | batch(2) | list").replace("SHOWN", "n.x"), LONG),
+        (NEST.replace("MADE", "{'a': [n.x, {1: n.x}.items()]}").replace("SHOWN", "n.x"), LONG),
+        (
+            "{% macro f(s, n) %}{{ f(s ~ s, n - 1) if n else s }}{% endmacro %}{{ f('a', 60) }}",
+            LONG,
+        ),
+        (BIG + "{{ s.startswith('b') }}{% endfor %}", STEPS),
+        (BIG + "{% set t = s[1:] %}{% endfor %}", STEPS),
+        (BIG + "{{ 'b' in s }}{% endfor %}", STEPS),
+        (BIG + "{{ s is upper }}{% endfor %}", STEPS),
+        ("{{ '%(a%b)1000000d' % {'a%b': 1} }}", WIDE),
         ("{{ 9 ** 99999 }}", "it makes a number that is too large"),
     ],
 )
@@ -131,6 +151,22 @@ def test_attacks_end_in_a_sentence(source, message):
 )
 def test_faults_end_in_a_sentence(source, message):
     assert message_of(ModelFormatError, source) == f"the chat template{message}"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ ('{' ~ ':' * 4000000).format(1) }}", "{{ ('%(' * 2000000) % 1 }}"]
+)
+def test_formats_are_looked_at_in_no_time(source):
+    """In proportion to their length: to its square would be hours."""
+    message_of(ModelFormatError, source)
+
+
+def test_namespaces_that_hold_each_other_are_not_written_out():
+    source = (
+        "{% set n = namespace(x=1) %}{% for i in range(60) %}"
+        "{% set m = namespace(a=n.x, b=n.x) %}{% set n.x = m %}{% endfor %}{{ n.x }}"
+    )
+    assert Template(source).render(messages=[]) == "<Namespace>"
 
 
 def test_what_a_template_refuses_is_said():

@@ -208,7 +208,9 @@ class CythonLosses(NumpyBackend):
         self, logits: Array, temperature: float, top_k: int, top_p: float, min_p: float, u: Array
     ) -> tuple[Array, Array]:
         """One token a row; see :meth:`NumpyBackend.sample`."""
-        if not self._kernels.single(logits=logits):
+        # The kernel multiplies with one over the temperature, in float32.
+        moderate = temperature == 0 or 1e-12 < temperature < 1e12
+        if not self._kernels.single(logits=logits) or not moderate:
             return super().sample(logits, temperature, top_k, top_p, min_p, u)
         ids, logp = self._kernels.sample(
             self._kernels.contiguous(logits), temperature, top_k, top_p, min_p,

@@ -2,7 +2,8 @@
 
 Rows have ``problem``, ``reasoning`` (a list of steps, or a text with one step a line) and
 ``answer``; or, as GSM8K has them, ``question`` and ``answer`` with the steps first and the answer
-behind ``####``; or ``messages``, whose last user asks and whose last assistant answers so.
+behind ``####``; or ``messages``, whose last user asks and whose last assistant answers so, or with
+the answer alone in the last line, perhaps marked as ``Answer: 5`` is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from loopos.data.answers import stated_answer
 from loopos.data.labels import check_unicode, field_of, first_few
 from loopos.data.readers import Texts
 from loopos.data.rows import Row, Source, iter_rows, name_of
@@ -141,7 +143,7 @@ def _read(row: Row, need_steps: bool) -> ReasoningExample:
         elif steps is None:
             field_of(row, "reasoning")  # says what there is
         found = _steps(row, steps, need_steps)
-        return ReasoningExample(_text(row, "problem"), found, _text(row, "answer"))
+        return ReasoningExample(_text(row, "problem"), found, _one_line(_text(row, "answer")))
     if given == "question":
         return _marked(row, _text(row, "question"), _text(row, "answer"), "answer", need_steps)
     if given == "messages":
@@ -156,9 +158,18 @@ def _read(row: Row, need_steps: bool) -> ReasoningExample:
 
 def _text(row: Row, name: str) -> str:
     value = field_of(row, name)
-    if name == "answer" and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if name == "answer":
+        value = _number_as_text(value)
     return _checked(row, name, value)
+
+
+def _number_as_text(value: Any) -> Any:
+    """Return a number as text, to its last digit; 5.0, as tables have it, as 5."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
+        return value
+    if not np.isfinite(value):
+        return value
+    return str(int(value)) if value == int(value) else str(value)
 
 
 def _checked(row: Row, name: str, value: Any) -> str:
@@ -168,6 +179,11 @@ def _checked(row: Row, name: str, value: Any) -> str:
     if not value.strip():
         raise DataError(f"{row.where}: there is no text in '{name}'")
     return value.strip()
+
+
+def _one_line(text: str) -> str:
+    """Return a step or an answer in one line: a line's end is where they end when read back."""
+    return " ".join(text.splitlines())
 
 
 def _steps(row: Row, value: Any, need_steps: bool) -> tuple[str, ...]:
@@ -182,7 +198,7 @@ def _steps(row: Row, value: Any, need_steps: bool) -> tuple[str, ...]:
     if not value and need_steps:
         raise DataError(f"{row.where}: there is no step in 'reasoning'")
     return tuple(
-        " ".join(_checked(row, f"step {number} of reasoning", step).splitlines())
+        _one_line(_checked(row, f"step {number} of reasoning", step))
         for number, step in enumerate(value, 1)
     )
 
@@ -193,7 +209,7 @@ def _marked(row: Row, problem: str, text: str, name: str, need_steps: bool) -> R
     if not mark:
         raise DataError(f"{row.where}: no '{_MARK}' before the answer in '{name}'")
     steps = _steps(row, _NOTES.sub("", before), need_steps)
-    return ReasoningExample(problem, steps, _checked(row, name, answer))
+    return ReasoningExample(problem, steps, _one_line(_checked(row, name, answer)))
 
 
 def _of_messages(row: Row, need_steps: bool) -> ReasoningExample:
@@ -215,4 +231,4 @@ def _of_messages(row: Row, need_steps: bool) -> ReasoningExample:
     if _MARK in text:
         return _marked(row, problem, text, "messages (assistant)", need_steps)
     *steps, answer = [line for line in text.splitlines() if line.strip()]
-    return ReasoningExample(problem, _steps(row, steps, need_steps), answer.strip())
+    return ReasoningExample(problem, _steps(row, steps, need_steps), stated_answer(answer))

@@ -87,10 +87,18 @@ class SolutionTemplate:
     def parse(self, text: str) -> tuple[tuple[str, ...], str | None]:
         """Return the steps and the answer that a text holds; None where nothing marks one."""
         before, mark, _ = text.rpartition(self.marker)
-        opening = self.step.partition("{step}")[0].strip()
+        opening, _, closing = (part.strip() for part in self.step.partition("{step}"))
         lines = (line.strip() for line in (before if mark else text).splitlines())
-        steps = tuple(line.removeprefix(opening).strip() for line in lines if line)
-        return steps, extract_answer(text, self.marker) if mark else None
+        found = (line.removeprefix(opening).removesuffix(closing).strip() for line in lines)
+        answer = extract_answer(text, self.marker) if mark else None
+        if answer is not None:
+            answer = answer.removesuffix(self._answer_end).strip() or None
+        return tuple(step for step in found if step), answer
+
+    @property
+    def _answer_end(self) -> str:
+        """What stands behind an answer in its line."""
+        return self.answer.partition("{answer}")[2].split("\n")[0].strip()
 
     def as_dict(self) -> dict[str, str]:
         """Return the three texts by name."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sized
 from datetime import datetime
 from itertools import islice
 from typing import Any
@@ -21,15 +21,17 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from loopos.errors import DataError, ModelFormatError
 
 __all__ = ["Template"]
 
-#: Turns of loops of one rendering; a call counts as several, and so does what is large.
-_STEPS, _CALL, _STEP_SIZE = 1_000_000, 10, 1024
-#: Characters or entries of one value, and of what is rendered.
-_SIZE = 1 << 22
+#: Turns of loops of one rendering; a call counts as several, and so does what is large: so many
+#: characters are one, and so many entries of lists in lists.
+_STEPS, _CALL, _STEP_SIZE, _STEP_ENTRIES = 1_000_000, 10, 1024, 8
+#: Characters of one value, and of what is rendered; entries of one value.
+_SIZE, _ENTRIES = 1 << 22, 1 << 18
 #: Bits of a whole number.
 _BITS = 4096
 #: Characters that a text is brought to, by whom, and how it is written in formats.
@@ -38,8 +40,9 @@ _TAKE_WIDTHS = frozenset(
     ["center", "ljust", "rjust", "zfill", "expandtabs", "indent", "wordwrap", "truncate",
      "batch", "slice", "round", "to_bytes"]
 )  # fmt: skip
-_WIDE = re.compile(r"%(\([^)]*\))?[-+ #0]*\d*\.?(\d{6,}|\*)")
-_WIDE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(\d{6,}|\{)")
+# Both take time in proportion to the text, whatever it is.
+_WIDE = re.compile(r"(?:%|%\([^()%]*\)|\))[-+ #0]*\d*\.?\d{6,}|%[-+ #0]*\d*\.?\*")
+_WIDE_FORMAT = re.compile(r"\{[^{}:]*:[^{}]*?(?:\d{6,}|\{)")
 _LONG = "it makes a text or list that is too long"
 _MESSAGE = 200
 
@@ -91,6 +94,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.steps = 0
         self.filters["tojson"] = _to_json  # jinja's own escapes HTML
         self.filters = {name: self._guarded(filter_) for name, filter_ in self.filters.items()}
+        tests: dict[str, Any] = {**self.tests}
+        self.tests = {name: self._guarded(test) for name, test in tests.items()}
         self.filters[_COUNTED], self.filters[_MEASURED] = self.counted, self.measured
         self.globals |= {
             "raise_exception": _refuse,
@@ -120,19 +125,23 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def measured(self, value: Any) -> Any:
         """Return a value if it is not too large, and count its size."""
-        if isinstance(value, (str, list, tuple, dict)):
+        if isinstance(value, (str, bytes)):
             if len(value) > _SIZE:
                 raise _TooMuch(_LONG)
             self.step(len(value) // _STEP_SIZE)
+        elif isinstance(value, _NESTING):
+            self.step(_entries(value) // _STEP_ENTRIES)
         elif isinstance(value, int) and value.bit_length() > _BITS:
             raise _TooMuch("it makes a number that is too large")
         return value
 
     def _guarded(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a filter that looks at what it is given and what it makes."""
+        """Return a filter or test that looks at what it is given and what it makes."""
 
         @functools.wraps(function)  # with the marks by which jinja passes its context
         def guarded(*args: Any, **kwargs: Any) -> Any:
+            for value in (*args, *kwargs.values()):
+                self.measured(value)
             return self.measured(function(*_checked(function, args, kwargs), **kwargs))
 
         return guarded
@@ -140,6 +149,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(self, context: Any, what: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function for a template."""
         self.step(_CALL)
+        for value in (getattr(what, "__self__", None), *args, *kwargs.values()):
+            self.measured(value)
         args = _checked(what, args, kwargs)
         return self.measured(super().call(context, what, *args, **kwargs))
 
@@ -159,22 +170,75 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.measured(super().call_binop(context, operator, left, right))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        """Put a counter around what is looped over, and a measure around joined texts."""
-        tree = super()._parse(source, name, filename)
-        for loop in list(tree.find_all(nodes.For)):
-            loop.iter = _through(_COUNTED, loop.iter)
-        for node in list(tree.find_all(nodes.Node)):
-            for field, value in list(node.iter_fields()):
-                if isinstance(value, nodes.Concat):
-                    setattr(node, field, _through(_MEASURED, value))
+        """Put counters where a template could do much without a call."""
+        tree: nodes.Template = _Counting().visit(super()._parse(source, name, filename))
         return tree
 
 
 _COUNTED, _MEASURED = "loopos counted", "loopos measured"  # names that no template can write
 
 
+class _Counting(NodeTransformer):
+    """Puts a counter around what is looped over, and a measure around what is made or compared."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:
+        """Count the turns."""
+        self.generic_visit(node)
+        node.iter = _through(_COUNTED, node.iter)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        """Measure what is compared, or searched."""
+        self.generic_visit(node)
+        node.expr = _through(_MEASURED, node.expr)
+        for operand in node.ops:
+            operand.expr = _through(_MEASURED, operand.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        """Measure a part that is cut out."""
+        self.generic_visit(node)
+        return _through(_MEASURED, node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        """Measure a tuple, unless it is what is assigned to."""
+        return self._measured(node) if node.ctx == "load" else node
+
+    def _measured(self, node: nodes.Expr) -> nodes.Expr:
+        return _through(_MEASURED, self.generic_visit(node))
+
+    visit_Concat = visit_List = visit_Dict = _measured
+
+
 def _through(filter_: str, value: Any) -> nodes.Filter:
     return nodes.Filter(value, filter_, [], [], None, None, lineno=value.lineno)
+
+
+#: What holds other values, and is written with them.
+_NESTING = (list, tuple, dict, set, frozenset, MappingView)
+
+
+def _entries(value: Any) -> int:
+    """Return how many entries lists, and lists in lists, are written with.
+
+    A list that stands in another one twice is written twice: a few lines make more entries of such
+    lists than there is memory.
+
+    Raises
+    ------
+    _TooMuch
+        If they are more than `_ENTRIES`.
+    """
+    count = 0
+    waiting: list[Any] = [value]
+    while waiting:
+        held = waiting.pop()
+        count += len(held)
+        if count > _ENTRIES:
+            raise _TooMuch(_LONG)
+        parts = (*held.keys(), *held.values()) if isinstance(held, dict) else held
+        waiting.extend(part for part in parts if isinstance(part, _NESTING))
+    return count
 
 
 def _to_json(
@@ -202,6 +266,9 @@ class _Names(Namespace):
         for name in given:
             _check_name(name)
         Namespace.__init__(self, given)
+
+    def __repr__(self) -> str:  # it may hold itself, or others many times
+        return "<Namespace>"
 
     def __setitem__(self, name: str, value: Any) -> None:
         _check_name(name)

@@ -255,8 +255,9 @@ class Engine:
         if self._seen is not None:
             self._seen.penalise(logits, slots)
         numbers = np.zeros(len(rows)) if self._numbers is None else self._numbers.next(slots)
+        top_k = min(options.top_k, logits.shape[1])  # a kernel takes no whole number of any size
         ids, logprobs = get_backend().sample(
-            logits, options.temperature, options.top_k, options.top_p, options.min_p, numbers
+            logits, options.temperature, top_k, options.top_p, options.min_p, numbers
         )
         if not np.isfinite(logprobs).all():
             row = rows[int(np.flatnonzero(~np.isfinite(logprobs))[0])]

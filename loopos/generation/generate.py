@@ -238,9 +238,19 @@ def _token_arrays(
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise DataError(f"prompt {index} is a text, which needs a tokenizer")
-            prompt = tokenizer.encode(prompt)
+            prompt = _open_ids(prompt, tokenizer)
         arrays.append(_token_array(index, prompt, model))
     return arrays
+
+
+def _open_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of a text that goes on: without the end that some tokenizers put behind it."""
+    ids = tokenizer.encode(text)
+    end = tokenizer.eos_id
+    if end is None or ids[-1:] != [end]:
+        return ids
+    written = tokenizer.encode_batch([text], special_tokens=False)[0].tolist()
+    return ids[:-1] if written and ids[-1 - len(written) : -1] == written else ids
 
 
 def _token_array(index: int, prompt: Any, model: Transformer) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,7 +99,8 @@ class SamplingOptions:
     def _number(self, name: str, fits: Any, expected: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-        self._require(name, number and math.isfinite(value) and fits(value), expected)
+        finite = number and abs(value) <= sys.float_info.max  # whole numbers can be larger
+        self._require(name, finite and fits(value), expected)
         object.__setattr__(self, name, float(value))
 
 

@@ -228,6 +228,7 @@ class ChainOfThought:
         """Sample solutions for problems, and return those that reach the right answer.
 
         Of each problem every chain of steps is taken once, and none that stands in `problems`.
+        Problems that leave no room for a solution are passed over.
 
         Parameters
         ----------
@@ -240,7 +241,8 @@ class ChainOfThought:
         options = options or Options()
         found: list[ReasoningExample] = []
         seen = {(e.problem, e.steps) for e in problems}
-        asked = list(dict.fromkeys((e.problem, e.answer) for e in problems))
+        pairs = dict.fromkeys((e.problem, e.answer) for e in problems)
+        asked = [pair for pair in pairs if self._has_room(pair[0])]
         problems_asked = [problem for problem, _ in asked]
         generations = self._sampled(
             problems_asked, options, options.samples, options.temperature, seed
@@ -314,7 +316,7 @@ class ChainOfThought:
             with ``eval_problems`` also ``accuracy`` (of solutions found greedily), ``asked``,
             ``solved``, ``format_errors`` (solutions in which nothing marks an answer) and
             ``tokens_per_solution``; with ``eval_samples`` also ``accuracy_voted`` and
-            ``mean_confidence``.
+            ``mean_confidence``. A problem that leaves no room for a solution is not solved.
         """
         options = options or Options()
         self._take_templates(options)
@@ -329,25 +331,28 @@ class ChainOfThought:
         asked = data.take(range(min(options.eval_problems, len(data))))
         if not len(asked):
             return figures
-        greedy = self.solve(list(asked.texts), options=options)
-        right = [
-            _is_right(solution, example) for solution, example in zip(greedy, asked, strict=True)
-        ]
+        room = [i for i, problem in enumerate(asked.texts) if self._has_room(problem)]
+        able = asked.take(room)
+        greedy = self.solve(list(able.texts), options=options)
+        solved = _number_right(greedy, able)
         figures |= {
-            "accuracy": float(np.mean(right)),
+            "accuracy": solved / len(asked),
             "asked": len(asked),
-            "solved": int(np.sum(right)),
+            "solved": solved,
             "format_errors": sum(self.template.marker not in s.text for s in greedy),
-            "tokens_per_solution": float(np.mean([s.num_tokens for s in greedy])),
+            "tokens_per_solution": sum(s.num_tokens for s in greedy) / max(len(greedy), 1),
         }
         if options.eval_samples > 1:
             voted = self.solve(
-                list(asked.texts), samples=options.eval_samples, options=options, seed=self.seed
+                list(able.texts), samples=options.eval_samples, options=options, seed=self.seed
             )
-            right = [_is_right(s, example) for s, example in zip(voted, asked, strict=True)]
-            figures["accuracy_voted"] = float(np.mean(right))
-            figures["mean_confidence"] = float(np.mean([s.confidence or 0.0 for s in voted]))
+            figures["accuracy_voted"] = _number_right(voted, able) / len(asked)
+            figures["mean_confidence"] = sum(s.confidence or 0.0 for s in voted) / len(asked)
         return figures
+
+    def _has_room(self, problem: str) -> bool:
+        """Whether the context has room for a solution behind a problem."""
+        return bool(self._write.prompt(problem).size < self.model.config.max_seq_len)
 
     def solve_with_reasoning(
         self,
@@ -446,8 +451,11 @@ class ChainOfThought:
         keep_template(directory, self.template, self._chat)
 
 
-def _is_right(solution: Solution, example: ReasoningExample) -> bool:
-    return solution.answer is not None and same_answer(solution.answer, example.answer)
+def _number_right(solutions: Sequence[Solution], examples: ReasoningExamples) -> int:
+    return sum(
+        solution.answer is not None and same_answer(solution.answer, example.answer)
+        for solution, example in zip(solutions, examples, strict=True)
+    )
 
 
 def _examples(data: ReasoningExamples | str | Path, options: Options) -> ReasoningExamples:

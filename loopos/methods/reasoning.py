@@ -165,11 +165,12 @@ def encode_examples(
     Raises
     ------
     DataError
-        If an example cannot be written, is longer than `limit` where that is an error, or none is
-        short enough.
+        If an example cannot be written, has nothing that counts, is longer than `limit` where that
+        is an error, or none is short enough.
     """
     memo = data.texts.memo if isinstance(data.texts, TextStore) else {}
-    key = (writer, options.with_steps, options.overflow, limit)
+    steps_only = not (options.answer_weight or options.prompt_weight)
+    key = (writer, options.with_steps, options.overflow, limit, steps_only)
     known = memo.get("reasoning")
     if known is not None and known[0] == key:
         samples: Samples = known[1]
@@ -178,6 +179,11 @@ def encode_examples(
     tokens, kinds = TokenStoreBuilder(), TokenStoreBuilder()
     for index, example in enumerate(data):
         steps = example.steps if options.with_steps else ()
+        if steps_only and not steps:
+            raise DataError(
+                f"{data.where[index]}: has no steps, and nothing else counts "
+                "(training.answer_weight 0)"
+            )
         try:
             ids, marks = writer.solution(example.problem, steps, example.answer)
         except (ConfigError, DataError, ModelFormatError) as error:
