@@ -267,8 +267,16 @@ def test_available_cpus_respects_the_environment(monkeypatch):
     assert 1 <= everything <= os.cpu_count()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert threads.available_cpus() == 1
+    assert threads.ignored_environment() is None
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     assert threads.available_cpus() == everything
+    assert threads.ignored_environment() is None
+    for wrong in ("abc", "0", "-1", "\u00b2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", wrong)
+        assert threads.available_cpus() == everything
+        assert threads.ignored_environment() == (
+            f"OMP_NUM_THREADS: expected a whole number of at least 1, found '{wrong}'"
+        )
 
 
 @pytest.mark.parametrize(
