@@ -4,7 +4,8 @@
     python benchmarks/loopos_half.py WORK [--backend auto] [--threads 2] [--runs 7] [--warmup 4]
         [--dtype float32] [--export DIR]
 
-The works are those of `torch_half.py`, `trl_half.py` and `transformers_half.py`, and "gemm": every
+The works are those of `torch_half.py`, `trl_half.py` and `transformers_half.py`, the methods that
+have no peer, and "gemm": every
 product of the seed's and GPT-2's linear layers, and then by NumPy's BLAS in this process, as a
 list. --dtype is that of weights in generation: float32, bfloat16 or int8. --export writes the
 weights and the token ids for PyTorch to use, and gives the loss before the first step.
@@ -23,13 +24,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from suite import decoding, reinforcement, works
+from suite import decoding, methods, works
 
 import loopos
 from loopos.backends.memory import peak_bytes
 from loopos.backends.threads import available_cpus, thread_limit
 
-ALL_WORKS = (*works.WORKS, *reinforcement.WORKS, *decoding.DECODING, "gemm")
+ALL_WORKS = (*methods.EVERY, *decoding.DECODING, "gemm")
 #: Seconds spent on each product in "gemm".
 _PRODUCT_S = 0.1
 
@@ -39,7 +40,7 @@ def timed(asked: argparse.Namespace) -> dict[str, Any]:
     if asked.work in decoding.DECODING:
         work = decoding.decoding(decoding.DECODING[asked.work], asked.dtype)
     else:
-        work = (works.WORKS | reinforcement.WORKS)[asked.work]()
+        work = methods.EVERY[asked.work]()
     exported = {} if asked.export is None else export(work, asked.export)
     times = work.times_s(asked.runs, asked.warmup)
     median = sorted(times)[len(times) // 2]

@@ -12,6 +12,7 @@ machine's limits are measured in every round as well. Works: A, B, C, K, L1, L2 
 targets.json says what they are; F, F-long, G and "prefill" are of generation, against transformers
 and, where llama-cpp-python is installed, llama.cpp, with the weights of --dtypes. D and E, PPO
 steps, are against TRL 1.9.2 where it is installed, or by another python that has it: --trl-python.
+"pretraining", "sft", "reward-model", "dpo" and "grpo" are whole methods, without a peer.
 PyTorch's side needs torch and transformers; --no-peer leaves peers out. --json writes a list of
 rows, one for each work, backend and peer.
 """
@@ -36,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from rich.console import Console
 from rich.table import Table
-from suite import decoding, limits, reinforcement, targets, works
+from suite import decoding, limits, methods, reinforcement, targets, works
 from suite.machine import Machine, NotMeasuredError, measure
 
 import loopos
@@ -44,7 +45,7 @@ from loopos.backends.threads import available_cpus
 
 HERE = Path(__file__).parent
 ALL_WORKS = (
-    *works.WORKS, *reinforcement.WORKS, *decoding.DECODING, "gemm", "first-step", "import",
+    *methods.EVERY, *decoding.DECODING, "gemm", "first-step", "import",
 )  # fmt: skip
 #: Of those of reinforcement learning, what TRL does too.
 TRL_WORKS = ("D", "E")
@@ -152,7 +153,7 @@ def plan(asked: argparse.Namespace) -> list[Pair]:
         if work in reinforcement.WORKS:
             pairs.append(Pair(work, ours, trl_sides(work, asked)))
             continue
-        if not asked.no_peer and work != "gemm":
+        if not asked.no_peer and work != "gemm" and work not in methods.WORKS:
             torch = (str(HERE / "torch_half.py"), letter)
             theirs.append(Side("torch-eager", torch))
             if asked.compile and work in COMPILED:

@@ -106,6 +106,8 @@ def info(
             say(f"             {1000 * facts['measured']['seconds'][name]:.0f} ms a training step")
     if "measured" in facts and facts["measured"]["advice"]:
         say(f"advice       {facts['measured']['advice']}")
+    if facts["ignored"]:
+        say(f"ignored      {facts['ignored']}")
     for name, reason in facts["unavailable"].items():
         say(f"unavailable  {name}: {reason}")
     say(f"families     {', '.join(facts['families'])}")
@@ -130,7 +132,7 @@ def _facts() -> dict[str, Any]:
 
     from loopos.backends import available_backends, get_backend, unavailable_backends, use_backend
     from loopos.backends.memory import available_bytes
-    from loopos.backends.threads import available_cpus
+    from loopos.backends.threads import available_cpus, ignored_environment
     from loopos.methods import METHODS
     from loopos.models.families import FAMILIES
 
@@ -144,6 +146,7 @@ def _facts() -> dict[str, Any]:
         "numpy": np.__version__,
         "platform": platform.platform(),
         "cpus": available_cpus(),
+        "ignored": ignored_environment(),
         "memory_bytes": available_bytes(),
         "backend": get_backend().describe()["name"],
         "backends": described,

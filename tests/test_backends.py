@@ -199,6 +199,51 @@ def test_auto_is_the_first_available(second_backend):
 # -- threads and import ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_token_of_probability_zero_adds_nothing_to_entropy_and_divergence(backend, dtype):
+    rng = np.random.default_rng(0)
+    h, h_ref = (rng.standard_normal((5, 8)).astype(dtype) for _ in range(2))
+    w, w_ref = (rng.standard_normal((41, 8)).astype(dtype) for _ in range(2))
+    up = rng.standard_normal(5).astype(dtype)
+    left = np.setdiff1d(np.arange(41), [0, 7, 16, 40])
+    targets = np.array([1, 2, 8, 39, 17], np.int32)
+    b = np.full(41, -np.inf, dtype)
+    b[left] = 0  # what is left is a smaller vocabulary
+    fewer = np.searchsorted(left, targets).astype(np.int32)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == np.float32 else {"rtol": 1e-9}
+
+    found = backend.linear_logprobs(h, w, targets, 0.7, b)
+    expected = backend.linear_logprobs(h, w[left], fewer, 0.7)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, **close)
+    dw, part = np.zeros_like(w), np.zeros_like(w[left])
+    dh = backend.linear_logprobs_backward(up, up, h, w, targets, *found[1:], 0.7, b, dw=dw)
+    dh_part = backend.linear_logprobs_backward(
+        up, up, h, w[left], fewer, *expected[1:], 0.7, dw=part
+    )
+    np.testing.assert_allclose(dh, dh_part, **close)
+    np.testing.assert_allclose(dw[left], part, **close)
+    assert not np.delete(dw, left, axis=0).any()
+
+    # By the reference too it has probability 0, or it has not: then the others share less.
+    for b_ref in (b, None):
+        kl = backend.linear_kl(h, w, h_ref, w_ref, 0.7, b, b_ref)
+        logits = h_ref.astype(np.float64) @ w_ref.T / 0.7
+        lost = np.log(np.exp(logits).sum(axis=1) / np.exp(logits[:, left]).sum(axis=1))
+        kl_part = backend.linear_kl(h, w[left], h_ref, w_ref[left], 0.7)
+        np.testing.assert_allclose(kl, kl_part + (0 if b_ref is b else lost), **close)
+        dw, part = np.zeros_like(w), np.zeros_like(w[left])
+        dh = backend.linear_kl_backward(up, kl, h, w, h_ref, w_ref, 0.7, b, b_ref, dw=dw)
+        dh_part = backend.linear_kl_backward(
+            up, kl_part, h, w[left], h_ref, w_ref[left], 0.7, dw=part
+        )
+        np.testing.assert_allclose(dh, dh_part, **close)
+        np.testing.assert_allclose(dw[left], part, **close)
+        assert not np.delete(dw, left, axis=0).any()
+    # What the reference alone rules out is infinitely far from it.
+    assert np.isposinf(backend.linear_kl(h, w, h_ref, w_ref, 0.7, None, b)).all()
+
+
 def test_thread_limit_holds_inside_the_block_only():
     before = threads.blas().num_threads
     with threads.thread_limit(1):
@@ -222,8 +267,16 @@ def test_available_cpus_respects_the_environment(monkeypatch):
     assert 1 <= everything <= os.cpu_count()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert threads.available_cpus() == 1
+    assert threads.ignored_environment() is None
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     assert threads.available_cpus() == everything
+    assert threads.ignored_environment() is None
+    for wrong in ("abc", "0", "-1", "\u00b2"):
+        monkeypatch.setenv("OMP_NUM_THREADS", wrong)
+        assert threads.available_cpus() == everything
+        assert threads.ignored_environment() == (
+            f"OMP_NUM_THREADS: expected a whole number of at least 1, found '{wrong}'"
+        )
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,53 @@ def test_rlhf_epoch_trains_both(load, monkeypatch):
     assert [record["ppo/updates"] for record in made] == [4]
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "epochs"),
+    [
+        ("pretraining", 10 * 26, 17),
+        ("sft", 10 * 26, 17),
+        ("reward-model", 16 * 18, 17),
+        ("dpo", 16 * 18, 17),
+        ("grpo", 32 * 18, 5),
+    ],
+)
+def test_whole_methods_make_the_steps_they_say(load, monkeypatch, name, tokens, epochs):
+    methods = load("suite.methods")
+    tiny = loopos.TransformerConfig(
+        d_model=16, num_heads=2, num_layers=1, d_ff=32, vocab_size=16000, max_seq_len=64
+    )
+    monkeypatch.setattr(methods, "SEED_REASONING", tiny)
+    results, made = [], methods.works.whole_epochs
+
+    def whole_epochs(fit, *given):
+        return made(lambda count: results.append(fit(count)) or results[-1], *given)
+
+    monkeypatch.setattr(methods.works, "whole_epochs", whole_epochs)
+    with loopos.use_backend("numpy"):
+        work = methods.WORKS[name]()
+        work.run()  # fails where a step has other tokens
+        work.before()
+    assert (work.units, work.tokens) == (epochs - 1, tokens * (epochs - 1))
+    assert [len(result.history) for result in results] == [epochs, 1]
+    last = results[-1].history[-1]
+    if name != "grpo":
+        assert last["loss"] < results[0].history[0]["loss"]
+    else:
+        assert (last["response/length"], last["response/eos_fraction"]) == (10, 0)
+    with pytest.raises(RuntimeError, match="expected 1 steps of 1 tokens, found"):
+        made(lambda count: results[-1], 1).before()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_first_step_is_timed_at_several_threads(load, monkeypatch, threads):
+    said = []
+    first_step = load("suite.first_step")
+    monkeypatch.setattr(first_step, "spent_s", lambda script, runs: said.append(script) or 0.5)
+    assert 1 in first_step.FirstStep.params[1]
+    assert first_step.FirstStep().track_multiple_of_target("cython", threads) == 0.5
+    assert f"use_backend('cython'), thread_limit({threads}):" in said[0]
+
+
 @pytest.mark.parametrize("form", ["forward", "dx", "dw"])
 def test_products_are_the_same_by_both_sides(load, form):
     with loopos.use_backend("numpy"):
@@ -252,7 +299,14 @@ def test_ops_are_timed_at_several_threads(load, monkeypatch):
 def test_suite_times_every_work(load):
     timed = vars(load("suite.epochs")).values()
     letters = {work for cls in timed if (work := getattr(cls, "work", None)) is not None}
-    assert letters == set(load("suite.works").WORKS) | set(load("suite.reinforcement").WORKS)
+    modules = [load(f"suite.{name}") for name in ("works", "reinforcement", "methods")]
+    assert letters == {name for module in modules for name in module.WORKS}
+    assert letters == set(load("suite.methods").EVERY)
+    for name in load("suite.methods").WORKS:
+        assert load("suite.targets").seconds(name, "numpy") is not None
+    for name in letters:
+        assert name in load("loopos_half").ALL_WORKS
+        assert name in load("peers").ALL_WORKS
 
 
 # -- peers.py ------------------------------------------------------------------------------------
@@ -339,6 +393,13 @@ def test_trl_is_optional(load, monkeypatch):
     assert not pair.theirs
     (pair,) = peers.plan(asked(peers, "--works RLHF --backend numpy --trl-python python"))
     assert not pair.theirs
+
+
+def test_methods_without_a_peer_are_timed_alone(load):
+    peers = load("peers")
+    for pair in peers.plan(asked(peers, "--works pretraining,sft,dpo,grpo --backend numpy")):
+        assert pair.ours[0].command[1] == pair.work
+        assert not pair.theirs
 
 
 def test_rows_of_products_and_cold_starts(load, machine, monkeypatch):

@@ -228,6 +228,25 @@ def test_a_row_that_is_not_finite_spoils_only_itself(backend):
             ValueError,
             r"dy: expected shape \[2, 5\], found \[2, 3\]",
         ),
+        *(
+            (
+                lambda b, table=table, accumulate=accumulate: b.embedding_backward(
+                    np.zeros((2, *table.shape[1:]), np.float32),
+                    np.zeros(2, np.int32),
+                    table,
+                    accumulate,
+                ),
+                ValueError,
+                "^dtable: expected a C-contiguous array",
+            )
+            for table in (array(4, 6)[:, ::2], array(4, 3, 6)[..., ::2])
+            for accumulate in (True, False)
+        ),
+        (
+            lambda b: b.layer_norm_backward(array(3, 2), array(3, 2), array(2), None, array(3, 1)),
+            ValueError,
+            "^mean: expected a NumPy array of float32, found None",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(call, error, words):

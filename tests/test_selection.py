@@ -93,6 +93,14 @@ def test_auto_in_a_configuration_is_the_backend_in_force(tmp_path):
         assert loopos.get_backend() is first
 
 
+def test_info_says_when_a_number_of_threads_is_not_one(monkeypatch):
+    reason = "OMP_NUM_THREADS: expected a whole number of at least 1, found 'abc'"
+    for value, found in (("abc", True), ("1", False)):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        shown = CliRunner().invoke(app, ["info"]).output
+        assert (f"ignored      {reason}" in shown) == found
+
+
 def test_info_measures_every_backend():
     facts = json.loads(command("info", "--json", "--measure").stdout)
     seconds = facts["measured"]["seconds"]

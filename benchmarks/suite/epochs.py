@@ -5,12 +5,11 @@ import numpy as np
 import loopos
 from loopos.backends.threads import available_cpus, thread_limit
 
-from . import limits, reinforcement, targets, works
+from . import limits, methods, targets
 from .machine import NotMeasuredError, measure
 
 BACKENDS = loopos.available_backends()
 THREADS = sorted({1, available_cpus()})
-WORKS = works.WORKS | reinforcement.WORKS
 
 
 def _measured(threads):
@@ -35,7 +34,7 @@ class _Timed:
         loopos.set_backend(backend)
         self.limited = thread_limit(threads)
         self.limited.__enter__()
-        self.timed = WORKS[self.work]()
+        self.timed = methods.EVERY[self.work]()
         self.timed.run()
 
     def teardown(self, machines, backend, threads):
@@ -95,6 +94,36 @@ class WholeChainOfThoughtEpoch(_Slow):
     """The same by the whole method, an epoch after the first; the times are of 17 epochs."""
 
     work = "B-whole"
+
+
+class PretrainingEpoch(_Slow):
+    """By the whole method, an epoch after the first; the times are of 17 epochs."""
+
+    work = "pretraining"
+
+
+class SFTEpoch(_Slow):
+    """By the whole method, an epoch after the first; the times are of 17 epochs."""
+
+    work = "sft"
+
+
+class RewardModelEpoch(_Slow):
+    """By the whole method, an epoch after the first; the times are of 17 epochs."""
+
+    work = "reward-model"
+
+
+class DPOEpoch(_Slow):
+    """By the whole method, an epoch after the first; the times are of 17 epochs."""
+
+    work = "dpo"
+
+
+class GRPOEpoch(_Slow):
+    """By the whole method, an epoch after the first; the times are of 5 epochs."""
+
+    work = "grpo"
 
 
 class GPT2Step(_Slow):

@@ -123,7 +123,7 @@ def fine_tuning_epoch() -> Cost:
 
 
 def language_model_step(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
-    """B, C, K: the layers and the head over the vocabulary on every token, one update.
+    """B, C, K, pretraining: the layers and the head over the vocabulary on every token, one update.
 
     Only real tokens count, padding does not: K's limit is the same for those who pad.
     """
@@ -200,6 +200,7 @@ def cost(work: str, dtype: str = "float32") -> Cost | None:
     sizes: dict[str, tuple[TransformerConfig, Sequence[int]]] = {
         "B": (works.SEED_REASONING, works.REASONING_LENGTHS),
         "B-whole": (works.SEED_REASONING, works.REASONING_LENGTHS),
+        "pretraining": (works.SEED_REASONING, works.REASONING_LENGTHS),
         "C": (works.GPT2, works.GPT2_LENGTHS),
         "K": (works.GPT2, works.ragged_lengths()),
     }

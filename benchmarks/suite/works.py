@@ -170,19 +170,36 @@ def reasoning_epoch() -> Work:
         template=SolutionTemplate("{problem}\n", "{step}\n", "= {answer}"),
     )  # fmt: skip
     data = ReasoningExamples.of(examples)
+    return whole_epochs(
+        lambda count: method.fit(
+            data, num_epochs=count, batch_size=16, learning_rate=1e-5, prompt_weight=1.0
+        ),
+        sum(REASONING_LENGTHS),
+    )
+
+
+def whole_epochs(fit: Callable[[int], Any], tokens: int, more: int = 16) -> Work:
+    """Return a whole method's epochs after the first, of one step each.
+
+    Parameters
+    ----------
+    fit : callable
+        Trains for so many epochs, and returns a result with its ``history``.
+    tokens : int
+        Of every step, which is checked.
+    more : int
+        Epochs after the first.
+    """
 
     def epochs(count: int) -> Callable[[], Any]:
         def run() -> None:
-            result = method.fit(
-                data, num_epochs=count, batch_size=16, learning_rate=1e-5, prompt_weight=1.0
-            )
-            trained = {record["tokens"] for record in result.history}
-            assert trained == {sum(REASONING_LENGTHS)}, trained
+            trained = [record["tokens"] for record in fit(count).history]
+            if trained != [tokens] * count:
+                raise RuntimeError(f"expected {count} steps of {tokens} tokens, found {trained}")
 
         return run
 
-    more = 16
-    return Work(epochs(more + 1), sum(REASONING_LENGTHS) * more, before=epochs(1), units=more)
+    return Work(epochs(more + 1), tokens * more, before=epochs(1), units=more)
 
 
 def attention(sequences: int, length: int) -> Work:

@@ -88,6 +88,8 @@ class CythonElementwise(NumpyBackend):
             return super().layer_norm_backward(
                 dy, s, g, mean, rstd, ds, dg=dg, db=db, need_dx=need_dx
             )
+        if mean is None:  # by which the kernel knows an RMS norm
+            raise ValueError("mean: expected a NumPy array of float32, found None")
         return self._norm_backward(dy, s, g, mean, rstd, ds, dg, db, need_dx)
 
     def rms_norm(
@@ -147,6 +149,10 @@ class CythonElementwise(NumpyBackend):
         if not self._kernels.single(dy=dy, dtable=dtable):
             super().embedding_backward(dy, ids, dtable, accumulate)
             return
+        if not dtable.flags.c_contiguous:  # made flat below, it would be a copy that takes the sums
+            raise ValueError(
+                f"dtable: expected a C-contiguous array, found strides {dtable.strides}"
+            )
         if not accumulate:
             self._kernels.fill(dtable, 0.0, get_num_threads())
         rows = self._kernels.row_numbers(ids, "ids", len(dtable))

@@ -399,15 +399,15 @@ def logprob_rows(
     z: Array, targets: Array, logp: Array, entropy: Array, lse: Array, lo: int, hi: int
 ) -> None:
     """Log-probability of the target, entropy and log-sum-exp a row; `z` is left alone."""
-    lanes = np.empty(LANES, z.dtype)
+    lanes, zero = np.empty(LANES, z.dtype), z.dtype.type(0)
     for n in range(lo, hi):
         row = z[n]
-        top, total, weighted = row_max(row, lanes), z.dtype.type(0), z.dtype.type(0)
+        top, total, weighted = row_max(row, lanes), zero, zero
         for i in range(row.size):
             off = row[i] - top
             e = exp(off)
             total += e
-            weighted += e * off
+            weighted += e * off if e != 0 else zero  # the limit, where a logit is -inf
         size = math.log(total)
         logp[n] = row[targets[n]] - top - size
         entropy[n] = size - weighted / total
@@ -419,13 +419,15 @@ def logprob_rows_backward(
     inverse_temperature: Any, lo: int, hi: int,
 ) -> None:  # fmt: skip
     """Logits become their gradients: ``dlogp (onehot - p) - dentropy p (log p + entropy)``."""
+    zero = z.dtype.type(0)
     for n in range(lo, hi):
         row, up, middle = z[n], dlogp[n] * inverse_temperature, lse[n]
         if dentropy.size:
             up_entropy = dentropy[n] * inverse_temperature
             for i in range(row.size):
                 log_p = row[i] - middle
-                row[i] = -exp(log_p) * (up + up_entropy * (log_p + entropy[n]))
+                p = exp(log_p)
+                row[i] = -p * (up + up_entropy * (log_p + entropy[n])) if p != 0 else zero
         else:
             for i in range(row.size):
                 row[i] = -exp(row[i] - middle) * up
@@ -442,27 +444,29 @@ def log_sum_exp(row: Array, lanes: Array) -> Any:
 
 def kl_rows(z: Array, reference: Array, kl: Array, lo: int, hi: int) -> None:
     """Divergence a row; `z` and the reference become log-probabilities."""
-    lanes = np.empty(LANES, z.dtype)
+    lanes, zero = np.empty(LANES, z.dtype), z.dtype.type(0)
     for n in range(lo, hi):
         row, other = z[n], reference[n]
         lse, lse_other = log_sum_exp(row, lanes), log_sum_exp(other, lanes)
-        total = z.dtype.type(0)
+        total = zero
         for i in range(row.size):
             row[i] -= lse
             other[i] -= lse_other
-            total += exp(row[i]) * (row[i] - other[i])
+            p = exp(row[i])
+            total += p * (row[i] - other[i]) if p != 0 else zero
         kl[n] = total
 
 
 def kl_rows_backward(z: Array, reference: Array, kl: Array, up: Array, lo: int, hi: int) -> None:
     """Logits become their gradients: ``up p (log p - log p_ref - kl)``."""
-    lanes = np.empty(LANES, z.dtype)
+    lanes, zero = np.empty(LANES, z.dtype), z.dtype.type(0)
     for n in range(lo, hi):
         row, other = z[n], reference[n]
         lse, lse_other = log_sum_exp(row, lanes), log_sum_exp(other, lanes)
         for i in range(row.size):
             log_p = row[i] - lse
-            row[i] = up[n] * exp(log_p) * (log_p - (other[i] - lse_other) - kl[n])
+            p, log_ratio = exp(log_p), log_p - (other[i] - lse_other)
+            row[i] = up[n] * p * (log_ratio - kl[n]) if p != 0 else zero
 
 
 HELPERS = (mix, row_max, log_sum_exp)

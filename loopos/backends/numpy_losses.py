@@ -38,6 +38,16 @@ def _log_normalise(z: Array) -> Array:
     return lse
 
 
+def _probabilities(z: Array, z_ref: Array) -> Array:
+    """Return those of `z`; turn both into log-probabilities in place, but 0 where `z` has none."""
+    _log_normalise(z)
+    _log_normalise(z_ref)
+    p = np.exp(z)
+    for logp in (z, z_ref):  # 0 (log 0 - log p_ref) is 0
+        np.copyto(logp, 0, where=p == 0)
+    return p
+
+
 def _add_head_gradients(
     dz: Array, h: Array, w: Array, dw: Array | None, db: Array | None, need_dh: bool
 ) -> Array | None:
@@ -120,7 +130,7 @@ class LossOps:
         logp : ndarray [N]
             ``log p(targets[n])``, nats.
         entropy : ndarray [N]
-            ``-sum_v p log p``, nats.
+            ``-sum_v p log p``, nats; a token of probability 0 (logit -inf) adds the limit, 0.
         lse : ndarray [N]
             Log-sum-exp of the scaled logits, for the backward.
         """
@@ -129,7 +139,9 @@ class LossOps:
             z = _logits(h[chunk], w, b, temperature)
             lse[chunk] = _log_normalise(z)[:, 0]
             logp[chunk] = z[np.arange(len(z)), targets[chunk]]
-            entropy[chunk] = -np.einsum("nv,nv->n", np.exp(z), z)
+            p = np.exp(z)
+            np.copyto(z, 0, where=p == 0)
+            entropy[chunk] = -np.einsum("nv,nv->n", p, z)
         return logp, entropy, lse
 
     def linear_logprobs_backward(
@@ -151,7 +163,7 @@ class LossOps:
         """Gradient of ``h``; logits are recomputed chunk by chunk.
 
         With z the scaled logits: ``d logp / dz = onehot - p`` and
-        ``d entropy / dz = -p (log p + entropy)``.
+        ``d entropy / dz = -p (log p + entropy)``, in the limit 0 where p is 0.
         """
         dh = np.empty_like(h, order="C") if need_dh else None
         for chunk in _chunks(len(h), w.shape[0]):
@@ -161,6 +173,7 @@ class LossOps:
             dz = -dlogp[chunk][:, None] * p
             if dentropy is not None:
                 logp += entropy[chunk][:, None]
+                np.copyto(logp, 0, where=p == 0)
                 logp *= p
                 dz -= dentropy[chunk][:, None] * logp
             dz[np.arange(len(dz)), targets[chunk]] += dlogp[chunk]
@@ -180,14 +193,17 @@ class LossOps:
         b: Array | None = None,
         b_ref: Array | None = None,
     ) -> Array:
-        """Exact ``KL(p || p_ref)`` over the whole vocabulary per token: ``[N]``, nats."""
+        """Exact ``KL(p || p_ref)`` over the whole vocabulary per token: ``[N]``, nats.
+
+        A token of probability 0 (logit -inf) adds the limit, 0; it is infinite where ``p_ref``
+        alone is 0.
+        """
         kl = np.empty(len(h), dtype=h.dtype)
         for chunk in _chunks(len(h), w.shape[0]):
             z = _logits(h[chunk], w, b, temperature)
             z_ref = _logits(h_ref[chunk], w_ref, b_ref, temperature)
-            _log_normalise(z)
-            _log_normalise(z_ref)
-            kl[chunk] = np.einsum("nv,nv->n", np.exp(z), z - z_ref)
+            p = _probabilities(z, z_ref)
+            kl[chunk] = np.einsum("nv,nv->n", p, z - z_ref)
         return kl
 
     def linear_kl_backward(
@@ -206,14 +222,18 @@ class LossOps:
         db: Array | None = None,
         need_dh: bool = True,
     ) -> Array | None:
-        """Gradient of ``h``: ``d KL / dz = p (log p - log p_ref - KL)``; the reference is fixed."""
+        """Gradient of ``h``: ``d KL / dz = p (log p - log p_ref - KL)``; the reference is fixed.
+
+        Where p is 0 it is the limit, 0.
+        """
         dh = np.empty_like(h, order="C") if need_dh else None
         for chunk in _chunks(len(h), w.shape[0]):
             z = _logits(h[chunk], w, b, temperature)
             z_ref = _logits(h_ref[chunk], w_ref, b_ref, temperature)
-            _log_normalise(z)
-            _log_normalise(z_ref)
-            dz = np.exp(z) * (z - z_ref - kl[chunk][:, None])
+            p = _probabilities(z, z_ref)
+            dz = z - z_ref - kl[chunk][:, None]
+            np.copyto(dz, 0, where=p == 0)  # also where the divergence is infinite
+            dz *= p
             dz *= (dkl[chunk] / z.dtype.type(temperature))[:, None]
             part = _add_head_gradients(dz, h[chunk], w, dw, db, need_dh)
             if dh is not None and part is not None:

@@ -84,8 +84,22 @@ def available_cpus() -> int:
     quota = _cgroup_cpus()
     if quota is not None:
         count = min(count, max(1, int(quota)))
+    wanted = _environment()
+    return count if wanted is None else min(count, wanted)
+
+
+def _environment() -> int | None:
+    """Return what ``OMP_NUM_THREADS`` asks for, of a list the first; None where that is nothing."""
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return min(count, int(wanted)) if wanted.isdigit() and int(wanted) > 0 else count
+    return int(wanted) if wanted.isdecimal() and int(wanted) > 0 else None
+
+
+def ignored_environment() -> str | None:
+    """Return why ``OMP_NUM_THREADS`` does not count, or None when it does or is not set."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if not given.strip() or _environment() is not None:
+        return None
+    return f"OMP_NUM_THREADS: expected a whole number of at least 1, found '{given}'"
 
 
 def get_num_threads() -> int:
@@ -128,9 +142,7 @@ def _check(num_threads: int | None) -> None:
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
         raise ConfigError(f"num_threads: expected a whole number, found {num_threads!r}")
     if not 1 <= num_threads < 1 << 31:  # a C int; the pool itself starts no more than 256
-        raise ConfigError(
-            f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}"
-        )
+        raise ConfigError(f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}")
 
 
 @contextmanager
