@@ -189,7 +189,7 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
 def _split(whole: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     try:
         return split(whole, fraction, seed)
-    except DataError as error:  # of a .txt file with a single text, for one
+    except DataError as error:  # of a single row, for one
         raise DataError(
             f"{error}; name data.validation_data, or set it to 0 to have none"
         ) from error
