@@ -185,10 +185,10 @@ def _next(directory: Path) -> str:
         return f"loopos evaluate {run} pairs.jsonl"
     if method == "autoregressive":
         return f"fine-tune it with --set {shlex.quote(f'data.pretrained_weights={model}')}"
+    if (model / "reasoning.json").exists():
+        return f"loopos generate {run} --prompt 'a problem'"
     if _can_chat(model):
         return f"loopos chat {run}"
-    if method == "chain_of_thought":  # a prompt would have to be laid out as a problem
-        return f"loopos evaluate {run} problems.jsonl"
     return f"loopos generate {run} --prompt 'a prompt'"
 
 
