@@ -128,7 +128,9 @@ def _check(num_threads: int | None) -> None:
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
         raise ConfigError(f"num_threads: expected a whole number, found {num_threads!r}")
     if not 1 <= num_threads < 1 << 31:  # a C int; the pool itself starts no more than 256
-        raise ConfigError(f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}")
+        raise ConfigError(
+            f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}"
+        )
 
 
 @contextmanager
