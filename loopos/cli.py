@@ -34,6 +34,7 @@ from loopos.display import (
     show_summary,
     show_trained,
     silence,
+    tell,
 )
 from loopos.errors import InputError, LooposError, OutputError
 from loopos.version import __version__
@@ -198,6 +199,7 @@ def run(
                 callbacks=[Announce(), ConsoleProgress()],
                 stop=stop,
                 on_prepared=announce,
+                tell=tell,
             )
         except (Interrupted, KeyboardInterrupt) as interrupt:
             print(str(interrupt) or "interrupted", file=sys.stderr)
@@ -232,7 +234,7 @@ def validate(
     given = _with_output(overrides, output_dir)
     loaded = load_config(config, given)
     with computing(loaded):
-        prepared = prepare(loaded)
+        prepared = prepare(loaded, tell=tell)
         show_prepared(prepared)
         steps = plan(loaded, prepared)
         say("run")

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -184,7 +185,8 @@ def predict(
 ) -> None:
     """Classify texts with a trained model.
 
-    Texts are given as arguments, in a file, or line by line on standard input.
+    Texts are given as arguments, in a file, or line by line on standard input, which has a line of
+    output for each of its lines: an empty one, or null in JSON, where there is no text in it.
     """
     from loopos.data.readers import read_texts
 
@@ -198,10 +200,13 @@ def predict(
             places = ", ".join(read.dropped[:5]) + (", ..." if len(read.dropped) > 5 else "")
             print(f"left out, as there is no text: {places}", file=sys.stderr)
     else:
-        given = [_as_utf8(text) for text in texts or []] or _standard_input()
-    if not given:
+        given = [_as_utf8(text) for text in texts or []] or _standard_lines()
+    filled = given if texts or input_file is not None else [t for t in given if t.strip()]
+    if not filled:
         raise InputError("there is no text to classify")
-    rows = list(tuner.predict(given).rows(given))
+    rows = list(tuner.predict(filled).rows(filled))
+    if len(filled) < len(given):
+        rows = _with_blank(rows, given)
     if output is not None:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         atomic_write_text(output, "".join(f"{line}\n" for line in lines))
@@ -210,9 +215,16 @@ def predict(
         for row in rows:
             say(json.dumps(row, ensure_ascii=escaped))
     elif output is not None:
-        say(f"{len(rows)} predictions in {output}")
+        say(f"{len(filled)} predictions in {output}")
     else:
         show_predictions(rows)
+
+
+def _with_blank(rows: list[dict[str, Any]], lines: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row for each line: of one without text, the same fields with nothing in them."""
+    found, names = iter(rows), [name for name in rows[0] if name != "text"]
+    return [next(found) if line.strip() else {"text": line, **dict.fromkeys(names)}
+            for line in lines]  # fmt: skip
 
 
 def _load_tuner(directory: Path) -> FineTuner:
@@ -253,6 +265,11 @@ def _as_utf8(argument: str) -> str:
 
 def _standard_input() -> list[str]:
     """Return the lines of standard input that have text."""
+    return [line for line in _standard_lines() if line.strip()]
+
+
+def _standard_lines() -> list[str]:
+    """Return the lines of standard input."""
     if sys.stdin.isatty():
         print("reading texts, one a line, up to Ctrl-D", file=sys.stderr)
     raw = sys.stdin.buffer.read()  # UTF-8 like every file, whatever the locale says
@@ -262,7 +279,9 @@ def _standard_input() -> list[str]:
         line = raw.count(b"\n", 0, error.start) + 1
         byte = raw[error.start]
         raise InputError(f"standard input:{line}: not UTF-8 text (byte 0x{byte:02x})") from error
-    return [line.rstrip("\r") for line in lines if line.strip()]
+    if not lines[-1]:  # behind the end of the last line
+        lines.pop()
+    return [line.rstrip("\r") for line in lines]
 
 
 def evaluate(

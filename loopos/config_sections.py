@@ -87,7 +87,7 @@ class Data:
         Rows to evaluate on, named as `training_data`; None splits some off the training data.
     validation_fraction : float
         Share of the training data that is split off where there is no `validation_data`, in [0, 1);
-        0 means no validation.
+        0 means no validation. Of a single text (pretraining) its end is held out.
     pretrained_weights : str or None
         Directory of a model or of LoRA adapters, a .gguf file, or a model on the Hugging Face Hub,
         "org/name" or "org/name@revision"; None starts fresh.

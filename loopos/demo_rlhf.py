@@ -187,7 +187,7 @@ class RlhfResult:
             *(f"  {name:<26}{before[key]:8.2f}{after[key]:8.2f}  {unit}"
               for key, name, unit in rows),
             f"  the mean score rose by {self.gain:.2f} standard deviations of the base model's",
-            f"  KL to the base model {self.after.kl:.2f} nats a response ({budget})",
+            f"  KL to the base model {self.after.kl:z.2f} nats a response ({budget})",
             f"the reward model took {self.reward_s:.0f} s, PPO {self.ppo_s:.0f} s, "
             f"all of it {self.seconds:.0f} s",
         ]  # fmt: skip
@@ -202,7 +202,7 @@ class Progress(ConsoleProgress):
             super().on_step(record)
             return
         text = (
-            f"score {record['reward/score']:+.2f}  KL {record.get('kl/mean', 0.0):.2f}  "
+            f"score {record['reward/score']:+.2f}  KL {record.get('kl/mean', 0.0):z.2f}  "
             f"entropy {record['entropy']:.2f}  length {record['response/length']:.1f}"
         )
         if self._progress is not None:

@@ -30,6 +30,7 @@ __all__ = [
     "show_summary",
     "show_trained",
     "silence",
+    "tell",
     "write",
 ]
 
@@ -64,6 +65,14 @@ def write(text: str) -> None:
     except OSError as error:
         silence(1)  # or Python would try, and fail, once more at exit
         raise OutputError(f"standard output: cannot be written ({error.strerror})") from error
+
+
+def tell(line: str) -> None:
+    """Print a line of what goes on to standard error, if anybody is there to read it."""
+    try:
+        print(plain(line), file=sys.stderr, flush=True)
+    except OSError:  # the reader has left: what goes on is worth more than a line
+        silence(2)
 
 
 def silence(number: int) -> None:
@@ -185,10 +194,10 @@ def _next(directory: Path) -> str:
         return f"loopos evaluate {run} pairs.jsonl"
     if method == "autoregressive":
         return f"fine-tune it with --set {shlex.quote(f'data.pretrained_weights={model}')}"
+    if (model / "reasoning.json").exists():
+        return f"loopos generate {run} --prompt 'a problem'"
     if _can_chat(model):
         return f"loopos chat {run}"
-    if method == "chain_of_thought":  # a prompt would have to be laid out as a problem
-        return f"loopos evaluate {run} problems.jsonl"
     return f"loopos generate {run} --prompt 'a prompt'"
 
 
@@ -203,7 +212,7 @@ def show_figures(figures: dict[str, Any], indent: str = "") -> None:
     """Print the figures that are single numbers."""
     for name, value in figures.items():
         if isinstance(value, float):
-            say(f"{indent}{name:<20} {value:.4f}")
+            say(f"{indent}{name:<20} {value:z.4f}")
 
 
 def _confusion(figures: dict[str, Any], directory: Path) -> None:
@@ -227,13 +236,16 @@ def _confusion(figures: dict[str, Any], directory: Path) -> None:
 
 
 def show_predictions(rows: list[dict[str, Any]]) -> None:
-    """Print a line each; on a terminal, cut to its width."""
+    """Print a line each, empty where nothing was said; on a terminal, cut to its width."""
     from rich.cells import cell_len, set_cell_size
 
     width = shutil.get_terminal_size((80, 20)).columns if sys.stdout.isatty() else None
     heads = [_said(row) for row in rows]
     longest = max(map(cell_len, heads))
     for row, said in zip(rows, heads, strict=True):
+        if not said:
+            say()
+            continue
         head = set_cell_size(said, longest) + "  "
         if "label" in row:
             head += f"{max(row['probabilities'].values()):6.1%}  "
@@ -246,6 +258,8 @@ def show_predictions(rows: list[dict[str, Any]]) -> None:
 
 def _said(row: dict[str, Any]) -> str:
     """Return what a model said of a text: a class, a number, or labels and their probabilities."""
+    if all(value is None for name, value in row.items() if name != "text"):
+        return ""  # of a line without text
     if "value" in row:
         return f"{row['value']:.4g}"
     if "labels" in row:

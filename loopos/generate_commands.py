@@ -19,6 +19,7 @@ from loopos.errors import ConfigError, DataError, InputError, MissingFileError, 
 
 if TYPE_CHECKING:
     from loopos.data.chat import ChatTemplate
+    from loopos.data.solutions import SolutionWriter
     from loopos.data.tokenizer import Tokenizer
     from loopos.generation import Generation, SamplingOptions
     from loopos.models.transformer import Transformer
@@ -60,11 +61,12 @@ _Threads = Annotated[
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A language model, its tokenizer, and its chat template if it has one."""
+    """A language model, its tokenizer, and what lays prompts out if anything does."""
 
     model: Transformer
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    writer: SolutionWriter | None = None
 
 
 def generate(
@@ -76,8 +78,18 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="Prompts, one a line, or rows with a field 'prompt'."),
     ] = None,
-    max_new_tokens: _MaxNewTokens = 128,
-    temperature: _Temperature = 1.0,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="New tokens at the most [128; 256 for a problem]."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            metavar="T",
+            help="Divides the logits; 0 takes the most likely token [1; 0 for one sample of a "
+            "problem, 0.7 for several].",
+        ),
+    ] = None,
     top_k: _TopK = 0,
     top_p: _TopP = 1.0,
     min_p: _MinP = 0.0,
@@ -90,35 +102,55 @@ def generate(
     backend: _Backend = "auto",
     threads: _Threads = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON lines: text, ids, logprobs, stop_reason.")
+        bool, typer.Option("--json", help="Print JSON lines: text, ids, logprobs, stop_reason...")
     ] = False,
     as_chat: Annotated[
         bool | None,
         typer.Option(
             "--chat/--no-chat",
-            help="Take prompts as what a user says, or as text to go on with "
-            "[chat where the model has a template].",
+            help="Take prompts as what a user says (as problems, where the model learnt to solve "
+            "them), or as text to go on with [chat where the model has a template].",
         ),
     ] = None,
 ) -> None:
     """Generate text with a language model.
 
     Prompts are given as options, in a file, or line by line on standard input. New text goes to
-    standard output, tokens per second to standard error.
+    standard output, tokens per second to standard error. A model that learnt chain of thought is
+    asked problems, and answers with its steps and the answer.
     """
+    solves = as_chat is not False and _solves(model)
+    length, warmth = _usual(solves, num_samples)
     options = _options(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        max_new_tokens=length if max_new_tokens is None else max_new_tokens,
+        temperature=warmth if temperature is None else temperature, top_k=top_k, top_p=top_p,
         min_p=min_p, repetition_penalty=repetition_penalty, stop=stop, num_samples=num_samples,
         seed=seed,
     )  # fmt: skip
     given = _prompts(prompt, prompts)
     with _computing(backend, threads):
-        loaded = _load(model, chat=as_chat)
+        loaded = _load(model, chat=as_chat, solves=solves)
         options, wanted = _for_template(loaded, given, options)
         if len(wanted) == 1 and num_samples == 1 and not as_json and sys.stdout.isatty():
             _stream(loaded, wanted[0], options, weights)
             return
         _generate(loaded, given, wanted, options, batch_size, weights, as_json)
+
+
+def _solves(name: str) -> bool:
+    """Whether a model was saved with the way in which problems are written."""
+    from loopos.methods.reasoning import kept_template
+
+    return kept_template(Path(_source(name))) is not None
+
+
+def _usual(solves: bool, num_samples: int) -> tuple[int, float]:
+    """Return how many tokens are generated, and at which temperature, if nobody says."""
+    if not solves:
+        return 128, 1.0
+    from loopos.methods.reasoning import Options
+
+    return Options().max_new_tokens, Options().temperature if num_samples > 1 else 0.0
 
 
 def _options(stop: Sequence[str] | None, **named: Any) -> SamplingOptions:
@@ -177,8 +209,8 @@ def _computing(backend: str, threads: int | None) -> Iterator[None]:
         yield
 
 
-def _load(name: str, *, chat: bool | None) -> _Loaded:
-    """Load a language model; its template if `chat` is not False."""
+def _load(name: str, *, chat: bool | None, solves: bool = False) -> _Loaded:
+    """Load a language model; the writer of its problems, or its template if `chat` is not False."""
     from loopos.data.chat import ChatTemplate
     from loopos.data.tokenizer import load_tokenizer
     from loopos.models.weights import load_config, load_model
@@ -188,6 +220,13 @@ def _load(name: str, *, chat: bool | None) -> _Loaded:
     if not config.causal or not config.lm_head:
         raise InputError(f"{source}: is no language model, so it cannot generate text")
     tokenizer = load_tokenizer(source)
+    if solves:
+        from loopos.data.solutions import SolutionWriter
+        from loopos.methods.reasoning import kept_template
+
+        kept = kept_template(Path(source))
+        assert kept is not None
+        return _Loaded(load_model(source), tokenizer, None, SolutionWriter(tokenizer, *kept))
     template = None
     if chat or (chat is None and tokenizer.chat_template):
         if not tokenizer.chat_template:
@@ -223,6 +262,10 @@ def _for_template(
     """Return prompts as they are given to the model, and the options with what ends a turn."""
     from dataclasses import replace
 
+    if loaded.writer is not None:
+        writer = loaded.writer
+        options = replace(options, stop_ids=writer.stop_ids)
+        return options, [writer.prompt(problem) for problem in prompts]
     if loaded.template is None:
         return options, list(prompts)
     options = replace(options, stop_ids=loaded.template.stop_ids)
@@ -262,7 +305,7 @@ def _generate(
     for generation in found:
         if as_json:
             escaped = "utf" not in (sys.stdout.encoding or "").lower()
-            say(json.dumps(_fields(generation, given), ensure_ascii=escaped))
+            say(json.dumps(_fields(loaded, generation, given), ensure_ascii=escaped))
             continue
         if len(found) > 1:
             sample = f", sample {generation.sample_index + 1}" if options.num_samples > 1 else ""
@@ -271,8 +314,8 @@ def _generate(
     _show_speed(sum(len(generation.ids) for generation in found), seconds)
 
 
-def _fields(generation: Generation, given: list[str]) -> dict[str, Any]:
-    return {
+def _fields(loaded: _Loaded, generation: Generation, given: list[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {
         "prompt": given[generation.prompt_index],
         "prompt_index": generation.prompt_index,
         "sample_index": generation.sample_index,
@@ -281,6 +324,12 @@ def _fields(generation: Generation, given: list[str]) -> dict[str, Any]:
         "logprobs": generation.logprobs.tolist(),
         "stop_reason": generation.stop_reason,
     }
+    if loaded.writer is not None:
+        from loopos.methods.solving import answer_in
+
+        template, text = loaded.writer.template, generation.text or ""
+        fields |= {"steps": template.parse(text)[0], "answer": answer_in(text, template)}
+    return fields
 
 
 def _show_speed(tokens: int, seconds: float) -> None:

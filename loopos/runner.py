@@ -57,6 +57,9 @@ _MAY_CHANGE = {
     *(f"training.{name}" for name in MAY_CHANGE),
 }
 
+#: Bytes of data that are read, and made a tokenizer of, before anybody wonders.
+_LONG_BYTES = 1 << 17
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -152,7 +155,21 @@ def _named(config: RunConfig, key: str) -> Iterator[None]:
         raise MissingFileError(f"{config.where(key)}: {error}") from error
 
 
-def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
+def _nothing_said(line: str) -> None:
+    pass
+
+
+def _is_long(config: RunConfig) -> bool:
+    """Whether there is so much data that people wait for it."""
+    files = [path for path in config.paths(config.data_key) if path.is_file()]
+    return sum(path.stat().st_size for path in files) > _LONG_BYTES
+
+
+def prepare(
+    config: RunConfig,
+    run_dir: Path | None = None,
+    tell: Callable[[str], None] = _nothing_said,
+) -> Prepared:
     """Read and check data, tokenizer and model; nothing is written.
 
     Parameters
@@ -160,6 +177,9 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
     config : RunConfig
     run_dir : Path, optional
         Of a run to be resumed: its tokenizer is used.
+    tell : callable, optional
+        Given a line before reading data and before training a tokenizer, where the data is more
+        than a few rows.
 
     Raises
     ------
@@ -167,6 +187,8 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
         One sentence for whatever does not fit, naming the key, or file and line.
     """
     data, seed = config.data, config.computation.seed
+    tell = tell if _is_long(config) else _nothing_said
+    tell("reading data")
     whole = _read(config, config.data_key)
     training, validation = whole, None
     if data.validation_data is not None:
@@ -175,7 +197,7 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
         with _located(config, "data.validation_fraction"):
             training, validation = _split(whole, data.validation_fraction, seed)
     model = _model(config)
-    tokenizer = _tokenizer(config, model, training, run_dir)
+    tokenizer = _tokenizer(config, model, training, run_dir, tell)
     num_classes = config.model.get("num_classes")
     told = {key: _told(config, key) for key in getattr(config.method, "MAKE_TAKES", ())}
     with _located(config):
@@ -189,7 +211,7 @@ def prepare(config: RunConfig, run_dir: Path | None = None) -> Prepared:
 def _split(whole: Any, fraction: float, seed: int) -> tuple[Any, Any]:
     try:
         return split(whole, fraction, seed)
-    except DataError as error:  # of a .txt file with a single text, for one
+    except DataError as error:  # of a single row, for one
         raise DataError(
             f"{error}; name data.validation_data, or set it to 0 to have none"
         ) from error
@@ -273,13 +295,18 @@ def _refuse_giants(transformer: TransformerConfig, options: TrainingOptions) -> 
 
 
 def _tokenizer(
-    config: RunConfig, model: Transformer, training: Texts, run_dir: Path | None
+    config: RunConfig,
+    model: Transformer,
+    training: Texts,
+    run_dir: Path | None,
+    tell: Callable[[str], None],
 ) -> Tokenizer:
     size = model.config.vocab_size
     if run_dir is not None:
         return load_tokenizer(run_dir / "tokenizer")
     if config.data.tokenizer is None and config.data.pretrained_weights is None:
         with _located(config, "model.vocab_size"):
+            tell(f"training a tokenizer of {size:,} tokens")
             digits = getattr(config.method, "INDIVIDUAL_DIGITS", False)
             return train_bpe(training.corpus, size, individual_digits=digits)
     key = "pretrained_weights" if config.data.tokenizer is None else "tokenizer"
@@ -365,6 +392,7 @@ def run(
     callbacks: Sequence[Callback] = (),
     stop: Callable[[], bool] | None = None,
     on_prepared: Callable[[Prepared], Prepared | None] | None = None,
+    tell: Callable[[str], None] = _nothing_said,
 ) -> Summary:
     """Carry out a configuration.
 
@@ -378,6 +406,8 @@ def run(
         Asked after every step; True saves the state and ends the run.
     on_prepared : callable, optional
         Given what was prepared, before the first step; may return what to go on with instead.
+    tell : callable, optional
+        As that of :func:`prepare`.
 
     Raises
     ------
@@ -392,7 +422,7 @@ def run(
     directory = config.output_dir
     with locked_directory(directory), computing(config):
         checkpoint = check_directory(directory, resume, STAGES.get(config.computation.method, ()))
-        prepared = prepare(config, None if checkpoint is None else directory)
+        prepared = prepare(config, None if checkpoint is None else directory, tell)
         record = config.as_dict() | _identity(prepared)
         if checkpoint is not None:
             _refuse_changes(config, checkpoint, record)

@@ -199,8 +199,9 @@ def test_special_tokens_are_not_added_again():
 def test_a_tokenizer_without_template_says_what_to_set():
     found = Tokenizer(backend())
     assert message_of(ConfigError, ChatTemplate, found) == (
-        "the tokenizer has no chat template: write one to chat_template.jinja beside it, "
-        "or set tokenizer.chat_template"
+        "the tokenizer has no chat template: write one to chat_template.jinja in the directory "
+        "that data.tokenizer or data.pretrained_weights names ('loopos tokenizer train' makes such "
+        "a directory), or set tokenizer.chat_template in Python"
     )
 
 

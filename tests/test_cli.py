@@ -164,9 +164,21 @@ def test_predictions_in_every_form(trained, tmp_path):
         assert sum(row["probabilities"].values()) == pytest.approx(1)
         assert max(row["probabilities"], key=row["probabilities"].get) == row["label"]
 
+    # A line for each line of standard input, also for those with nothing in them.
+    blank = {"label": None, "probabilities": None}
     piped, _ = loopos("predict", "out/model", "--json", cwd=directory,
-                      stdin="\ufeff" + texts[0] + "\r\n\n" + texts[1])  # fmt: skip
-    assert piped == as_json
+                      stdin="\ufeff" + texts[0] + "\r\n\n" + texts[1] + "\n \n")  # fmt: skip
+    assert [json.loads(line) for line in piped.splitlines()] == [
+        rows[0], {"text": "", **blank}, rows[1], {"text": " ", **blank},
+    ]  # fmt: skip
+    shown, _ = loopos("predict", "out", cwd=directory, stdin="\n".join([texts[0], "", texts[1]]))
+    first, second = loopos("predict", "out", *texts, cwd=directory)[0].splitlines()
+    assert shown == f"{first}\n\n{second}\n"
+    kept = tmp_path / "kept.jsonl"
+    out, _ = loopos("predict", "out", "--output", kept, cwd=directory,
+                    stdin="\n".join(["", *texts]))  # fmt: skip
+    assert out == f"2 predictions in {kept}\n"
+    assert kept.read_text(encoding="utf-8").splitlines()[1:] == as_json.splitlines()
 
     file = tmp_path / "in.jsonl"
     file.write_text("".join(json.dumps({"body": t}) + "\n" for t in [texts[0], " ", texts[1]]))
@@ -532,7 +544,9 @@ def test_predict_names_a_directory_of_something_else(tmp_path):
         ("dpo", {}, "loopos generate 'a run' --prompt 'a prompt'"),
         ("sft", {}, "loopos generate 'a run' --prompt 'a prompt'"),
         ("sft", {"tokenizer_config.json": '{"chat_template": "{{ x }}"}'}, "loopos chat 'a run'"),
-        ("chain_of_thought", {}, "loopos evaluate 'a run' problems.jsonl"),
+        ("chain_of_thought",
+         {"reasoning.json": "{}", "tokenizer_config.json": '{"chat_template": "{{ x }}"}'},
+         "loopos generate 'a run' --prompt 'a problem'"),
         ("autoregressive", {},
          "fine-tune it with --set 'data.pretrained_weights=a run/model'"),
         ("reward_model", {"reward_model.json": "{}"}, "loopos evaluate 'a run' pairs.jsonl"),

@@ -16,6 +16,8 @@ import pytest
 import loopos as library
 from loopos.backends import get_backend
 from loopos.data.chat import ChatTemplate
+from loopos.data.reasoning import read_reasoning
+from loopos.data.solutions import SolutionTemplate
 from loopos.data.tokenizer import train_bpe
 from loopos.generation import generate
 from loopos.preview import show_pieces
@@ -253,6 +255,53 @@ def test_a_template_that_attacks_is_one_sentence(project, tmp_path):
             "the chat template is not safe: access to attribute '__class__' of 'list' object is "
             "unsafe."
         )
+
+
+@pytest.fixture(scope="module", params=[False, True])
+def solver(request, tmp_path_factory):
+    """Return a directory with a run that learnt three problems, with a chat template or without."""
+    root = tmp_path_factory.mktemp("solver")
+    problems = [{"problem": f"Tom has {n} pens and buys 2.", "reasoning": [f"{n} + 2 = {n + 2}."],
+                 "answer": str(n + 2)} for n in (3, 5, 9)]  # fmt: skip
+    data = read_reasoning(problems)
+    tokenizer = train_bpe([*data.corpus, TEMPLATE] * 3, 300, individual_digits=True)
+    if request.param:
+        tokenizer.chat_template = TEMPLATE
+    network = library.Transformer(
+        library.TransformerConfig(32, 2, 2, 64, tokenizer.vocab_size, max_seq_len=128), seed=1
+    )
+    cot = library.ChainOfThought(
+        network, tokenizer, template=SolutionTemplate("Q: {problem}\n", "* {step}\n", "So {answer}")
+    )
+    cot.fit(data, max_steps=150, learning_rate=1e-2, batch_size=3)
+    cot.save(root / "run" / "model")
+    return root
+
+
+def test_a_model_that_reasons_is_asked_problems(solver):
+    problem = "Tom has 5 pens and buys 2."
+    solution = library.ChainOfThought(solver / "run" / "model").solve_with_reasoning(problem)
+    assert (solution.steps, solution.answer) == (("5 + 2 = 7.",), "7")
+    for more in ([], ["--chat"]):
+        out, _ = loopos("generate", "run", "--prompt", problem, *more, cwd=solver)
+        assert out == f"{solution.text}\n" == "* 5 + 2 = 7.\nSo 7\n"
+    out, _ = loopos("generate", "run/model", "--prompt", problem, "--json", cwd=solver)
+    row = json.loads(out)
+    assert (row["steps"], row["answer"]) == (["5 + 2 = 7."], "7")
+    assert (row["prompt"], row["stop_reason"]) == (problem, "stop_token")
+    several = ["--num-samples", "2", "--seed", "3", "--json"]
+    out, _ = loopos("generate", "run", "--prompt", problem, *several, cwd=solver)
+    warm, _ = loopos("generate", "run", "--prompt", problem, *several, "--temperature", "0.7",
+                     cwd=solver)  # fmt: skip
+    assert out == warm
+    # A text is gone on with if that is asked for.
+    text = f"Q: {problem}\n* 5 +"
+    network, tokenizer = (load(solver / "run" / "model")
+                          for load in (library.load_model, library.load_tokenizer))  # fmt: skip
+    (found,) = generate(network, [text], tokenizer=tokenizer, temperature=0, max_new_tokens=6)
+    out, _ = loopos("generate", "run", "--prompt", text, "--no-chat", "--temperature", "0",
+                    "--max-new-tokens", "6", cwd=solver)  # fmt: skip
+    assert out == f"{found.text}\n"
 
 
 # -- chat ------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from loopos.data.batch import Batch
-from loopos.data.readers import Texts, read_texts
+from loopos.data.readers import Texts, read_texts, split
 from loopos.data.tokenizer import Tokenizer, train_bpe
 from loopos.errors import ConfigError, DataError, MissingFileError
 from loopos.methods.pretraining import Options, Pretrainer
@@ -140,6 +140,24 @@ def test_a_very_long_document_is_read_whole(tokenizer):
     ids = np.concatenate(found)
     assert tokenizer.decode(ids[:-1]) == text
     assert ids[-1] == tokenizer.eos_id
+
+
+def test_a_fraction_of_the_texts_or_of_the_only_one_is_held_out(tokenizer, tmp_path):
+    (tmp_path / "one.txt").write_text("The cat sat on the mat.\nThe dog sat on the log.\n" * 40)
+    for data in (tmp_path / "one.txt", TEXTS):
+        trainer = Pretrainer(model(), tokenizer, seed=3)
+        result = trainer.fit(data, validation_fraction=0.25, max_steps=2)
+        whole = read_texts(data) if data is not TEXTS else data
+        training, validation = split(whole, 0.25, seed=3)
+        other = Pretrainer(model(), tokenizer, seed=3)
+        expected = other.fit(training, validation, max_steps=2)
+        assert result.evaluations[-1]["eval"] == expected.evaluations[-1]["eval"]
+        assert result.history[-1]["loss"] == expected.history[-1]["loss"]
+        # Validation data that is there counts.
+        third = Pretrainer(model(), tokenizer, seed=3)
+        third.fit(training, validation, max_steps=2, validation_fraction=0.5)
+        assert third.evaluate(validation) == other.evaluate(validation)
+    assert Pretrainer(model(), tokenizer).fit(TEXTS, max_steps=1).evaluations == []
 
 
 def words(template=None):

@@ -18,6 +18,7 @@ from loopos.data.readers import (
     read_texts,
     split,
 )
+from loopos.data.store import TextStore
 from loopos.errors import ConfigError, DataError, MissingFileError
 
 
@@ -773,3 +774,62 @@ def test_only_classes_are_split_by_label(labels):
     assert training.problem == validation.problem == data.problem
     at = [int(place.removeprefix("row ")) - 1 for place in validation.where]
     assert validation.labels.tolist() == data.labels[at].tolist()
+
+
+# -- a single text ---------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.text(alphabet="ab \n\r猫é🐈", max_size=30), min_size=1, max_size=12),
+    st.floats(0.01, 0.99),
+    st.sampled_from([None, 0]),
+)
+@example(["line\n"] * 20, 0.1, 0)
+def test_of_a_single_text_the_last_part_is_held_out(parts, fraction, memory_limit):
+    text = "".join(parts)
+    stored = TextStore.of([text], memory_limit)
+    if stored.without_ends(fraction) is None:
+        assert message_of(split, Texts(stored, ["t.txt:1"]), fraction, 0) == (
+            f"the text is too short to hold out a validation fraction of {fraction}"
+        )
+        return
+    training, validation = split(Texts(stored, ["t.txt:1"]), fraction, seed=0)
+    [head], [tail] = training.texts, validation.texts
+    assert head + tail == text
+    assert head.strip()
+    assert tail.strip()
+    size, held = len(text.encode()), len(tail.encode())
+    # A character has up to four bytes.
+    assert abs(held - fraction * size) <= min(fraction, 1 - fraction) * size / 2 + 4
+    assert (training.where, validation.where) == (["t.txt:1"], ["t.txt:1"])
+    # The same of a list, and again.
+    for other in (Texts([text], ["t.txt:1"]), Texts(stored, ["t.txt:1"])):
+        assert [part.texts for part in split(other, fraction, seed=5)] == [[head], [tail]]
+
+
+def test_the_cut_is_at_the_nearest_end_of_a_line():
+    text = "".join(f"line {i:02}\n" for i in range(50))
+    for fraction, lines in ((0.1, 5), (0.11, 6), (0.107, 5), (0.5, 25), (0.9, 45)):
+        validation = split(Texts([text], ["row 1"]), fraction, seed=0)[1]
+        assert validation.texts == [text[-8 * lines :]]
+    # None is near: the cut is between two characters.
+    training, validation = split(Texts(["title\n" + "猫" * 998], ["row 1"]), 0.25, seed=0)
+    assert validation.texts == ["猫" * 250]
+    assert training.held_out == ""
+    assert validation.held_out == "the end of the only text, 750 of 3,000 bytes (25.0%)"
+
+
+def test_equal_texts_are_one_text():
+    data = Texts(["same same"] * 3, ["a:1", "a:2", "a:3"], dropped=["a:4"])
+    training, validation = split(data.take([0, 2]), 0.5, seed=0)
+    assert (training.texts, validation.texts) == (["same"] * 2, [" same"] * 2)
+    assert (training.where, validation.where) == (["a:1", "a:3"],) * 2
+    assert validation.held_out == "the ends of 2 equal texts, 10 of 18 bytes (55.6%)"
+    assert (training.dropped, validation.dropped) == (["a:4"], [])
+
+
+def test_only_plain_texts_are_cut():
+    text = "a long review, with many words\n" * 9
+    assert message_of(split, data_of([text], [0]), 0.1, 0) == (
+        "1 row is too few to split off a validation fraction of 0.1"
+    )

@@ -120,6 +120,20 @@ def test_a_run_shows_both_phases_samples_and_what_it_came_to(trained):
     assert any(re.match(r"step 2/2  evaluation: reward/score -?\d", line) for line in told)
 
 
+def test_what_takes_a_while_is_said_when_it_begins(project):
+    rows = [{"prompt": f"Say {i}", "chosen": "fine " * 40, "rejected": "bad " * 40}
+            for i in range(500)]  # fmt: skip
+    write_rows(project / "long.jsonl", rows)
+    asked = ["--set", "data.preference_data=long.jsonl", "--set", "model.max_seq_len=4"]
+    _, err = loopos("run", "rlhf.json", *asked, cwd=project, code=2)  # too long for the model
+    first, second, error = err.splitlines()
+    told = f"training a tokenizer of {SIZES['vocab_size']} tokens"
+    assert (first, second) == ("reading data", told)
+    assert error.startswith("error: ")
+    # Of a few rows nobody waits for them.
+    refused("run", "rlhf.json", *asked[2:], cwd=project)
+
+
 def test_the_printed_command_works(trained):
     directory, out, _ = trained
     command = shlex.split(out.splitlines()[-1].removeprefix("next: "))

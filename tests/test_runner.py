@@ -21,6 +21,7 @@ from loopos.errors import (
     OutputError,
 )
 from loopos.models.transformer import Transformer, TransformerConfig
+from loopos.rehearsal import rehearse
 from loopos.runner import computing, plan, prepare, run
 from loopos.training.loop import Interrupted
 from loopos.training.trackers import Callback
@@ -369,17 +370,59 @@ def test_a_model_that_no_machine_holds(configure):
     assert message.endswith(" GiB of memory")
 
 
-def test_a_plain_text_is_not_split_and_the_message_says_what_to_do(configure):
-    Path("one.txt").write_text("to be or not to be\n" * 20)
-    asked = ["computation.mode=pretraining", "computation.method=autoregressive",
-             "data.training_data=one.txt"]  # fmt: skip
-    said = refused(prepare, configure(*asked), kind=ConfigError)
-    assert said.endswith(
-        "data.validation_fraction: 1 row is too few to split off a validation fraction of 0.1; "
+PLAYS = "".join(f"line {i}: to be or not to be, that is the question\n" for i in range(200))
+ONE_TEXT = ["computation.mode=pretraining", "computation.method=autoregressive",
+            "data.training_data=one.txt"]  # fmt: skip
+
+
+def test_of_a_single_text_the_end_is_held_out(configure):
+    Path("one.txt").write_text(PLAYS)
+    prepared = prepare(configure(*ONE_TEXT))
+    [training], [validation] = prepared.training.texts, prepared.validation.texts
+    assert training + validation == PLAYS
+    assert training.endswith("\n")
+    assert validation.startswith("line 1")
+    assert len(validation) == pytest.approx(0.1 * len(PLAYS), abs=len("line 180: ...") + 50)
+    told = (
+        f"the end of the only text, {len(validation):,} of {len(PLAYS):,} bytes "
+        f"({len(validation) / len(PLAYS):.1%})"
+    )
+    assert prepared.report.held_out == prepared.report.to_dict()["held_out"] == told
+    assert prepared.report.lines()[:2] == [
+        f"{'rows':<15}1 training, 1 validation", f"{'held out':<15}{told}",
+    ]  # fmt: skip
+    # The tokenizer has not seen it.
+    ids = train_bpe([training], 300).encode(PLAYS)
+    np.testing.assert_array_equal(prepared.trainer.tokenizer.encode(PLAYS), ids)
+    # In half or in no part, if that is wanted; the seed has no say.
+    halves = prepare(configure(*ONE_TEXT, "data.validation_fraction=0.5"))
+    assert len(halves.validation.texts[0]) == pytest.approx(0.5 * len(PLAYS), abs=60)
+    again = prepare(configure(*ONE_TEXT, "computation.seed=9"))
+    assert again.validation.texts == [validation]
+    assert prepare(configure(*ONE_TEXT, "data.validation_fraction=0")).validation is None
+
+
+def test_a_run_on_a_single_text_is_rehearsed_and_resumed(configure):
+    Path("one.txt").write_text(PLAYS)
+    asked = [*ONE_TEXT, "training.eval_steps=4", "training.max_steps=6"]
+    estimate = rehearse(configure(*asked), asked)
+    assert estimate.evaluation_s > 0
+    whole = run(configure(*asked))
+    assert whole.evaluation["loss"] == whole.result.evaluations[-1]["eval"]["loss"]
+    assert "the end of the only text" in Path("out/data_report.json").read_text()
+    parts = configure(*asked, "data.output_dir=parts")
+    interrupt(parts)
+    resumed = run(parts, resume=True)
+    assert resumed.evaluation == whole.evaluation
+    assert weights("parts") == weights("out")
+
+
+def test_a_single_text_too_short_to_hold_some_out(configure):
+    Path("one.txt").write_text("to be\n" + "\n" * 40)
+    assert refused(prepare, configure(*ONE_TEXT), kind=ConfigError).endswith(
+        "data.validation_fraction: the text is too short to hold out a validation fraction of 0.1; "
         "name data.validation_data, or set it to 0 to have none"
     )
-    prepared = prepare(configure(*asked, "data.validation_fraction=0"))
-    assert prepared.validation is None
 
 
 def test_too_few_rows_to_split(configure):

@@ -289,8 +289,9 @@ def test_templates_that_fail_are_named_with_the_row():
     assert message_of(ModelFormatError, tuner, broken).startswith("the chat template: line 1 ")
     none = tokenizer(template=None)
     assert message_of(ConfigError, tuner(none).fit, DATA) == (
-        "row 1: the tokenizer has no chat template: write one to chat_template.jinja beside it, "
-        "or set tokenizer.chat_template"
+        "row 1: the tokenizer has no chat template: write one to chat_template.jinja in the "
+        "directory that data.tokenizer or data.pretrained_weights names ('loopos tokenizer "
+        "train' makes such a directory), or set tokenizer.chat_template in Python"
     )
 
 

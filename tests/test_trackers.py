@@ -175,6 +175,11 @@ def test_samples_and_their_figures_as_lines():
     assert lines[5] == (
         "step 2/4  evaluation: reward/score 1.0000, kl/mean 0.5000, response/length 3.0000"
     )
+    progress.on_step(of_policy(3) | {"kl/mean": -4e-7})  # zero, but for rounding
+    progress.on_evaluate({"step": 3, "eval": {"reward/score": 1.0, "kl/mean": -4e-7}})
+    zero = stream.getvalue().splitlines()[6:]
+    assert zero[0].startswith("step 3/4  reward 0.5000  KL 0.000  length 7.2")
+    assert zero[1] == "step 3/4  evaluation: reward/score 1.0000, kl/mean 0.0000"
     bare = of_policy(3)
     del bare["kl/mean"]
     progress.on_step(bare)

@@ -45,8 +45,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer):
         if not tokenizer.chat_template:
             raise ConfigError(
-                "the tokenizer has no chat template: write one to chat_template.jinja beside it, "
-                "or set tokenizer.chat_template"
+                "the tokenizer has no chat template: write one to chat_template.jinja in the "
+                "directory that data.tokenizer or data.pretrained_weights names ('loopos tokenizer "
+                "train' makes such a directory), or set tokenizer.chat_template in Python"
             )
         from loopos.data.templates import Template  # jinja2 is imported where it is needed
 

@@ -54,11 +54,14 @@ class Texts:
     ----------
     texts, where, dropped : sequence of str
         Lists, or what :func:`read_texts` makes: a ``TextStore`` and ``Places``.
+    held_out : str
+        Where these are ends of texts that :func:`split` cut off: which part they are, for people.
     """
 
     texts: Sequence[str]
     where: Sequence[str]
     dropped: Sequence[str] = field(default_factory=list, kw_only=True)
+    held_out: str = field(default="", kw_only=True)
 
     def take(self, indices: Sequence[int] | Array) -> Texts:
         """Return the texts at `indices`; of stored texts a view."""

@@ -96,6 +96,8 @@ class DataReport:
         Rows whose text stands further up, in either set, with another label or target.
     leaks : Finding
         Validation rows whose text is in the training set.
+    held_out : str
+        Which part of the training text the validation text is, where it was the only one; else "".
     warnings : list of str
         What should be mended or known.
     """
@@ -117,6 +119,7 @@ class DataReport:
     duplicates: Finding
     conflicts: Finding
     leaks: Finding
+    held_out: str
     warnings: list[str]
 
     @classmethod
@@ -184,6 +187,7 @@ class DataReport:
             ),
             conflicts=Finding.at(_conflicts(sets, groups)),
             leaks=Finding.at([(data, np.flatnonzero(outside < rows)) for data in sets[1:]]),
+            held_out="" if validation is None else validation.held_out,
             warnings=[],
         )
         report.warnings.extend(report._warnings())
@@ -252,6 +256,8 @@ class DataReport:
         rows = f"{self.rows} training, {self.validation_rows} validation"
         lengths = _figures(self.lengths)
         table = [("rows", rows)]
+        if self.held_out:
+            table.append(("held out", self.held_out))
         table += self._label_lines()
         table += [("tokens", f"{self.tokens} ({lengths})")]
         if self.max_length is not None:

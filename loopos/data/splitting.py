@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loopos.data.store import first_of_each
+from loopos.data.store import TextStore, first_of_each
 from loopos.errors import DataError
 
 if TYPE_CHECKING:
@@ -47,6 +47,27 @@ def _share(sizes: Array, fraction: float) -> Array:
     return taken
 
 
+def _are_plain(data: Texts) -> bool:
+    """Whether these are texts and nothing more: part of one is a text as well."""
+    from loopos.data.readers import Texts  # which has split() in its namespace
+
+    return type(data) is Texts
+
+
+def _with_ends_held_out(data: Texts, fraction: float) -> tuple[Any, Any]:
+    """Return equal texts (one, mostly) without their ends, and the ends."""
+    texts = data.texts if isinstance(data.texts, TextStore) else TextStore.of(data.texts)
+    sides = texts.without_ends(fraction)
+    if sides is None:
+        raise DataError(f"the text is too short to hold out a validation fraction of {fraction}")
+    held, whole = sides[1].size_bytes, texts.size_bytes
+    what = (
+        "the end of the only text" if len(texts) == 1 else f"the ends of {len(texts)} equal texts"
+    )
+    told = f"{what}, {held:,} of {whole:,} bytes ({held / whole:.1%})"
+    return replace(data, texts=sides[0]), replace(data, texts=sides[1], dropped=[], held_out=told)
+
+
 def split(data: Texts, fraction: float, seed: int) -> tuple[Any, Any]:
     """Divide rows into training and validation, seeded, stratified by class, without leaks.
 
@@ -54,6 +75,10 @@ def split(data: Texts, fraction: float, seed: int) -> tuple[Any, Any]:
     validation: at least one and never all, where it has two different texts or more. A text with
     several classes counts for its first. Where a row has a number or several labels, or none at
     all, all rows are treated as one class.
+
+    Of plain texts (:class:`loopos.data.readers.Texts` itself) one is enough: there is no other to
+    hold out, so its end is, the last `fraction` of it, cut at the end of a line if one is near.
+    ``validation.held_out`` says so.
 
     Parameters
     ----------
@@ -78,6 +103,8 @@ def split(data: Texts, fraction: float, seed: int) -> tuple[Any, Any]:
     # Each row belongs to the group of the first row with its text.
     group_of = first_of_each(data.texts)
     groups, sizes = np.unique(group_of, return_counts=True)
+    if groups.size == 1 and _are_plain(data):
+        return _with_ends_held_out(data, fraction)
     labels = np.zeros(group_of.size, np.int64)
     if getattr(data, "problem", None) == "classification":
         labels = data.labels  # type: ignore[attr-defined]

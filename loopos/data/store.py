@@ -11,6 +11,7 @@ import array
 import hashlib
 import mmap
 import operator
+import re
 import tempfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,8 @@ _WALK = 8 << 20
 #: What the system may read around a place that a walk jumps to.
 _JUMP = 64 << 10
 _WRITE_BUFFER = 1 << 20
+#: Something that is no white space, in the bytes of a text.
+_FILLED = re.compile(rb"[^\s]")
 
 
 class _Bytes:
@@ -216,12 +219,56 @@ class TextStore(_Stored[str]):
             builder.append(text)
         return builder.finish()
 
+    def without_ends(self, fraction: float) -> tuple[Self, Self] | None:
+        """Cut off the end of each text, about `fraction` of its bytes; views of the same bytes.
+
+        The cut is at the end of a line where there is one near enough, so that neither side differs
+        by more than half from what it should be; else between two characters.
+
+        Returns
+        -------
+        texts, ends
+            One of each for every text; put together, byte for byte what they were. None where
+            one of them would be empty, or white space alone.
+        """
+        places = list(self._places())
+        offsets = np.zeros(2 * (self._offsets.size - 1) + 1, dtype=np.int64)
+        offsets[::2], offsets[1::2] = self._offsets, self._offsets[1:]
+        for place in dict.fromkeys(places):
+            begin, end = self._offsets[place : place + 2].tolist()
+            cut = offsets[2 * place + 1] = _cut(self._data, begin, end, fraction)
+            if not all(_FILLED.search(self._data, *side) for side in ((begin, cut), (cut, end))):
+                return None
+        whole, index = type(self)(self._data, offsets), 2 * np.array(places, dtype=np.int64)
+        return whole.take(index), whole.take(index + 1)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all texts together."""
+        places = np.fromiter(self._places(), dtype=np.int64)
+        return int((self._offsets[places + 1] - self._offsets[places]).sum())
+
     def _entry(self, place: int) -> str:
         begin, end = self._offsets[place : place + 2].tolist()
         return self._data[begin:end].decode("utf-8", "surrogatepass")
 
     def _with(self, index: Array) -> Self:
         return type(self)(self._data, self._offsets, index)
+
+
+def _cut(data: bytearray | mmap.mmap, begin: int, end: int, fraction: float) -> int:
+    """Return where to cut off the last `fraction` of a text, as `TextStore.without_ends` says."""
+    size = end - begin
+    wanted = end - int(fraction * size + 0.5)
+    far = int(min(fraction, 1 - fraction) * size / 2)
+    before = data.rfind(b"\n", max(begin, wanted - far - 1), wanted) + 1
+    after = data.find(b"\n", wanted, min(end, wanted + far)) + 1
+    lines = [cut for cut in (before, after) if cut]
+    if lines:
+        return min(lines, key=lambda cut: abs(cut - wanted))
+    while begin < wanted < end and data[wanted] & 0xC0 == 0x80:  # inside a character of UTF-8
+        wanted -= 1
+    return wanted
 
 
 class TextStoreBuilder:

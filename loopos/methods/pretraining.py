@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from loopos.data.readers import Texts, read_texts
+from loopos.data.readers import Texts, read_texts, split
 from loopos.data.report import DataReport
 from loopos.data.store import TokenStore, TokenStoreBuilder
 from loopos.data.tokenizer import Tokenizer
@@ -93,26 +93,36 @@ class Pretrainer:
         resume: bool = False,
         stop: Callable[[], bool] | None = None,
         run_config: dict[str, Any] | None = None,
+        validation_fraction: float = 0.0,
         **overrides: Any,
     ) -> TrainResult:
-        """Train on texts; parameters as :meth:`loopos.FineTuner.fit`.
+        """Train on texts; other parameters as :meth:`loopos.FineTuner.fit`.
+
+        Parameters
+        ----------
+        validation_fraction : float
+            Share of the training data that is held out where there is no `validation_data`, as
+            :func:`loopos.data.readers.split` does it with the trainer's seed: some of the texts,
+            or of a single one the end. 0 holds out none.
 
         Raises
         ------
         DataError
-            If no text has two tokens.
+            If no text has two tokens, or there is too little text to hold some out.
         ConfigError
             If an option has no such name or value.
         NumericalError
             If a loss or gradient is not finite.
         """
         options = with_overrides(options or Options(), overrides)
-        pieces = self._pieces(_texts(training_data), options)
+        training = _texts(training_data)
+        validation = None if validation_data is None else _texts(validation_data)
+        if validation is None and validation_fraction:
+            training, validation = split(training, validation_fraction, self.seed)
+        pieces = self._pieces(training, options)
         evaluate = None
-        if validation_data is not None:
-            evaluate = next_token_evaluator(
-                self.model, self._pieces(_texts(validation_data), options)
-            )
+        if validation is not None:
+            evaluate = next_token_evaluator(self.model, self._pieces(validation, options))
         self.model = with_adapters(self.model, options, self.seed)
         train_only(self.model.parameters(), trained_body(self.model))
         return fit(

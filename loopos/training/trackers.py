@@ -349,7 +349,7 @@ class ConsoleProgress(Callback):
         numbers = {n: float(v) for n, v in record["eval"].items() if np.ndim(v) == 0
                    and isinstance(v, (float, np.floating))}  # fmt: skip
         known = [n for n in _TOLD if n in numbers]
-        figures = [f"{name} {numbers[name]:.4f}" for name in known or numbers]
+        figures = [f"{name} {numbers[name]:z.4f}" for name in known or numbers]
         self._print(f"step {record['step']}/{self._total}  evaluation: {', '.join(figures)}")
 
     def on_end(self) -> None:
@@ -376,7 +376,7 @@ def _told(record: Record) -> str:
         return f"loss {record['loss']:.4f}"
     parts = [f"reward {record['reward/score']:.4f}"]
     if "kl/mean" in record:
-        parts.append(f"KL {record['kl/mean']:.3f}")
+        parts.append(f"KL {record['kl/mean']:z.3f}")
     return "  ".join([*parts, f"length {record['response/length']:.1f}"])
 
 
