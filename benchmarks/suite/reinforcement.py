@@ -170,14 +170,11 @@ def needed_bytes(trainer: PPOTrainer) -> int:
     return TRAINED_BYTES * trained + FROZEN_BYTES * (held - trained + scoring)
 
 
-def rlhf_epoch() -> Work:
-    """RLHF: an epoch of a reward model on as many pairs as prompts, and the whole step of D.
-
-    Options are the defaults: four passes over the samples.
-    """
+def rlhf_epoch(passes: int) -> Work:
+    """RLHF: an epoch of a reward model on as many pairs as prompts, and the whole step of D."""
     sizes = REINFORCEMENT["D"]
     given, length = prompts(sizes), sizes.prompt_tokens + sizes.response_lengths[0]
-    trainer = make_trainer(sizes, ppo_epochs=Options().ppo_epochs)
+    trainer = make_trainer(sizes, ppo_epochs=passes)
     model = RewardModel(loopos.Transformer(sizes.config, seed=2), seed=2)
     optimizer = loopos.AdamW(model.parameters(), learning_rate=1e-5)
     answers = np.random.default_rng(1).integers(
@@ -199,4 +196,7 @@ def rlhf_epoch() -> Work:
 #: Every work by its name.
 WORKS: dict[str, Callable[[], Work]] = {
     name: partial(ppo_step, sizes) for name, sizes in REINFORCEMENT.items()
-} | {"RLHF": rlhf_epoch}
+} | {
+    "RLHF": partial(rlhf_epoch, 1),
+    "RLHF-default": partial(rlhf_epoch, Options().ppo_epochs),
+}

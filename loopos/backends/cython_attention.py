@@ -94,11 +94,10 @@ class CythonAttention(NumpyBackend):
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k, v; see :meth:`NumpyBackend.attention_backward`."""
         options = (causal, scale, window, dropout_rate, key)
-        arrays = {"dy": dy, "q": q, "k": k, "v": v, "y": y, "lse": lse}
-        if not self._kernels.single(**arrays):
-            return super().attention_backward(*arrays.values(), offsets, *options, sample_ids)
+        if not self._kernels.single(dy=dy, q=q, k=k, v=v, y=y, lse=lse):
+            return super().attention_backward(dy, q, k, v, y, lse, offsets, *options, sample_ids)
         dq, dk, dv = self._kernels.attention_backward(
-            *self._kernels.all_contiguous(*arrays.values()),
+            *self._kernels.all_contiguous(dy, q, k, v, y, lse),
             self._kernels.as_int32(offsets, "offsets"),
             *options,
             _samples(sample_ids),
