@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -99,9 +99,12 @@ class SamplingOptions:
     def _number(self, name: str, fits: Any, expected: str) -> None:
         value = getattr(self, name)
         number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-        finite = number and abs(value) <= sys.float_info.max  # whole numbers can be larger
-        self._require(name, finite and fits(value), expected)
-        object.__setattr__(self, name, float(value))
+        try:
+            found = float(value) if number else math.nan
+        except OverflowError:  # a whole number can be of any size
+            found = math.inf
+        self._require(name, math.isfinite(found) and fits(found), expected)
+        object.__setattr__(self, name, found)
 
 
 def _is_whole(value: Any) -> bool:
