@@ -176,7 +176,8 @@ def test_the_report_is_json(report):
     assert list(values) == [
         "rows", "validation_rows", "problem", "classes", "validation_classes", "unlabelled",
         "validation_unlabelled", "targets", "validation_targets", "tokens", "lengths",
-        "max_length", "truncated", "dropped", "duplicates", "conflicts", "leaks", "warnings",
+        "max_length", "truncated", "dropped", "duplicates", "conflicts", "leaks", "held_out",
+        "warnings",
     ]  # fmt: skip
 
 
