@@ -377,6 +377,8 @@ class Terminal:
         self.process = subprocess.Popen(
             [LOOPOS, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT | {"TERM": "dumb"},
             stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True,
+            # Where the tests run in the background Ctrl-C is ignored, and that is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(terminal)
         self.shown = ""
