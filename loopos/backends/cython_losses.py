@@ -12,7 +12,7 @@ from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 
 #: Logits held at once, in elements: a weight is read once for each chunk of rows.
-_LOGIT_ELEMENTS = 1 << 24
+_LOGIT_ELEMENTS = 1 << 25
 
 
 def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
