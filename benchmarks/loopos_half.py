@@ -5,10 +5,10 @@
         [--dtype float32] [--export DIR]
 
 The works are those of `torch_half.py`, `trl_half.py` and `transformers_half.py`, the methods that
-have no peer, and "gemm": every
-product of the seed's and GPT-2's linear layers, and then by NumPy's BLAS in this process, as a
-list. --dtype is that of weights in generation: float32, bfloat16 or int8. --export writes the
-weights and the token ids for PyTorch to use, and gives the loss before the first step.
+have no peer, and "gemm": every product of the seed's and GPT-2's linear layers, and then by NumPy's
+BLAS in this process, as a list. --dtype is that of weights in generation: float32, bfloat16 or
+int8. --export writes the weights and the token ids for PyTorch to use, and gives the loss before
+the first step.
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def _split(whole: Any, fraction: float, seed: int) -> tuple[Any, Any]:
         return split(whole, fraction, seed)
     except DataError as error:  # of a single row, for one
         raise DataError(
-            f"{error}; name data.validation_data, or set it to 0 to have none"
+            f"{error}; name data.validation_data, or set data.validation_fraction to 0 to have none"
         ) from error
 
 

@@ -421,7 +421,7 @@ def test_a_single_text_too_short_to_hold_some_out(configure):
     Path("one.txt").write_text("to be\n" + "\n" * 40)
     assert refused(prepare, configure(*ONE_TEXT), kind=ConfigError).endswith(
         "data.validation_fraction: the text is too short to hold out a validation fraction of 0.1; "
-        "name data.validation_data, or set it to 0 to have none"
+        "name data.validation_data, or set data.validation_fraction to 0 to have none"
     )
 
 
@@ -430,7 +430,7 @@ def test_too_few_rows_to_split(configure):
     config = configure("data.validation_fraction=0.1")
     assert refused(prepare, config, kind=ConfigError) == (
         "--set data.validation_fraction: 2 rows are too few to split off a validation fraction "
-        "of 0.1; name data.validation_data, or set it to 0 to have none"
+        "of 0.1; name data.validation_data, or set data.validation_fraction to 0 to have none"
     )
 
 
