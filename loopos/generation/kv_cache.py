@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,9 +53,9 @@ class KVCache:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
         self._shape = (slots, _whole_blocks(capacity), config.kv_heads, config.head_size)
-        # Pages that no token was written to cost no memory, so that room to spare is free.
-        self._keys = [np.empty(self._shape, dtype) for _ in range(config.num_layers)]
-        self._values = [np.empty(self._shape, dtype) for _ in range(config.num_layers)]
+        # Pages that no token was written to cost no memory, so that room to spare is free. Keys and
+        # values of a layer are one array: large arrays lie on large pages, which are read faster.
+        self._layers = [np.empty((2, *self._shape), dtype) for _ in range(config.num_layers)]
         self.lengths = np.zeros(slots, np.int32)
         self._free = list(range(slots - 1, -1, -1))
         self._one_each = np.arange(slots + 1, dtype=np.int32)
@@ -71,7 +70,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots, filled or not."""
-        return sum(array.nbytes for array in (*self._keys, *self._values))
+        return sum(array.nbytes for array in self._layers)
 
     @property
     def slots(self) -> int:
@@ -122,8 +121,8 @@ class KVCache:
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Let slot `target` hold the first `length` tokens of slot `source`, and nothing more."""
         if source != target:
-            for array in (*self._keys, *self._values):
-                array[target, :length] = array[source, :length]
+            for array in self._layers:
+                array[:, target, :length] = array[:, source, :length]
         self.lengths[target] = length
 
     def reserve(self, capacity: int) -> None:
@@ -134,9 +133,10 @@ class KVCache:
         shape = (slots, _whole_blocks(max(capacity, held + held // 2)), heads, size)
         # Layer by layer, so that little is held twice. Where this ends early, some layers have
         # more room than others, and nothing is lost.
-        for arrays in (self._keys, self._values):
-            for layer, array in enumerate(arrays):
-                arrays[layer] = _grown(array, shape)
+        for layer, array in enumerate(self._layers):
+            grown = np.empty((2, *shape), array.dtype)
+            grown[:, :, : array.shape[2]] = array
+            self._layers[layer] = grown
         self._shape = shape
 
     # -- a pass ----------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class KVCache:
     ) -> Tensor:
         """Keep new keys and values and attend; see :class:`loopos.models.AttentionCache`."""
         now = self._current()
-        keys, values = self._keys[layer], self._values[layer]
+        keys, values = self._layers[layer]
         keys[now.token_slots, now.positions] = k.data
         values[now.token_slots, now.positions] = v.data
         return ops.attention_cached(
@@ -219,10 +219,3 @@ class _Pass:
 
 def _whole_blocks(tokens: int) -> int:
     return -(-tokens // BLOCK_TOKENS) * BLOCK_TOKENS
-
-
-def _grown(array: Array, shape: Sequence[int]) -> Array:
-    """Return a copy of a cache's array with more capacity."""
-    grown = np.empty(shape, array.dtype)
-    grown[:, : array.shape[1]] = array
-    return grown

@@ -102,6 +102,11 @@ INLINE float max_lanes(vec v) {
         rows[i + (s)] = SHUFFLE(low, high, HIGH_LANE, s); \
     }
 
+/* Interleave the lower or the upper halves of each four lanes: one instruction, so better than the
+   last two exchanges. */
+#define LOW_HALVES(e, s) (((e) & ~3) + ((e) >> 1 & 1) + ((e) & 1) * LANES)
+#define HIGH_HALVES(e, s) (LOW_HALVES(e, s) + 2)
+
 /* Transpose a square of vectors in registers. */
 INLINE void transpose(vec rows[LANES]) {
 #if LANES >= 16
@@ -110,8 +115,16 @@ INLINE void transpose(vec rows[LANES]) {
 #if LANES >= 8
     EXCHANGE(4)
 #endif
-    EXCHANGE(2)
-    EXCHANGE(1)
+    _Pragma("GCC unroll 4") for (int i = 0; i < LANES; i += 4) {
+        vec even_low = SHUFFLE(rows[i], rows[i + 2], LOW_HALVES, 0);
+        vec even_high = SHUFFLE(rows[i], rows[i + 2], HIGH_HALVES, 0);
+        vec odd_low = SHUFFLE(rows[i + 1], rows[i + 3], LOW_HALVES, 0);
+        vec odd_high = SHUFFLE(rows[i + 1], rows[i + 3], HIGH_HALVES, 0);
+        rows[i] = SHUFFLE(even_low, odd_low, LOW_HALVES, 0);
+        rows[i + 1] = SHUFFLE(even_low, odd_low, HIGH_HALVES, 0);
+        rows[i + 2] = SHUFFLE(even_high, odd_high, LOW_HALVES, 0);
+        rows[i + 3] = SHUFFLE(even_high, odd_high, HIGH_HALVES, 0);
+    }
 }
 
 #endif
