@@ -268,6 +268,8 @@ def record(outputs: Sequence[Array], inputs: Sequence[Tensor | None], backward: 
     Tensor or tuple of Tensor
         One tensor for one output, else a tuple.
     """
+    if len(outputs) == 1 and not _grad_enabled.get():  # as in decoding, where overhead counts
+        return Tensor(outputs[0])
     tensors = [Tensor(array) for array in outputs]
     if recording(*inputs):
         node = Node(inputs, backward, len(tensors))

@@ -200,6 +200,18 @@ def test_auto_is_the_first_available(second_backend):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_class_that_is_ruled_out_costs_nothing_where_it_is_not_wanted(backend, dtype):
+    logits = np.array([[0.0, -np.inf, 1.0], [2.0, 2.0, -np.inf]], dtype)
+    total, count, dlogits = backend.cross_entropy(logits, np.array([2, 0]))
+    assert count == 2
+    np.testing.assert_allclose(total, np.log(1 + np.exp(-1)) + np.log(2), rtol=1e-6)
+    p = 1 / (1 + np.e)
+    np.testing.assert_allclose(dlogits, [[p, 0, -p], [-0.5, 0.5, 0]], rtol=1e-6)
+    assert backend.cross_entropy(logits, np.array([1, 2]))[0] == np.inf
+    assert backend.cross_entropy(logits, np.array([2, 0]), None, 0.1)[0] == np.inf
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_token_of_probability_zero_adds_nothing_to_entropy_and_divergence(backend, dtype):
     rng = np.random.default_rng(0)
     h, h_ref = (rng.standard_normal((5, 8)).astype(dtype) for _ in range(2))

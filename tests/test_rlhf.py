@@ -553,6 +553,13 @@ def test_bad_configurations_are_refused_in_one_sentence(configure, overrides, me
     assert message in refused(configure, *overrides, kind=ConfigError)
 
 
+def test_a_stop_token_outside_the_vocabulary_is_refused_before_the_first_phase(configure):
+    config = configure("training.stop_ids=[0, 9999]")
+    message = refused(run, config, kind=ConfigError)
+    assert "training.stop_ids: 9999 is outside the vocabulary of" in message
+    assert not (Path(config.output_dir) / "reward_model" / "metrics.jsonl").exists()
+
+
 def test_other_methods_have_no_reward_model(configure):
     with pytest.raises(ConfigError) as caught:
         configure('computation.method="dpo"', "data.reward_model=x", training={})

@@ -266,7 +266,9 @@ class LossOps:
         onehot = np.zeros_like(z)
         onehot[np.arange(rows), labels] = 1.0 - label_smoothing
         target = (onehot + label_smoothing / classes) * weight.astype(z.dtype)
-        total = -float(np.sum(target * z, dtype=np.float64))
+        # A class that is ruled out (a logit of -inf) costs nothing where it is not wanted.
+        terms = np.multiply(target, z, out=np.zeros_like(z), where=target != 0)
+        total = -float(np.sum(terms, dtype=np.float64))
         count = float(np.sum(weight[labels], dtype=np.float64))
         dlogits = np.exp(z) * target.sum(axis=1, keepdims=True) - target
         return total, count, dlogits

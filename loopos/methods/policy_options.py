@@ -131,6 +131,14 @@ class PolicyOptions(TrainingOptions):
             stop_ids=self.stop_ids, seed=seed, num_samples=num_samples,
         )  # fmt: skip
 
+    def require_vocabulary(self, size: int) -> None:
+        """Raise ConfigError unless the stop tokens are in a vocabulary of this size."""
+        outside = [i for i in self.stop_ids if i >= size]
+        if outside:
+            raise ConfigError(
+                f"training.stop_ids: {outside[0]} is outside the vocabulary of {size}"
+            )
+
     @property
     def needs_reference(self) -> bool:
         """Whether anything compares with a reference."""

@@ -89,12 +89,7 @@ class PolicyTrainer(PolicyUpdates):
         self.policy.gradient_checkpointing = options.gradient_checkpointing
         _ = self.policy.head_weight  # says what is missing
         self.reward = Reward(reward)
-        outside = [i for i in options.stop_ids if i >= self.policy.config.vocab_size]
-        if outside:
-            raise ConfigError(
-                f"training.stop_ids: {outside[0]} is outside the vocabulary "
-                f"of {self.policy.config.vocab_size}"
-            )
+        options.require_vocabulary(self.policy.config.vocab_size)
         train_only(self.policy.parameters(), trained_body(self.policy))
         if reference is policy:
             reference = None

@@ -160,6 +160,8 @@ class RLHF:
             As :meth:`loopos.methods.ppo.PPOTrainer.fit`.
         """
         options = with_overrides(options or Options(), overrides)
+        if "ppo" in options.phases:  # said before the phases that come first, which take long
+            options.require_vocabulary(self.model.config.vocab_size)
         training, validation = _preferences(training_data), None
         if validation_data is not None:
             validation = _preferences(validation_data)
