@@ -53,8 +53,9 @@ class KVCache:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name}: expected a whole number of at least 1, found {value!r}")
         self._shape = (slots, _whole_blocks(capacity), config.kv_heads, config.head_size)
-        # Pages that no token was written to cost no memory, so that room to spare is free. Keys and
-        # values of a layer are one array: large arrays lie on large pages, which are read faster.
+        # Pages that no token was written to cost no memory, so room to spare costs little. Keys
+        # and values of a layer are one array: a large one lies on large pages, which are read
+        # faster.
         self._layers = [np.empty((2, *self._shape), dtype) for _ in range(config.num_layers)]
         self.lengths = np.zeros(slots, np.int32)
         self._free = list(range(slots - 1, -1, -1))
