@@ -97,15 +97,20 @@ class Tensor:
         The values.
     grad : ndarray or None
         Gradient accumulated by `backward` since the last `zero_grad`; leaves only.
+    again : callable or None
+        Computes `data` once more from what its own backward keeps, where that is cheap: an op
+        that needs `data` in its backward may keep this instead.
     """
 
     __slots__ = (
-        "_buffer", "_has_grad", "_lent", "_node", "_output", "_rows", "data", "requires_grad",
+        "_buffer", "_has_grad", "_lent", "_node", "_output", "_rows", "again", "data",
+        "requires_grad",
     )  # fmt: skip
 
     def __init__(self, data: Any, requires_grad: bool = False):
         self.data: Array = np.asarray(data)
         self.requires_grad = requires_grad
+        self.again: Callable[[], Array] | None = None
         self._node: Node | None = None
         self._output = 0
         self._buffer: Array | None = None

@@ -8,6 +8,7 @@ plain ndarrays; they have no gradient. The backend of the forward also runs the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,10 @@ __all__ = [
 
 Grads = Sequence[Array | None]
 
+#: An activation of more bytes is computed again in the backward: to keep it takes memory, and
+#: fetching it takes as long as making it. One that stays in the caches is kept.
+_KEPT_BYTES = 4 << 20
+
 
 class DropoutKeys:
     """Hands out one 64-bit key per op, in the order of calls.
@@ -92,6 +97,21 @@ def _data(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else tensor.data
 
 
+def _made_of(y: Tensor, function: Callable[..., Array], *arguments: Any) -> Tensor:
+    """Return `y`, which says how it is made again if its own backward keeps `arguments`."""
+    if y.requires_grad:
+        y.again = partial(function, *arguments)
+    return y
+
+
+def _keep(x: Tensor) -> Callable[[], Array]:
+    """Return what gives a backward the values of `x`."""
+    if x.again is not None and x.data.nbytes > _KEPT_BYTES:
+        return x.again
+    data = x.data
+    return lambda: data
+
+
 def _only(grads: Grads) -> Array:
     """Return the gradient of an op's only output: without one its backward is not called."""
     assert grads[0] is not None
@@ -110,17 +130,18 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None
     backend = get_backend()
     y, pre = backend.linear(x.data, w.data, _data(b), activation)
     need_dx = x.requires_grad
-    kept = x.data if w.requires_grad else None  # a frozen layer lets go of what went in
+    kept = _keep(x) if w.requires_grad else None  # a frozen layer lets go of what went in
 
     def backward(grads: Grads) -> Grads:
         dw, accumulate = _target(w)
         dx = backend.linear_backward(
-            _only(grads), kept, w.data, pre, activation,
+            _only(grads), kept and kept(), w.data, pre, activation,
             dw=dw, db=_into(b), accumulate=accumulate, need_dx=need_dx,
         )  # fmt: skip
         return dx, None, None
 
-    return record([y], (x, w, b), backward)
+    result: Tensor = record([y], (x, w, b), backward)
+    return result if pre is None else _made_of(result, backend.activation, pre, activation)
 
 
 def linear_quantized(
@@ -254,7 +275,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     def backward(grads: Grads) -> Grads:
         return (backend.activation_backward(_only(grads), x.data, kind),)
 
-    return record([y], (x,), backward)
+    return _made_of(record([y], (x,), backward), backend.activation, x.data, kind)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -265,7 +286,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     def backward(grads: Grads) -> Grads:
         return backend.swiglu_backward(_only(grads), gate.data, up.data)
 
-    return record([y], (gate, up), backward)
+    return _made_of(record([y], (gate, up), backward), backend.swiglu, gate.data, up.data)
 
 
 def rope(q: Tensor, k: Tensor, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:

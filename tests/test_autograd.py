@@ -9,6 +9,7 @@ import pytest
 import loopos
 from loopos import ops
 from loopos.autograd import Parameter, Tensor, backward, is_grad_enabled, no_grad
+from loopos.backends import available_backends, use_backend
 from loopos.errors import LooposError
 
 OFFSETS = np.array([0, 4, 5, 9], np.int32)
@@ -269,3 +270,43 @@ def test_dropout_keys_differ_by_seed_step_and_call():
     seen = {k for seed in range(3) for step in range(3) for k in first_two(seed, step)}
     assert len(seen) == 18
     assert first_two(1, 2) == first_two(1, 2)
+
+
+@pytest.mark.parametrize("name", ["numpy", "numba", "cython"])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu", "silu", "swiglu"])
+def test_what_is_made_again_in_the_backward_has_the_same_bytes(name, kind, monkeypatch):
+    if name not in available_backends():
+        pytest.skip(f"no {name} backend here")
+    rng = np.random.default_rng(0)
+    x, up, gate, down = parameters = [
+        Parameter(rng.standard_normal(shape, dtype=np.float32) / 4)
+        for shape in ((37, 24), (96, 24), (96, 24), (24, 96))
+    ]
+    found = []
+    with use_backend(name):
+        for limit in (1 << 30, 0):
+            monkeypatch.setattr(ops, "_KEPT_BYTES", limit)
+            if kind == "swiglu":
+                inner = ops.swiglu(ops.linear(x, gate), ops.linear(x, up))
+            else:
+                inner = ops.linear(x, up, None, kind)
+            y = ops.linear(inner, down)
+            assert inner.again().tobytes() == inner.data.tobytes()
+            held = weakref.ref(inner.data)
+            del inner
+            assert (held() is None) == (limit == 0)
+            y.backward(np.ones(y.shape))
+            found.append([p.grad.tobytes() for p in parameters if p.grad is not None])
+            for p in parameters:
+                p.zero_grad()
+    assert found[0] == found[1]
+
+
+def test_what_no_backward_keeps_is_not_made_again():
+    frozen = Parameter(array(6, 3), requires_grad=False)
+    assert ops.linear(leaf(4, 3), frozen, None, "relu").again is not None
+    x = Tensor(array(4, 3))
+    assert ops.linear(x, frozen, None, "relu").again is None
+    assert ops.swiglu(x, x).again is None
+    with no_grad():
+        assert ops.activation(leaf(4, 3), "relu").again is None

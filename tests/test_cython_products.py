@@ -16,7 +16,9 @@ from loopos.backends.cython_backend import CythonBackend
 
 LEVELS = kernels.levels()
 SHAPES = [(1, 1, 1), (5, 7, 3), (15, 384, 100), (16, 400, 13), (33, 385, 27), (64, 770, 130),
-          (65, 770, 33), (130, 1024, 20), (400, 800, 77), (30, 0, 4)]  # fmt: skip
+          (65, 770, 33), (130, 1024, 20), (400, 800, 77), (30, 0, 4),
+          # Too large to be packed at once: deep, wide and tall.
+          (3300, 720, 710), (200, 3200, 800)]  # fmt: skip
 
 
 @pytest.fixture(params=LEVELS)
