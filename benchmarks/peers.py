@@ -204,6 +204,7 @@ def call(command: tuple[str, ...], threads: int, python: str = sys.executable) -
     pools = ("OMP", "OPENBLAS", "MKL", "NUMBA")
     environment = os.environ | {f"{pool}_NUM_THREADS": count for pool in pools}
     environment.pop("LOOPOS_BACKEND", None)
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # modules are compiled once, as if installed
     with tempfile.TemporaryFile("w+") as errors:
         start = time.perf_counter()
         process = subprocess.Popen(

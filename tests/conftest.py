@@ -27,10 +27,16 @@ def _download(requirement: str, cache: Path, source: bool) -> Path | None:
                      and not (source and p.suffix == ".whl")), None)  # fmt: skip
 
     if found() is None:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(cache)]
+        cache.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
         if source:
             command += ["--no-binary", ":all:"]
-        subprocess.run([*command, requirement], check=False, capture_output=True, timeout=300)
+        # Another process may look for the same file: it finds all of it, or nothing.
+        with tempfile.TemporaryDirectory(dir=cache) as own:
+            subprocess.run([*command, "-d", own, requirement], check=False, capture_output=True,
+                           timeout=300)  # fmt: skip
+            for path in Path(own).iterdir():
+                path.replace(cache / path.name)
     return found()
 
 

@@ -12,6 +12,8 @@ from loopos.autograd import Array
 from loopos.models.config import TransformerConfig
 
 _INIT_STD = 0.02  # GPT-2 (Radford et al. 2019) and BERT (Devlin et al. 2019)
+#: Numbers that stay in the cache from their drawing to their rounding.
+_DRAWN_AT_ONCE = 1 << 15
 
 
 def _linear_shapes(name: str, out: int, width: int, bias: bool) -> Iterator[tuple[str, tuple]]:
@@ -90,6 +92,19 @@ def initialise(config: TransformerConfig, seed: int, dtype: np.dtype[Any]) -> di
             continue
         adds_to_stream = name.endswith(("attention.o.weight", "mlp.down.weight"))
         std = residual_std if adds_to_stream else _INIT_STD
-        # Drawn in float64 for either dtype, so that a seed names one model.
-        arrays[name] = (rng.standard_normal(shape) * std).astype(dtype)
+        arrays[name] = _normal(rng, shape, std, dtype)
     return arrays
+
+
+def _normal(
+    rng: np.random.Generator, shape: tuple[int, ...], std: float, dtype: np.dtype[Any]
+) -> Array:
+    """Draw N(0, std), in float64 for either dtype, so that a seed names one model."""
+    array = np.empty(shape, dtype)
+    flat = array.reshape(-1)
+    draws = np.empty(min(flat.size, _DRAWN_AT_ONCE))
+    for start in range(0, flat.size, _DRAWN_AT_ONCE):
+        part = flat[start : start + _DRAWN_AT_ONCE]
+        rng.standard_normal(out=draws[: part.size])
+        np.multiply(draws[: part.size], std, out=part, casting="same_kind")
+    return array
