@@ -7,6 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 /* Two units with a latency of four or five cycles need ten chains or more; all stay in registers. */
 #if defined(__AVX512F__)
@@ -131,11 +134,15 @@ int main(int argc, char **argv) {
     if (threads < 1 || threads > MOST_THREADS || trials < 1) return 2;
     count = atol(argv[2]) * 1048576 / 16 / LANES * LANES; /* floats in each of four arrays */
     float **arrays[] = {&p, &g, &m, &v};
-    for (int k = 0; k < 4; k++)
-        if (posix_memalign((void **)arrays[k], 4096, (size_t)count * 4)) {
+    for (int k = 0; k < 4; k++) {
+        if (posix_memalign((void **)arrays[k], 2 << 20, (size_t)count * 4)) {
             fprintf(stderr, "no memory for %s MiB\n", argv[2]);
             return 1;
         }
+#if defined(MADV_HUGEPAGE) /* as large arrays of NumPy and of the kernels lie */
+        madvise(*arrays[k], (size_t)count * 4, MADV_HUGEPAGE);
+#endif
+    }
     double floats = (double)count;
     double flops = 2.0 * CHAINS * LANES * (double)FMA_ROUNDS * threads / fastest(fma_chains, 2 * trials);
     fastest(touch, 1);
