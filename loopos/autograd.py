@@ -65,11 +65,18 @@ class Edge(NamedTuple):
 class Node:
     """One recorded op: where its inputs came from, its backward, how many outputs it has."""
 
-    __slots__ = ("__weakref__", "backward", "inputs", "num_outputs", "order")
+    __slots__ = ("__weakref__", "again", "backward", "inputs", "num_outputs", "order")
 
-    def __init__(self, inputs: Sequence[Tensor | None], backward: Backward, num_outputs: int):
+    def __init__(
+        self,
+        inputs: Sequence[Tensor | None],
+        backward: Backward,
+        num_outputs: int,
+        again: Callable[[], Array] | None = None,
+    ):
         self.inputs: Sequence[Tensor | Edge | None] = [_source(tensor) for tensor in inputs]
         self.backward: Backward | None = backward
+        self.again = again
         self.num_outputs = num_outputs
         self.order = next(_creation_order)
 
@@ -97,20 +104,15 @@ class Tensor:
         The values.
     grad : ndarray or None
         Gradient accumulated by `backward` since the last `zero_grad`; leaves only.
-    again : callable or None
-        Computes `data` once more from what its own backward keeps, where that is cheap: an op
-        that needs `data` in its backward may keep this instead.
     """
 
     __slots__ = (
-        "_buffer", "_has_grad", "_lent", "_node", "_output", "_rows", "again", "data",
-        "requires_grad",
+        "_buffer", "_has_grad", "_lent", "_node", "_output", "_rows", "data", "requires_grad",
     )  # fmt: skip
 
     def __init__(self, data: Any, requires_grad: bool = False):
         self.data: Array = np.asarray(data)
         self.requires_grad = requires_grad
-        self.again: Callable[[], Array] | None = None
         self._node: Node | None = None
         self._output = 0
         self._buffer: Array | None = None
@@ -128,6 +130,14 @@ class Tensor:
     def dtype(self) -> np.dtype[Any]:
         """The dtype of `data`."""
         return self.data.dtype
+
+    @property
+    def again(self) -> Callable[[], Array] | None:
+        """What computes `data` once more from what its own backward keeps, where that is cheap.
+
+        An op that needs `data` in its backward may keep this instead.
+        """
+        return None if self._node is None else self._node.again
 
     @property
     def grad(self) -> Array | None:
@@ -265,8 +275,21 @@ class Parameter(Tensor):
         return f"Parameter({self.name!r}, shape={self.shape}, dtype={self.dtype})"
 
 
-def record(outputs: Sequence[Array], inputs: Sequence[Tensor | None], backward: Backward) -> Any:
+def record(
+    outputs: Sequence[Array],
+    inputs: Sequence[Tensor | None],
+    backward: Backward,
+    again: Callable[[], Array] | None = None,
+) -> Any:
     """Wrap the arrays of an op's outputs, recording its backward if any input wants a gradient.
+
+    Parameters
+    ----------
+    outputs : sequence of ndarray
+    inputs : sequence of Tensor or None
+    backward : callable
+    again : callable, optional
+        Makes an only output once more from what `backward` keeps; see :attr:`Tensor.again`.
 
     Returns
     -------
@@ -277,7 +300,7 @@ def record(outputs: Sequence[Array], inputs: Sequence[Tensor | None], backward: 
         return Tensor(outputs[0])
     tensors = [Tensor(array) for array in outputs]
     if recording(*inputs):
-        node = Node(inputs, backward, len(tensors))
+        node = Node(inputs, backward, len(tensors), again)
         for index, tensor in enumerate(tensors):
             tensor.requires_grad, tensor._node, tensor._output = True, node, index
     return tensors[0] if len(tensors) == 1 else tuple(tensors)
@@ -335,4 +358,4 @@ def backward(terms: Iterable[tuple[Tensor, Any]]) -> None:
         for source, grad in zip(node.inputs, gradients, strict=True):
             if grad is not None:
                 send(source, grad)
-        node.inputs, node.backward = (), None
+        node.inputs, node.backward, node.again = (), None, None

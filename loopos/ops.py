@@ -52,8 +52,8 @@ __all__ = [
 
 Grads = Sequence[Array | None]
 
-#: An activation of more bytes is computed again in the backward: to keep it takes memory, and
-#: fetching it takes as long as making it. One that stays in the caches is kept.
+#: An activation of more bytes is computed again in the backward: to keep it takes memory, and by
+#: compiled kernels it is made as fast as it is fetched. One that stays in the caches is kept.
 _KEPT_BYTES = 4 << 20
 
 
@@ -97,13 +97,6 @@ def _data(tensor: Tensor | None) -> Array | None:
     return None if tensor is None else tensor.data
 
 
-def _made_of(y: Tensor, function: Callable[..., Array], *arguments: Any) -> Tensor:
-    """Return `y`, which says how it is made again if its own backward keeps `arguments`."""
-    if y.requires_grad:
-        y.again = partial(function, *arguments)
-    return y
-
-
 def _keep(x: Tensor) -> Callable[[], Array]:
     """Return what gives a backward the values of `x`."""
     if x.again is not None and x.data.nbytes > _KEPT_BYTES:
@@ -140,8 +133,10 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None
         )  # fmt: skip
         return dx, None, None
 
-    result: Tensor = record([y], (x, w, b), backward)
-    return result if pre is None else _made_of(result, backend.activation, pre, activation)
+    again = None
+    if pre is not None and activation is not None:
+        again = partial(backend.activation, pre, activation)
+    return record([y], (x, w, b), backward, again)
 
 
 def linear_quantized(
@@ -275,7 +270,7 @@ def activation(x: Tensor, kind: str) -> Tensor:
     def backward(grads: Grads) -> Grads:
         return (backend.activation_backward(_only(grads), x.data, kind),)
 
-    return _made_of(record([y], (x,), backward), backend.activation, x.data, kind)
+    return record([y], (x,), backward, partial(backend.activation, x.data, kind))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -286,7 +281,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     def backward(grads: Grads) -> Grads:
         return backend.swiglu_backward(_only(grads), gate.data, up.data)
 
-    return _made_of(record([y], (gate, up), backward), backend.swiglu, gate.data, up.data)
+    again = partial(backend.swiglu, gate.data, up.data)
+    return record([y], (gate, up), backward, again)
 
 
 def rope(q: Tensor, k: Tensor, positions: Array, inv_freq: Array) -> tuple[Tensor, Tensor]:

@@ -310,3 +310,6 @@ def test_what_no_backward_keeps_is_not_made_again():
     assert ops.swiglu(x, x).again is None
     with no_grad():
         assert ops.activation(leaf(4, 3), "relu").again is None
+    y = ops.activation(leaf(4, 3), "relu")
+    y.backward(np.ones((4, 3)))
+    assert y.again is None  # gone with the graph

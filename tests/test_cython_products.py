@@ -18,7 +18,7 @@ LEVELS = kernels.levels()
 SHAPES = [(1, 1, 1), (5, 7, 3), (15, 384, 100), (16, 400, 13), (33, 385, 27), (64, 770, 130),
           (65, 770, 33), (130, 1024, 20), (400, 800, 77), (30, 0, 4),
           # Too large to be packed at once: deep, wide and tall.
-          (3300, 720, 710), (200, 3200, 800)]  # fmt: skip
+          (3300, 720, 710), (200, 3200, 800), (700, 3200, 130), (700, 1024, 60)]  # fmt: skip
 
 
 @pytest.fixture(params=LEVELS)
@@ -72,10 +72,11 @@ def test_any_shape(n, c, o, threads):
 def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation):
     c, o = 800, 130
     w, b = array(o, c, seed=1), array(o, seed=2)
-    rows, dys = array(450, c), array(450, o, seed=3)
+    rows, dys = array(800, c), array(800, o, seed=3)
     whole = backend.linear(rows, w, b, activation)
     dx = backend.linear_backward(dys, None, w)
-    for part in (slice(0, 1), slice(7, 8), slice(3, 20), slice(100, 164), slice(40, 440)):
+    for part in (slice(0, 1), slice(7, 8), slice(3, 20), slice(100, 164), slice(40, 440),
+                 slice(90, 790)):  # fmt: skip
         y, pre = backend.linear(rows[part], w, b, activation)
         assert y.tobytes() == whole[0][part].tobytes()
         if activation is not None:
@@ -83,8 +84,21 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation)
         assert backend.linear_backward(dys[part], None, w).tobytes() == dx[part].tobytes()
 
 
+@pytest.mark.parametrize("rows", [30, 200, 800])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
+def test_a_deep_product_ends_once_with_bias_and_activation(backend, rows, activation):
+    x, w, b = array(rows, 2000), array(70, 2000, seed=1) / 40, array(70, seed=2)
+    y, pre = backend.linear(x, w, b, activation)
+    close(pre, x.astype(np.float64) @ w.T.astype(np.float64) + b, 2000)
+    assert y.tobytes() == backend.activation(pre, activation).tobytes()
+    dy = array(rows, 2000, seed=3)
+    dx = np.ones((rows, 60), np.float32)
+    backend.linear_backward(dy, None, array(2000, 60, seed=4), dx=dx)
+    close(dx, 1 + dy.astype(np.float64) @ array(2000, 60, seed=4), 2000)
+
+
 def test_bytes_do_not_depend_on_threads(backend):
-    x, w, dy = array(500, 400), array(700, 400, seed=1), array(500, 700, seed=3)
+    x, w, dy = array(800, 400), array(700, 400, seed=1), array(800, 700, seed=3)
     found = []
     for threads in (1, 2, 5):
         with thread_limit(threads):
