@@ -52,8 +52,8 @@ __all__ = [
 
 Grads = Sequence[Array | None]
 
-#: An activation of more bytes is computed again in the backward: to keep it takes memory, and by
-#: compiled kernels it is made as fast as it is fetched. One that stays in the caches is kept.
+#: An activation of more bytes is computed again in the backward: to keep all of them takes more
+#: memory than the little time is worth. One that stays in the caches is kept.
 _KEPT_BYTES = 4 << 20
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,14 +73,14 @@ class PolicyUpdates(ABC):
     shared_trunk = False
 
     @property
+    @abstractmethod
     def steps(self) -> int:
         """Steps done."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def kl_coefficient(self) -> float:
         """In force."""
-        raise NotImplementedError
 
     def _denominator(self, rollout: Rollout) -> float:
         """Return what the policy's summed loss over a minibatch is divided by."""
