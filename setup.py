@@ -32,7 +32,7 @@ FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-tra
 LINK_FLAGS = ["-pthread"]
 if os.environ.get("LOOPOS_SANITIZE"):
     _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    FLAGS += [*_SANITIZERS, "-fno-omit-frame-pointer", "-O1", "-g"]
+    FLAGS += [*_SANITIZERS, "-fno-omit-frame-pointer", "-O1", "-g1"]  # lines for its messages
     LINK_FLAGS += _SANITIZERS
 #: Flags of each x86-64 level. A compiler that does not know the later ones leaves them out.
 X86_LEVELS = {
@@ -156,8 +156,10 @@ def kernels() -> Extension:
             *(str(SOURCES / f"{name}.c") for name in ("pool", "arena", "dispatch")),
         ],
         include_dirs=[str(SOURCES)],
+        libraries=["m"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        extra_compile_args=FLAGS,
+        # Quickly compiled: it is long, and what it does itself is little.
+        extra_compile_args=[*FLAGS, "-O1"],
         extra_link_args=LINK_FLAGS,
         depends=[
             str(path.relative_to(HERE))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def compiled(source, target, flags, *include):
     return done.stderr
 
 
-def instructions(path):
-    done = subprocess.run(["objdump", "-d", "--no-show-raw-insn", str(path)], check=True,
+def instructions(path, *options):
+    done = subprocess.run(["objdump", "-d", "--no-show-raw-insn", *options, str(path)], check=True,
                           capture_output=True, text=True)  # fmt: skip
     return [line for line in done.stdout.splitlines() if "\t" in line]
 
@@ -54,22 +55,60 @@ def wide(path):
     return [line for line in instructions(path) if WIDE.search(line) and not OLD.search(line)]
 
 
+def objects_of(build, target, *more):
+    """Compile each C source as a build does, but for warnings; return objects and what was said."""
+    macros = [f"-DLOOPOS_HAVE_{level.upper()}" for level in build.levels()]
+    flags = dict.fromkeys(("pool", "arena", "dispatch"), macros)
+    flags |= {f"level_{level}": its for level, its in build.levels().items()}
+
+    def made(name):
+        path, its = target / f"{name}.o", [*build.FLAGS, *flags[name], "-Wall", "-Wextra", *more]
+        return path, compiled(build.SOURCES / f"{name}.c", path, its, build.SOURCES)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return dict(zip(flags, threads.map(made, flags), strict=True))
+
+
+@pytest.fixture(scope="module")
+def objects(build, tmp_path_factory):
+    return objects_of(build, tmp_path_factory.mktemp("objects"))
+
+
+@needs_compiler
+def test_sources_compile_without_warnings(objects):
+    assert {name: said for name, (_, said) in objects.items() if said} == {}
+
+
 @needs_x86
 @needs_compiler
 @needs_objdump
-def test_the_baseline_uses_no_wider_registers(build, tmp_path):
-    flags, macros = build.FLAGS, ["-DLOOPOS_HAVE_V2", "-DLOOPOS_HAVE_V3", "-DLOOPOS_HAVE_V4"]
-    target = tmp_path / "object.o"
-    for name in ("pool", "arena", "dispatch"):
-        compiled(build.SOURCES / f"{name}.c", target, [*flags, *macros], build.SOURCES)
-        assert len(instructions(target)) > 100
-        assert wide(target) == [], name
-    compiled(build.SOURCES / "level_v2.c", target, [*flags, *build.X86_LEVELS["v2"]], build.SOURCES)
-    assert len(instructions(target)) > 1000
-    assert wide(target) == []
-    compiled(build.SOURCES / "level_v3.c", target, [*flags, *build.X86_LEVELS["v3"]], build.SOURCES)
-    assert len(wide(target)) > 500  # so it would be seen
-    assert not any("%zmm" in line for line in wide(target))
+def test_the_baseline_uses_no_wider_registers(objects):
+    for name in ("pool", "arena", "dispatch", "level_v2"):
+        path, _ = objects[name]
+        assert len(instructions(path)) > 100
+        assert wide(path) == [], name
+    narrower = wide(objects["level_v3"][0])
+    assert len(narrower) > 500  # so it would be seen
+    assert not any("%zmm" in line for line in narrower)
+
+
+def assert_sums_stay_in_registers(objects):
+    """A tile's rows are written out, and no product is added to memory: else it is slow."""
+    for level, rows in (("v3", 5), ("v3", 6), ("v4", 11), ("v4", 12)):
+        for kind in ("tile", "few_rows", "packed_8", "packed_16", "packed_32"):
+            name = f"{kind}_{rows}"
+            code = instructions(objects[f"level_{level}"][0], f"--disassemble={name}")
+            sums = [line for line in code if "vfmadd" in line]
+            assert len(sums) >= 2 * rows, name
+            in_memory = [line for line in sums if re.search(r"\(%r[sb]p[,)]", line)]
+            assert len(in_memory) <= len(sums) // 50, name
+
+
+@needs_x86
+@needs_compiler
+@needs_objdump
+def test_the_sums_of_a_tile_stay_in_registers(objects):
+    assert_sums_stay_in_registers(objects)
 
 
 @needs_x86
@@ -84,24 +123,18 @@ def test_the_door_uses_no_wider_registers(build, tmp_path):
     command = [sys.executable, "-m", "cython", "-3", "-I", str(ROOT), str(source), "-o", str(door)]
     subprocess.run(command, check=True)
     include = (build.SOURCES, np.get_include(), sysconfig.get_path("include"))
-    compiled(door, tmp_path / "kernels.o", build.FLAGS, *include)
+    compiled(door, tmp_path / "kernels.o", build.kernels().extra_compile_args, *include)
     assert wide(tmp_path / "kernels.o") == []
 
 
-@needs_compiler
-@pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_sources_compile_without_warnings(build, tmp_path, compiler, monkeypatch):
-    if not shutil.which(compiler):
-        pytest.skip(f"there is no {compiler}")
-    monkeypatch.setitem(globals(), "COMPILER", compiler)
-    flags = [*build.FLAGS, "-Wall", "-Wextra", "-O1"]
-    macros = [f"-DLOOPOS_HAVE_{level.upper()}" for level in build.levels()]
-    for name in ("pool", "arena", "dispatch"):
-        source = build.SOURCES / f"{name}.c"
-        assert compiled(source, tmp_path / "o.o", [*flags, *macros], build.SOURCES) == ""
-    for level, its in build.levels().items():
-        source = build.SOURCES / f"level_{level}.c"
-        assert compiled(source, tmp_path / "o.o", [*flags, *its], build.SOURCES) == ""
+@needs_x86
+@needs_objdump
+@pytest.mark.skipif(not shutil.which("clang"), reason="there is no clang")
+def test_clang_compiles_the_sources_as_well(build, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "COMPILER", "clang")
+    found = objects_of(build, tmp_path, "-O1")
+    assert {name: said for name, (_, said) in found.items() if said} == {}
+    assert_sums_stay_in_registers(found)
 
 
 @pytest.mark.skipif("cython" not in available_backends(), reason="the kernels are not there")

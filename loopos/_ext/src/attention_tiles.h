@@ -73,29 +73,29 @@ INLINE void attention_tile(int rows, int vectors, long k, const float *a, long a
     vec acc[TILE_ROWS][TILE_VECTORS];
     int full = n == vectors * LANES;
     if (mode == TILE_FRESH) {
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++)
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++) acc[i][j] = (vec){0};
+        UNROLL(12) for (int i = 0; i < rows; i++)
+            UNROLL(2) for (int j = 0; j < vectors; j++) acc[i][j] = (vec){0};
     } else if (mode == TILE_SCALED) {
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++)
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++)
+        UNROLL(12) for (int i = 0; i < rows; i++)
+            UNROLL(2) for (int j = 0; j < vectors; j++)
                 acc[i][j] = load(c + i * c_row + j * LANES) * factor[j];
     } else if (full) {
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++)
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++)
+        UNROLL(12) for (int i = 0; i < rows; i++)
+            UNROLL(2) for (int j = 0; j < vectors; j++)
                 acc[i][j] = load(c + i * c_row + j * LANES);
     } else {
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++)
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++)
+        UNROLL(12) for (int i = 0; i < rows; i++)
+            UNROLL(2) for (int j = 0; j < vectors; j++)
                 acc[i][j] = load_part(c + i * c_row + j * LANES, n - j * LANES);
     }
     tile_multiply(rows, vectors, k, a, a_row, a_col, b, b_row, acc);
     if (full) {
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++)
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++)
+        UNROLL(12) for (int i = 0; i < rows; i++)
+            UNROLL(2) for (int j = 0; j < vectors; j++)
                 store(c + i * c_row + j * LANES, acc[i][j]);
     } else {
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++)
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++)
+        UNROLL(12) for (int i = 0; i < rows; i++)
+            UNROLL(2) for (int j = 0; j < vectors; j++)
                 store_part(c + i * c_row + j * LANES, acc[i][j], n - j * LANES);
     }
 }
@@ -166,7 +166,7 @@ static void pack_lanes(const float *x, long row, long n, long d, float factor, i
             long depth = least(d - p, LANES);
             vec rows[LANES];
             if (n - j0 >= LANES && depth == LANES) {
-                _Pragma("GCC unroll 16") for (int j = 0; j < LANES; j++) rows[j] =
+                UNROLL(16) for (int j = 0; j < LANES; j++) rows[j] =
                     load(x + (j0 + j) * row + p) * factor;
             } else {
                 for (int j = 0; j < LANES; j++)
@@ -175,7 +175,7 @@ static void pack_lanes(const float *x, long row, long n, long d, float factor, i
             }
             transpose(rows);
             if (depth == LANES) {
-                _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
+                UNROLL(16) for (int i = 0; i < LANES; i++)
                     store(panel + (p + i) * width + j0, rows[i]);
             } else {
                 for (int i = 0; i < depth; i++) store(panel + (p + i) * width + j0, rows[i]);

@@ -28,6 +28,31 @@
 #define INLINE static inline __attribute__((always_inline))
 #define RESTRICT __restrict__
 
+/* Before a loop of a constant number of turns, at most n: all are written out. Clang takes "GCC
+   unroll" for a factor, and leaves a loop of fewer turns as it is, with its sums in memory. */
+#define PRAGMA_OF(text) _Pragma(#text)
+#if defined(__clang__)
+#define UNROLL(n) _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL(n) PRAGMA_OF(GCC unroll n)
+#endif
+/* Before the loop over the depth of a tile. With 32 registers a turn is long enough, and Clang would
+   fetch for four turns ahead until none is left for the sums. */
+#if defined(__clang__) && defined(__aarch64__)
+#define UNROLL_DEPTH _Pragma("clang loop unroll(disable)")
+#else
+#define UNROLL_DEPTH _Pragma("GCC unroll 4")
+#endif
+/* Within a turn: GCC would fetch the numbers of all rows first, and keep some sums in memory. */
+#if defined(__aarch64__) && !defined(__clang__)
+#define IN_ORDER(row) \
+    do { \
+        if ((row) % 3 == 2) __asm__ __volatile__("" : : : "memory"); \
+    } while (0)
+#else
+#define IN_ORDER(row) ((void)(row))
+#endif
+
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
@@ -95,7 +120,7 @@ INLINE float max_lanes(vec v) {
 #define LOW_LANE(e, s) ((e) & (s) ? LANES + (e) - (s) : (e))
 #define HIGH_LANE(e, s) ((e) & (s) ? LANES + (e) : (e) + (s))
 #define EXCHANGE(s) \
-    _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++) { \
+    UNROLL(16) for (int i = 0; i < LANES; i++) { \
         if (i & (s)) continue; \
         vec low = rows[i], high = rows[i + (s)]; \
         rows[i] = SHUFFLE(low, high, LOW_LANE, s); \
@@ -115,7 +140,7 @@ INLINE void transpose(vec rows[LANES]) {
 #if LANES >= 8
     EXCHANGE(4)
 #endif
-    _Pragma("GCC unroll 4") for (int i = 0; i < LANES; i += 4) {
+    UNROLL(4) for (int i = 0; i < LANES; i += 4) {
         vec even_low = SHUFFLE(rows[i], rows[i + 2], LOW_HALVES, 0);
         vec even_high = SHUFFLE(rows[i], rows[i + 2], HIGH_HALVES, 0);
         vec odd_low = SHUFFLE(rows[i + 1], rows[i + 3], LOW_HALVES, 0);

@@ -34,15 +34,16 @@ INLINE void tile_multiply(int rows, int vectors, long k, const float *RESTRICT a
                           vec acc[TILE_ROWS][TILE_VECTORS]) {
     /* Every third row has a pointer: few enough for the registers, with a_row as the index. */
     const float *base[(TILE_ROWS + 2) / 3];
-    _Pragma("GCC unroll 4") for (int i = 0; i < (TILE_ROWS + 2) / 3; i++) base[i] = a + 3 * i * a_row;
-    _Pragma("GCC unroll 4") for (long p = 0; p < k; p++) {
+    UNROLL(4) for (int i = 0; i < (TILE_ROWS + 2) / 3; i++) base[i] = a + 3 * i * a_row;
+    UNROLL_DEPTH for (long p = 0; p < k; p++) {
         vec right[TILE_VECTORS];
-        _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++) right[j] = load(b + j * LANES);
-        _Pragma("GCC unroll 12") for (int i = 0; i < rows; i++) {
+        UNROLL(2) for (int j = 0; j < vectors; j++) right[j] = load(b + j * LANES);
+        UNROLL(12) for (int i = 0; i < rows; i++) {
             vec left = splat(base[i / 3][i % 3 * a_row]);
-            _Pragma("GCC unroll 2") for (int j = 0; j < vectors; j++) acc[i][j] += left * right[j];
+            UNROLL(2) for (int j = 0; j < vectors; j++) acc[i][j] += left * right[j];
+            IN_ORDER(i);
         }
-        _Pragma("GCC unroll 4") for (int i = 0; i < (TILE_ROWS + 2) / 3; i++) base[i] += a_col;
+        UNROLL(4) for (int i = 0; i < (TILE_ROWS + 2) / 3; i++) base[i] += a_col;
         b += b_row;
     }
 }
