@@ -7,7 +7,7 @@ moving activations) counts as nothing, though no program can do it in no time, s
 reach. The two are added: no product overlaps an update that needs its gradient. Decoding reads
 every weight, and all keys and values, once for each token, at the measured bandwidth of reading;
 its products can be done meanwhile. A step of reinforcement learning is such decoding, then the
-products of four networks and the updates of two.
+products of its networks and the updates of those that are trained.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from loopos import TransformerConfig
+from loopos.methods.ppo import Options
 from loopos.models.transformer import parameter_shapes
 
-from . import works
+from . import methods, works
 from .decoding import DECODING, WEIGHT_BYTES, Decoding
 from .machine import Machine
 from .reinforcement import REINFORCEMENT, Reinforcement
@@ -122,14 +123,23 @@ def fine_tuning_epoch() -> Cost:
     return total
 
 
-def language_model_step(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
-    """B, C, K, pretraining: the layers and the head over the vocabulary on every token, one update.
+def language_model_step(
+    config: TransformerConfig, lengths: Sequence[int], predicted: int | None = None
+) -> Cost:
+    """One update: the layers on every token, the head over the vocabulary on those `predicted`.
 
-    Only real tokens count, padding does not: K's limit is the same for those who pad.
+    B, C, K and pretraining predict all. Only real tokens count, padding does not: K's limit is the
+    same for those who pad.
     """
-    head = config.vocab_size * config.d_model
-    on_head = Cost(LINEAR_PRODUCTS * 2.0 * sum(lengths) * head)
+    rows = sum(lengths) if predicted is None else predicted
+    head = product(rows, config.vocab_size, config.d_model)
+    on_head = Cost(LINEAR_PRODUCTS * head.flops)
     return layers(config, lengths) + on_head + adamw(num_parameters(config))
+
+
+def scoring_step(config: TransformerConfig, lengths: Sequence[int]) -> Cost:
+    """One update of a reward model or a critic, whose head is one row."""
+    return layers(config, lengths) + adamw(num_parameters(config) + config.d_model + 1)
 
 
 def attention(sequences: int, length: int) -> Cost:
@@ -151,8 +161,11 @@ def decoding(sizes: Decoding, dtype: str) -> Cost:
     return products + Cost(0.0, 0.0, WEIGHT_BYTES[dtype] * float(layer + head) + cached)
 
 
-def sampling(sizes: Reinforcement) -> list[Cost]:
-    """The prompts, then a token of every response that goes on; each is bound by its own."""
+def sampling(sizes: Reinforcement, group: int = 1) -> list[Cost]:
+    """The prompts, then a token of every response that goes on; each is bound by its own.
+
+    `group`: responses to each prompt, which is read once.
+    """
     config, prompt = sizes.config, sizes.prompt_tokens
     layer, head = layer_matrices(config), config.vocab_size * config.d_model
     weights = float(WEIGHT_BYTES[sizes.rollout_weights] * (layer + head))
@@ -160,30 +173,48 @@ def sampling(sizes: Reinforcement) -> list[Cost]:
     found = [read + product(sizes.prompts, 1, head) + Cost(0.0, 0.0, weights)]
     cached = 2 * 4 * config.num_layers * config.num_kv_heads * config.head_size
     for done in range(1, max(sizes.response_lengths)):
-        rows = sum(n > done for n in sizes.response_lengths)
+        rows = group * sum(n > done for n in sizes.response_lengths)
         held = float(cached * rows * (prompt + done))
         found.append(product(rows, 1, layer + head) + Cost(0.0, 0.0, weights + held))
     return found
 
 
-def learning(sizes: Reinforcement) -> Cost:
-    """One update of policy and critic, and what reference and reward model say before it.
+def learning(sizes: Reinforcement, group: int = 1, passes: int = 1, critic: bool = True) -> Cost:
+    """`passes` updates of policy and critic, and what reference and reward model say before them.
 
     The policy's and the critic's first pass is that of the update. The head over the vocabulary
     sees the states that predict a response's token. A sequence's last token predicts nothing: the
     reward model alone reads it.
     """
-    config = sizes.config
-    whole = [sizes.prompt_tokens + n for n in sizes.response_lengths]
+    config, responses = sizes.config, list(sizes.response_lengths) * group
+    whole = [sizes.prompt_tokens + n for n in responses]
     inputs = [n - 1 for n in whole]
-    on_head = product(sum(sizes.response_lengths), config.vocab_size, config.d_model)
-    policy = layers(config, inputs) + Cost(LINEAR_PRODUCTS * on_head.flops)
-    critic = layers(config, inputs)
-    reference = layers_forward(config, inputs) + on_head
-    reward = layers_forward(config, whole)
-    value_head = config.d_model + 1
-    updates = adamw(2 * num_parameters(config) + value_head)
-    return policy + critic + reference + reward + updates
+    reference = layers_forward(config, inputs)
+    reference += product(sum(responses), config.vocab_size, config.d_model)
+    found = reference + layers_forward(config, whole)
+    for _ in range(passes):
+        found += language_model_step(config, inputs, sum(responses))
+        if critic:
+            found += scoring_step(config, inputs)
+    return found
+
+
+def sft_step() -> Cost:
+    """An update from the completions alone."""
+    lengths = works.REASONING_LENGTHS
+    predicted = sum(n - methods.PROMPT for n in lengths)
+    return language_model_step(works.SEED_REASONING, [n - 1 for n in lengths], predicted)
+
+
+def pairs(sizes: Reinforcement) -> list[int]:
+    """Lengths of a prompt with either answer."""
+    return [sizes.prompt_tokens + n for n in sizes.response_lengths] * 2
+
+
+def dpo_step(sizes: Reinforcement) -> Cost:
+    """An update from pairs; what the reference says of them is known."""
+    inputs = [n - 1 for n in pairs(sizes)]
+    return language_model_step(sizes.config, inputs, 2 * sum(sizes.response_lengths))
 
 
 def cost(work: str, dtype: str = "float32") -> Cost | None:
@@ -204,13 +235,26 @@ def cost(work: str, dtype: str = "float32") -> Cost | None:
         "C": (works.GPT2, works.GPT2_LENGTHS),
         "K": (works.GPT2, works.ragged_lengths()),
     }
-    return language_model_step(*sizes[work]) if work in sizes else None
+    if work in sizes:
+        return language_model_step(*sizes[work])
+    if work == "sft":
+        return sft_step()
+    if work == "reward-model":
+        return scoring_step(methods.SIZES.config, pairs(methods.SIZES))
+    return dpo_step(methods.SIZES) if work == "dpo" else None
 
 
 def phases(work: str, dtype: str = "float32") -> list[Cost] | None:
     """Return what a work costs, one part after the other; None has no model."""
     if work in REINFORCEMENT:
         return [*sampling(REINFORCEMENT[work]), learning(REINFORCEMENT[work])]
+    if work in ("RLHF", "RLHF-default"):
+        sizes, passes = REINFORCEMENT["D"], 1 if work == "RLHF" else Options().ppo_epochs
+        judged = scoring_step(sizes.config, pairs(sizes))
+        return [judged, *sampling(sizes), learning(sizes, passes=passes)]
+    if work == "grpo":
+        sizes, group = methods.SIZES, methods.GROUP
+        return [*sampling(sizes, group), learning(sizes, group, critic=False)]
     counted = cost(work, dtype)
     return None if counted is None else [counted]
 

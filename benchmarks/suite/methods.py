@@ -35,7 +35,7 @@ _MORE_OF_GRPO = 4
 #: Each text is closed by one token more.
 _END = 1
 #: Of the tokens of a conversation, those of its prompt.
-_PROMPT = 10
+PROMPT = 10
 
 
 def _text(length: int, number: int, of: str) -> str:
@@ -66,7 +66,7 @@ def pretraining_epoch() -> Work:
 def sft_epoch() -> Work:
     """Ten prompts of 10 tokens with completions of 16, one batch; completions count alone."""
     data = read_conversations([
-        {"prompt": _text(_PROMPT, i, "p"), "completion": _text(n - _PROMPT - _END, i, "c")}
+        {"prompt": _text(PROMPT, i, "p"), "completion": _text(n - PROMPT - _END, i, "c")}
         for i, n in enumerate(REASONING_LENGTHS)
     ])  # fmt: skip
     trainer = SupervisedFineTuner(_model(), _bytes())
