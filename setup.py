@@ -158,7 +158,7 @@ def kernels() -> Extension:
         include_dirs=[str(SOURCES)],
         libraries=["m"],
         define_macros=[("NPY_NO_DEPRECATED_API", "NPY_1_7_API_VERSION")],
-        # Quickly compiled: it is long, and what it does itself is little.
+        # Quickly compiled: the door is long, and what it, the pool and the arena do is little.
         extra_compile_args=[*FLAGS, "-O1"],
         extra_link_args=LINK_FLAGS,
         depends=[

@@ -166,8 +166,13 @@ def test_seconds_of_a_cost(load, machine):
     assert limits.Cost(400e9, 10e9).seconds(machine) == 2.5
     assert limits.seconds("import", machine) is None
     assert limits.seconds("A", None) is None
-    parts = limits.phases("D")
-    assert limits.seconds("D", machine) == sum(part.seconds(machine) for part in parts)
+    # Its phases follow each other, and each waits for the slower of reading and the rest.
+    computing = [(p.flops / 200e9 + p.update_bytes / 20e9) for p in limits.phases("D")]
+    reading = [p.read_bytes / 30e9 for p in limits.phases("D")]
+    assert computing[1] < reading[1]
+    assert computing[-1] > reading[-1] == 0
+    expected = pytest.approx(sum(map(max, computing, reading)))
+    assert limits.seconds("D", machine) == expected
     assert limits.seconds("D", None) is None
 
 

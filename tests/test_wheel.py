@@ -57,9 +57,12 @@ def wide(path):
 
 def objects_of(build, target, *more):
     """Compile each C source as a build does, but for warnings; return objects and what was said."""
-    macros = [f"-DLOOPOS_HAVE_{level.upper()}" for level in build.levels()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("LOOPOS_LEVELS", raising=False)  # all of them, whatever was built here
+        levels = build.levels()
+    macros = [f"-DLOOPOS_HAVE_{level.upper()}" for level in levels]
     flags = dict.fromkeys(("pool", "arena", "dispatch"), macros)
-    flags |= {f"level_{level}": its for level, its in build.levels().items()}
+    flags |= {f"level_{level}": its for level, its in levels.items()}
 
     def made(name):
         path, its = target / f"{name}.o", [*build.FLAGS, *flags[name], "-Wall", "-Wextra", *more]
@@ -150,6 +153,7 @@ def test_only_the_entry_of_the_module_is_seen():
 
 
 def test_universal_binaries_get_each_half_its_own_flags(build, monkeypatch):
+    monkeypatch.delenv("LOOPOS_LEVELS", raising=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("ARCHFLAGS", "-arch arm64 -arch x86_64")
     levels = build.levels()

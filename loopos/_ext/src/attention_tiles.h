@@ -4,10 +4,6 @@
 
 #include "tile.h"
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 /* -- vectors ------------------------------------------------------------------------------------ */
 
 /* The larger; b where a is NaN. */

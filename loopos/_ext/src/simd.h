@@ -7,6 +7,11 @@
 
 #include <math.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 /* Lanes of a vector, and the rows of a product that are held in registers at once. */
 #if defined(__AVX512F__)
