@@ -2,13 +2,17 @@
 
 import importlib.util
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import loopos
 from loopos.backends import numba_pool, threads
 from loopos.backends.numba_backend import NumbaBackend
 from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
@@ -355,6 +359,26 @@ except ValueError:
     assert script(GUEST + "print(numba.get_num_threads())") == "1"
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux" or threads.available_cpus() < 2, reason="needs Linux and two CPUs"
+)
+def test_helpers_keep_off_the_cpu_of_their_caller():
+    text = """
+import threading
+helpers = [t.native_id for t in threading.enumerate() if t.name.startswith("loopos-")]
+allowed = os.sched_getaffinity(0)
+for cpu in sorted(allowed)[:2]:
+    for _ in range(100):  # the system may move this thread on at once
+        os.sched_setaffinity(0, {cpu})
+        os.sched_setaffinity(0, allowed)
+        b.activation(x, "silu")
+        left = [allowed - os.sched_getaffinity(helper) for helper in helpers]
+        if left == [{cpu}, {cpu}]: break
+    print(left == [{cpu}, {cpu}], os.sched_getaffinity(0) == allowed)
+"""
+    assert script(GUEST + text).split() == ["True"] * 4
+
+
 def test_a_forked_child_computes_with_threads_of_its_own():
     text = """
 import sys
@@ -410,6 +434,52 @@ from numba.core import caching
 (getattr(caching, "CacheImpl", None) or caching._CacheImpl)._locator_classes = []
 """
     assert script(text.format(nowhere)).startswith("none")
+
+
+def test_code_compiled_from_other_sources_is_not_taken(tmp_path):
+    """numba itself looks at the file of a kernel only, not at those of the functions it calls."""
+    package = tmp_path / "loopos"
+    shutil.copytree(
+        Path(loopos.__file__).parent, package,
+        ignore=shutil.ignore_patterns("__pycache__", "assets", "*.so", "*.c*", "*.pyx"),
+    )  # fmt: skip
+    text = """
+import numpy as np, loopos
+loopos.set_backend("numba")
+print(loopos.get_backend().activation(np.ones(3, np.float32), "tanh")[0] > 1)
+"""
+    environment = {"PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert script(text, **environment) == "False"
+    helpers = package / "backends" / "numba_math.py"
+    far = "far = -far if x < zero else far"
+    source = helpers.read_text(encoding="utf-8")
+    assert far in source
+    helpers.write_text(source.replace(far, far + " + two"), encoding="utf-8")
+    assert script(text, **environment) == "True"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="reads the code of x86-64")
+def test_scalar_functions_leave_a_loop_its_simd_code():
+    text = """
+import re, numba, numpy as np
+from loopos.backends import numba_compile, numba_math
+numba_compile.compiled()
+def loop(function):
+    @numba.njit(nogil=True, fastmath=numba_compile._SUMS, error_model="numpy")
+    def call(x, y):
+        for i in range(x.size):
+            y[i] = x[i] * function(x[i])
+    return call
+x = np.ones(64, np.float32)
+for name in numba_math.versions(np.float32, lambda f: f):
+    call = loop(getattr(numba_math, name))
+    call(x, x.copy())
+    (code,) = call.inspect_asm().values()
+    print(name, len(re.findall(r"\\bv?(?:mul|fm|fnm)\\w*ps\\b", code)) > 4)
+"""
+    lines = script(text).splitlines()
+    assert len(lines) > 5
+    assert [line for line in lines if not line.endswith("True")] == []
 
 
 def test_describe():

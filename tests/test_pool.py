@@ -218,6 +218,33 @@ def test_signal_mask_and_threads_of_the_host_stay_as_they_are():
 
 
 @LINUX
+@pytest.mark.skipif(available_cpus() < 2, reason="there is one CPU")
+def test_workers_keep_off_the_cpu_of_their_caller():
+    script = """
+import os, time
+os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
+import numpy as np
+from loopos._ext import kernels
+x = np.ones((300, 300), np.float32)
+before, allowed = set(os.listdir("/proc/self/task")), os.sched_getaffinity(0)
+kernels.linear(x, x, None, None, 3)
+workers = set(os.listdir("/proc/self/task")) - before
+assert len(workers) == 2 and os.sched_getaffinity(0) == allowed
+for cpu in sorted(allowed)[:2] * 2:
+    for _ in range(100):  # the system may move this thread on at once
+        os.sched_setaffinity(0, {cpu})
+        os.sched_setaffinity(0, allowed)
+        kernels.linear(x, x, None, None, 3)
+        left = {frozenset(allowed - os.sched_getaffinity(int(w))) for w in workers}
+        assert len(left) == 1 and len(next(iter(left))) == 1, left
+        if left == {frozenset([cpu])}: break
+    else:
+        raise AssertionError((cpu, left))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@LINUX
 def test_workers_take_no_signals_and_sleep_when_idle():
     script = """
 import os, sys, time

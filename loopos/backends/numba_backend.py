@@ -75,7 +75,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         kernels, _ = numba_compile.compiled()
         flat, y = as_input(x).reshape(-1), np.empty(x.shape, x.dtype)
         POOL.run(
-            kernels.activation, -(-x.size // kernels.ELEMENTS), x.size,
+            kernels.activation, -(-x.size // kernels.ELEMENTS), 2 * x.size,
             flat, y.reshape(-1), ACTIVATIONS.index(kind),
         )  # fmt: skip
         return y
@@ -143,7 +143,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         y, mean, rstd = (np.empty((len(x), n), x.dtype) for n in (x.shape[1], 1, 1))
         s = none if residual is None else np.empty(x.shape, x.dtype)
         POOL.run(
-            kernels.norm, -(-len(x) // kernels.ROWS), 2 * x.size,
+            kernels.norm, -(-len(x) // kernels.ROWS), x.size,
             as_input(x), none if residual is None else as_input(residual), as_input(g),
             none[0:0, 0:0].reshape(-1) if b is None else as_input(b), x.dtype.type(eps),
             y, s, mean, rstd, centred,
@@ -182,7 +182,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         ]
         arriving = none if ds is None else as_input(ds)
         POOL.run(
-            kernels.norm_backward, blocks, 4 * s.size,
+            kernels.norm_backward, blocks, 2 * s.size,
             as_input(dy), as_input(s), as_input(g), as_input(mean), as_input(rstd), arriving, dx,
             *sums, centred,
         )  # fmt: skip

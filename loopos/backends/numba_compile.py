@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,6 +46,15 @@ def _compile() -> tuple[ModuleType, ModuleType]:
     return numba_kernels, numba_attention
 
 
+@cache
+def _sources() -> str:
+    """Return what changes with the sources of anything that is compiled into a kernel."""
+    from loopos.backends import numba_attention, numba_kernels, numba_math
+
+    files = [__file__, *(str(m.__file__) for m in (numba_attention, numba_kernels, numba_math))]
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()[:12]
+
+
 def _jit(function: Callable[..., Any], cached: bool = False) -> Any:
     """Return numba's dispatcher: compiles one version for each set of argument types."""
     import numba
@@ -50,6 +62,9 @@ def _jit(function: Callable[..., Any], cached: bool = False) -> Any:
     global cache_directory
     dispatcher: Any = numba.njit(nogil=True, fastmath=_SUMS, error_model="numpy")(function)
     if cached:
+        # The name of the file in which it is kept: numba looks at the kernel's own source alone,
+        # and would take code that other helpers were compiled into.
+        function.__qualname__ = f"{function.__name__}_{_sources()}"
         try:
             dispatcher.enable_caching()
         except RuntimeError:  # neither the package's directory nor the user's can be written
@@ -86,7 +101,9 @@ def _replace_scalars() -> None:
                 return lambda x: in_single(x)
             return lambda x: in_double(x)
 
-        overload(getattr(numba_math, name), strict=False)(choose)  # annotations differ
+        # Not inlined in time, a function would cost the loop around it its SIMD code.
+        options: Any = {"forceinline": True}
+        overload(getattr(numba_math, name), jit_options=options, strict=False)(choose)
 
     for name in single:
         register(name)

@@ -164,26 +164,39 @@ def dropout(
 # -- optimizer ---------------------------------------------------------------------------------
 
 
-def adamw(
-    p: Array, g: Array, m: Array, v: Array, c: Array, decoupled: bool, lo: int, hi: int
-) -> None:
+def adamw_block(p: Array, g: Array, m: Array, v: Array, c: Array, l2: bool) -> None:
     """One pass; `c` holds the constants in the order in which they are unpacked."""
     grad_scale, decay, beta1, rest1, beta2, rest2 = c[0], c[1], c[2], c[3], c[4], c[5]
     root, eps, rate, keep = c[6], c[7], c[8], c[9]
     zero = p.dtype.type(0)
-    l2 = decay != zero and not decoupled
+    for i in range(p.size):
+        t = g[i] * grad_scale + (p[i] * decay if l2 else zero)
+        mi = m[i] * beta1 + t * rest1
+        vi = v[i] * beta2 + t * t * rest2
+        m[i] = mi
+        v[i] = vi
+        p[i] = p[i] * keep - mi / (math.sqrt(vi) * root + eps) * rate
+
+
+def adamw(p: Array, g: Array, m: Array, v: Array, c: Array, l2: bool, lo: int, hi: int) -> None:
+    """Blocks of elements; with `l2` the decay is part of the gradient."""
     for block in range(lo, hi):
-        pb = p[block * ELEMENTS : (block + 1) * ELEMENTS]
-        gb = g[block * ELEMENTS : (block + 1) * ELEMENTS]
-        mb = m[block * ELEMENTS : (block + 1) * ELEMENTS]
-        vb = v[block * ELEMENTS : (block + 1) * ELEMENTS]
-        for i in range(pb.size):
-            t = gb[i] * grad_scale + (pb[i] * decay if l2 else zero)
-            mi = mb[i] * beta1 + t * rest1
-            vi = vb[i] * beta2 + t * t * rest2
-            mb[i] = mi
-            vb[i] = vi
-            pb[i] = pb[i] * keep - mi / (math.sqrt(vi) * root + eps) * rate
+        a, b = block * ELEMENTS, (block + 1) * ELEMENTS
+        adamw_block(p[a:b], g[a:b], m[a:b], v[a:b], c, l2)
+
+
+def adamw_rows(
+    p: Array, g: Array, m: Array, v: Array, c: Array, used: Array, lo: int, hi: int
+) -> None:
+    """Blocks of rows; those that are not used only decay."""
+    keep, one = c[9], p.dtype.type(1)
+    for r in range(lo * ROWS, min(hi * ROWS, p.shape[0])):
+        if used[r]:
+            adamw_block(p[r], g[r], m[r], v[r], c, False)
+        elif keep != one:
+            row = p[r]
+            for i in range(row.size):
+                row[i] *= keep
 
 
 def sgd(
@@ -469,9 +482,10 @@ def kl_rows_backward(z: Array, reference: Array, kl: Array, up: Array, lo: int, 
             row[i] = up[n] * p * (log_ratio - kl[n]) if p != 0 else zero
 
 
-HELPERS = (mix, row_max, log_sum_exp)
+HELPERS = (mix, row_max, adamw_block, log_sum_exp)
 KERNELS = (
-    activation, activation_backward, swiglu, swiglu_backward, dropout, adamw, sgd, sum_squares,
-    scale, add, norm, norm_backward, add_rows, segment_mean, segment_mean_backward, discounted_sum,
-    gae, cross_entropy_rows, logprob_rows, logprob_rows_backward, kl_rows, kl_rows_backward,
+    activation, activation_backward, swiglu, swiglu_backward, dropout, adamw, adamw_rows, sgd,
+    sum_squares, scale, add, norm, norm_backward, add_rows, segment_mean, segment_mean_backward,
+    discounted_sum, gae, cross_entropy_rows, logprob_rows, logprob_rows_backward, kl_rows,
+    kl_rows_backward,
 )  # fmt: skip

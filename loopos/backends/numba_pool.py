@@ -8,27 +8,46 @@ from one counter. What a block computes does not depend on who takes it.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 from loopos.backends.threads import get_num_threads
 
-#: Work below this (in elements touched, about a nanosecond each) is not worth waking a thread.
-SMALL_WORK = 1 << 16
+#: Work below this (in elements touched, about a nanosecond each) is not worth waking a thread:
+#: to wake one and to wait for it takes a tenth of a millisecond.
+SMALL_WORK = 1 << 18
+#: Says on which CPU a thread runs, where the system can be told where to run it.
+_current_cpu = (
+    getattr(ctypes.CDLL(None), "sched_getcpu", None) if hasattr(os, "sched_setaffinity") else None
+)
 #: Pieces a thread gets on average: more of them balance better, fewer cost less.
 _PIECES = 4
 
 
-class _Job:
-    """One kernel over ``count`` blocks, cut into pieces."""
+class Run(NamedTuple):
+    """Calls ``kernel(*args, start, stop)`` over all of ``range(blocks)``."""
 
-    def __init__(self, kernel: Callable[..., Any], args: tuple[Any, ...], count: int, step: int):
-        self.kernel, self.args, self.count, self.step = kernel, args, count, step
-        self.pieces = -(-count // step)
+    kernel: Callable[..., Any]
+    blocks: int
+    args: tuple[Any, ...]
+
+
+class _Job:
+    """Kernels over their blocks, cut into pieces."""
+
+    def __init__(self, runs: Sequence[Run], width: int):
+        self.pieces = [
+            (kernel, args, start, min(start + step, count))
+            for kernel, count, args in runs
+            for step in [max(1, -(-count // (_PIECES * width)))]
+            for start in range(0, count, step)
+        ]
         self.error: BaseException | None = None
         # `next` on a counter is one step under Python's lock, so no lock of ours is needed.
         self.taken, self.done = itertools.count(), itertools.count(1)
@@ -38,15 +57,15 @@ class _Job:
     def work(self) -> None:
         """Take pieces until there are none; whoever ends the last one says so."""
         for piece in self.taken:
-            if piece >= self.pieces:
+            if piece >= len(self.pieces):
                 return
-            start = piece * self.step
+            kernel, args, start, stop = self.pieces[piece]
             try:
                 if self.error is None:
-                    self.kernel(*self.args, start, min(start + self.step, self.count))
+                    kernel(*args, start, stop)
             except BaseException as error:  # raised again in the caller
                 self.error = error
-            if next(self.done) == self.pieces:
+            if next(self.done) == len(self.pieces):
                 self.finished.release()
 
 
@@ -63,7 +82,8 @@ class Pool:
         """Begin without helpers: a forked child has none of its parent's threads."""
         self._lock = threading.Lock()
         self._queue: SimpleQueue[_Job] = SimpleQueue()
-        self._helpers = 0
+        self._helpers: list[threading.Thread] = []
+        self._avoided: int | None = None
 
     def run(self, kernel: Callable[..., Any], count: int, work: int, *args: Any) -> None:
         """Call ``kernel(*args, start, stop)`` over all of ``range(count)``, in pieces.
@@ -77,13 +97,19 @@ class Pool:
         work : int
             Elements touched in all; little work stays in this thread.
         """
-        width = min(get_num_threads(), count) if work >= SMALL_WORK else 1
+        self.run_all([Run(kernel, count, args)], work)
+
+    def run_all(self, runs: Sequence[Run], work: int) -> None:
+        """Do several of them at once, whose results must not depend on each other."""
+        width = min(get_num_threads(), sum(run.blocks for run in runs)) if work >= SMALL_WORK else 1
         if width <= 1:
-            if count:
-                kernel(*args, 0, count)
+            for kernel, count, args in runs:
+                if count:
+                    kernel(*args, 0, count)
             return
-        job = _Job(kernel, args, count, max(1, -(-count // (_PIECES * width))))
+        job = _Job(runs, width)
         self._start(width - 1)
+        self._make_way()
         for _ in range(width - 1):
             self._queue.put(job)
         job.work()
@@ -92,13 +118,33 @@ class Pool:
             raise job.error
 
     def _start(self, helpers: int) -> None:
-        if self._helpers >= helpers:
+        if len(self._helpers) >= helpers:
             return
         with self._lock:
-            while self._helpers < helpers:
-                name = f"loopos-{self._helpers}"
-                threading.Thread(target=_help, args=(self._queue,), name=name, daemon=True).start()
-                self._helpers += 1
+            while len(self._helpers) < helpers:
+                name = f"loopos-{len(self._helpers)}"
+                helper = threading.Thread(target=_help, args=(self._queue,), name=name, daemon=True)
+                helper.start()
+                self._helpers.append(helper)
+                self._avoided = None
+
+    def _make_way(self) -> None:
+        """Keep the helpers off the CPU of this thread.
+
+        After a product the threads of BLAS spin for a while. To the system no CPU is idle then,
+        and a helper that is woken would wait on this one until the work is done.
+        """
+        if _current_cpu is None:
+            return
+        cpu = _current_cpu()
+        if cpu == self._avoided:
+            return
+        self._avoided = cpu
+        others = os.sched_getaffinity(0) - {cpu}
+        for helper in self._helpers:
+            if others and helper.native_id is not None:
+                with suppress(OSError):  # a sandbox may forbid it; the work is done all the same
+                    os.sched_setaffinity(helper.native_id, others)
 
 
 def _help(queue: SimpleQueue[_Job]) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from loopos.backends import numba_compile
-from loopos.backends.numba_pool import POOL
+from loopos.backends.numba_pool import POOL, Run
 from loopos.backends.numba_support import as_input, expect, one_of
-from loopos.backends.numpy_updates import UpdateOps, check_in_place
+from loopos.backends.numpy_updates import AdamwTensor, UpdateOps, check_in_place
 
 Array = np.ndarray[Any, Any]
 
@@ -34,25 +34,51 @@ class NumbaUpdates(UpdateOps):
         decoupled: bool = True,
     ) -> None:
         """One AdamW step in place, one pass over memory."""
-        if not one_of(p, g, m, v):
-            super().adamw(
-                p, g, m, v, learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale,
-                decoupled,
-            )  # fmt: skip
-            return
+        tensor = AdamwTensor(p, g, m, v, learning_rate, weight_decay, step)
+        self.adamw_many([tensor], beta1, beta2, eps, grad_scale, decoupled)
+
+    def adamw_many(
+        self,
+        tensors: Sequence[AdamwTensor],
+        beta1: float,
+        beta2: float,
+        eps: float,
+        grad_scale: float = 1.0,
+        decoupled: bool = True,
+    ) -> None:
+        """One AdamW step of every tensor, all of them at once."""
         kernels, _ = numba_compile.compiled()
-        check_in_place(p=p, m=m, v=v)
-        expect(p.shape, g=g, m=m, v=v)
-        keep = 1.0 - learning_rate * weight_decay if decoupled else 1.0
-        constants = (
-            grad_scale, weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
-            1.0 / np.sqrt(1.0 - beta2**step), eps, learning_rate / (1.0 - beta1**step), keep,
-        )  # fmt: skip
-        POOL.run(
-            kernels.adamw, -(-p.size // kernels.ELEMENTS), p.size,
-            p.reshape(-1), as_input(g).reshape(-1), m.reshape(-1), v.reshape(-1),
-            np.array(constants, p.dtype), decoupled,
-        )  # fmt: skip
+        runs: list[Run] = []
+        work = 0
+        for t in tensors:
+            if not one_of(t.p, t.g, t.m, t.v):
+                super().adamw(
+                    *t[:4], t.learning_rate, beta1, beta2, eps, t.weight_decay, t.step, grad_scale,
+                    decoupled,
+                )  # fmt: skip
+                continue
+            check_in_place(p=t.p, m=t.m, v=t.v)
+            expect(t.p.shape, g=t.g, m=t.m, v=t.v)
+            if t.p.size == 0:
+                continue
+            first, second = 1.0 - beta1**t.step, 1.0 - beta2**t.step
+            keep = 1.0 - t.learning_rate * t.weight_decay if decoupled else 1.0
+            constants = (
+                grad_scale, t.weight_decay, beta1, 1.0 - beta1, beta2, 1.0 - beta2,
+                1.0 / np.sqrt(second), eps, t.learning_rate / first, keep,
+            )  # fmt: skip
+            arrays, c = (t.p, as_input(t.g), t.m, t.v), np.array(constants, t.p.dtype)
+            args: tuple[Any, ...]
+            if t.rows is not None and t.some_rows(decoupled):
+                expect((len(t.p),), rows=t.rows)
+                args = (*(a.reshape(len(t.p), -1) for a in arrays), c, as_input(t.rows))
+                runs.append(Run(kernels.adamw_rows, -(-len(t.p) // kernels.ROWS), args))
+            else:
+                l2 = bool(t.weight_decay) and not decoupled
+                args = (*(a.reshape(-1) for a in arrays), c, l2)
+                runs.append(Run(kernels.adamw, -(-t.p.size // kernels.ELEMENTS), args))
+            work += t.p.size
+        POOL.run_all(runs, work)
 
     def sgd(
         self,
@@ -87,17 +113,15 @@ class NumbaUpdates(UpdateOps):
     def sum_squares(self, arrays: Sequence[Array]) -> float:
         """Sum of squares by fixed blocks, each summed in float64, added in their order."""
         kernels, _ = numba_compile.compiled()
-        total = 0.0
+        runs, work = [], 0
         for array in arrays:
             if not one_of(array):
-                total += super().sum_squares([array])
-                continue
+                return super().sum_squares(arrays)
             sums = np.zeros(-(-array.size // kernels.ELEMENTS))
-            POOL.run(
-                kernels.sum_squares, sums.size, array.size // 2, as_input(array).reshape(-1), sums
-            )
-            total += sum(sums.tolist())
-        return total
+            runs.append(Run(kernels.sum_squares, sums.size, (as_input(array).reshape(-1), sums)))
+            work += array.size // 2
+        POOL.run_all(runs, work)
+        return float(sum(sum(run.args[1].tolist()) for run in runs))
 
     def scale(self, x: Array, factor: float) -> None:
         """Multiply `x` by `factor` in place."""

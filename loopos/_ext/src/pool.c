@@ -53,6 +53,8 @@ static struct {
     pthread_mutex_t sleep; /* of `wake` and `sleepers` */
     pthread_cond_t wake;
     int workers;  /* started in this process; changed by who holds `busy` */
+    pthread_t worker[MAX_THREADS];
+    int avoided; /* the processor that workers keep off; -1: none */
     int sleepers;
     job_t job;
     atomic_uint generation; /* odd: a job may be joined */
@@ -61,7 +63,8 @@ static struct {
     atomic_long next;       /* task to be taken next */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
           .sleep = PTHREAD_MUTEX_INITIALIZER,
-          .wake = PTHREAD_COND_INITIALIZER};
+          .wake = PTHREAD_COND_INITIALIZER,
+          .avoided = -1};
 
 static _Thread_local int inside;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -98,6 +101,7 @@ static void after_fork(void) {
     pthread_mutex_init(&pool.sleep, NULL);
     pthread_cond_init(&pool.wake, NULL);
     pool.workers = pool.sleepers = 0;
+    pool.avoided = -1;
     atomic_store(&pool.generation, 0);
     atomic_store(&pool.joined, 0);
     atomic_store(&pool.seats, 0);
@@ -186,10 +190,27 @@ static void hire(int workers) {
     while (pool.workers < workers) {
         pthread_t thread;
         if (pthread_create(&thread, &attributes, work, NULL)) break; /* fewer then */
-        pool.workers++;
+        pool.worker[pool.workers++] = thread;
+        pool.avoided = -1;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
+}
+
+/* Keep workers off the processor of the caller. Where other threads of the host spin, none is idle to
+   the system, and a worker that is woken would wait on this one until the work is done. */
+static void make_way(void) {
+#ifdef __linux__
+    cpu_set_t others;
+    int processor = sched_getcpu();
+    if (processor < 0 || processor == pool.avoided) return;
+    pool.avoided = processor;
+    if (sched_getaffinity(0, sizeof others, &others)) return;
+    CPU_CLR(processor, &others);
+    if (CPU_COUNT(&others) == 0) return;
+    for (int i = 0; i < pool.workers; i++)
+        pthread_setaffinity_np(pool.worker[i], sizeof others, &others);
+#endif
 }
 
 static int run_alone(long count, size_t scratch_bytes, loopos_task task, void *context) {
@@ -220,6 +241,7 @@ int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task t
         return -1;
     }
     hire(threads - 1);
+    make_way();
     pool.job = (job_t){task, context, count, scratch_bytes, get_arithmetic()};
     atomic_store(&pool.next, 0);
     atomic_store(&pool.seats, threads - 1);
