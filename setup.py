@@ -29,6 +29,7 @@ REASON_FILE = "not_built.txt"
 # Products may be fused with sums (FMA); nothing else of -ffast-math: NaN and infinity stay.
 FLAGS = ["-O3", "-std=gnu11", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
          "-fvisibility=hidden", "-g0", "-pthread", "-D_GNU_SOURCE"]  # fmt: skip
+WARNINGS = ["-Wall", "-Wextra"]
 LINK_FLAGS = ["-pthread"]
 if os.environ.get("LOOPOS_SANITIZE"):
     _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -114,7 +115,8 @@ class BuildKernels(build_ext):
             try:
                 return self.compiler.compile(
                     [str(SOURCES / f"level_{level}.c")], output_dir=self.build_temp,
-                    include_dirs=ext.include_dirs, extra_postargs=[*FLAGS, *levels()[level]],
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=[*FLAGS, *WARNINGS, *levels()[level]],
                 )  # fmt: skip
             except Exception as error:
                 return error

@@ -17,7 +17,12 @@ import pytest
 from loopos.backends import available_backends
 
 ROOT = Path(__file__).parents[1]
-COMPILER = os.environ.get("CC", "cc").split()[0]
+#: As a build calls it, so that what is compiled here may come from a compiler's cache.
+COMMAND = " ".join(
+    os.environ.get(name) or sysconfig.get_config_var(name) or ""
+    for name in ("CC", "CFLAGS", "CCSHARED")
+).split()
+COMPILER = COMMAND[0]
 #: Registers of 256 or 512 bits, the masks of the latter, and whatever is encoded as VEX or EVEX.
 WIDE = re.compile(r"%[yz]mm\d|%k[0-7]\b|\t(?:\{vex\} )?v[a-z0-9]+ ")
 #: These begin with a v too, and are as old as x86-64.
@@ -39,8 +44,8 @@ def build():
 
 def compiled(source, target, flags, *include):
     done = subprocess.run(
-        [COMPILER, "-c", "-fPIC", *flags, *(f"-I{path}" for path in include), str(source),
-         "-o", str(target)], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+        [*COMMAND, *(f"-I{path}" for path in include), "-c", str(source), "-o", str(target),
+         *flags], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -65,7 +70,7 @@ def objects_of(build, target, *more):
     flags |= {f"level_{level}": its for level, its in levels.items()}
 
     def made(name):
-        path, its = target / f"{name}.o", [*build.FLAGS, *flags[name], "-Wall", "-Wextra", *more]
+        path, its = target / f"{name}.o", [*build.FLAGS, *build.WARNINGS, *flags[name], *more]
         return path, compiled(build.SOURCES / f"{name}.c", path, its, build.SOURCES)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -134,7 +139,7 @@ def test_the_door_uses_no_wider_registers(build, tmp_path):
 @needs_objdump
 @pytest.mark.skipif(not shutil.which("clang"), reason="there is no clang")
 def test_clang_compiles_the_sources_as_well(build, tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "COMPILER", "clang")
+    monkeypatch.setitem(globals(), "COMMAND", ["clang", "-fPIC"])
     found = objects_of(build, tmp_path, "-O1")
     assert {name: said for name, (_, said) in found.items() if said} == {}
     assert_sums_stay_in_registers(found)
