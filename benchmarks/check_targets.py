@@ -28,10 +28,10 @@ def read_rows(path: Path) -> list[targets.Row]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: {error}") from error
+        peers.refuse(f"{path}: {error}")
     for row in rows if isinstance(rows, list) else [None]:
         if not isinstance(row, dict) or not {"work", "backend", "loopos_s"} <= row.keys():
-            raise SystemExit(f"{path}: expected the rows that peers.py --json writes")
+            peers.refuse(f"{path}: expected the rows that peers.py --json writes")
     return rows
 
 

@@ -283,11 +283,14 @@ def test_samples_without_an_answer():
 def canned(answers):
     """Return a stand-in for generate that gives each prompt the same texts."""
 
-    def generate(model, prompts, sampling, **options):
-        return [
+    def generate(model, prompts, sampling, *, on_finish=None, **options):
+        made = [
             Generation(i, j, np.zeros(1, np.int32), np.zeros(1), answers[j], "stop_token")
             for i in range(len(prompts)) for j in range(sampling.num_samples)
         ]  # fmt: skip
+        for generation in made if on_finish else ():
+            on_finish(generation)
+        return made
 
     return generate
 
@@ -318,7 +321,7 @@ def test_rounds_train_from_the_start_on_more(monkeypatch, tmp_path):
         assert np.array_equal(array, weights_of(cot)[name]), name
 
 
-@pytest.mark.parametrize("stopped_after", [1, 3, 4, 5])
+@pytest.mark.parametrize("stopped_after", [1, 3, 11, 12, 14])
 def test_rounds_go_on_byte_for_byte(monkeypatch, tmp_path, stopped_after):
     monkeypatch.setattr(solving, "generate", canned(["1 + 2 = 3\nAnswer: 3"]))
     data = ReasoningExamples.of([*DATA, ReasoningExample("p", (), "3")])
@@ -331,7 +334,11 @@ def test_rounds_go_on_byte_for_byte(monkeypatch, tmp_path, stopped_after):
         asked.append(1)
         return len(asked) == stopped_after
 
-    trainer().fit(data, output_dir=tmp_path, stop=stop, **common)
+    result = trainer().fit(data, output_dir=tmp_path, stop=stop, **common)
+    # Asked after each step of a phase but its last, and after each solution between the two.
+    problems = len({(example.problem, example.answer) for example in data})
+    assert (result.stopped_reason == "interrupted") == (stopped_after <= 4 + problems)
+    assert (tmp_path / "round-1").exists() == (stopped_after > 2 + problems)
     again = trainer()
     again.fit(data, output_dir=tmp_path, resume=True, **common)
     for name, array in weights_of(whole).items():

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ Array = np.ndarray[Any, Any]
 INDIVIDUAL_DIGITS = True
 #: Places of examples left out that a warning names.
 _PLACES = 5
+
+
+class _StoppedError(Exception):
+    """A run was asked to stop while it sampled solutions."""
 
 
 class ChainOfThought:
@@ -166,7 +171,10 @@ class ChainOfThought:
             if result.stopped_reason == "interrupted":
                 return result
             root = None if output_dir is None else Path(output_dir) / f"round-{number}"
-            kept = self._kept(training, options, number, root, resume)
+            try:
+                kept = self._kept(training, options, number, root, resume, stop)
+            except _StoppedError:  # a run that goes on samples again, from the same seed
+                return replace(result, stopped_reason="interrupted")
             for name, array in start.items():
                 self.model.parameters()[name].data[...] = array
             both = ReasoningExamples.of([*labelled, *kept])
@@ -207,12 +215,18 @@ class ChainOfThought:
         number: int,
         root: Path | None,
         resume: bool,
+        stop: Callable[[], bool] | None,
     ) -> list[ReasoningExample]:
         """Return new solutions that reach the right answer, or those of a run that goes on."""
         file = None if root is None else root / "kept.jsonl"
         if resume and file is not None and file.is_file():
             return list(read_reasoning(file))
-        kept = self.sample_solutions(training, options, seed=self.seed + number)
+
+        def look(_: Generation) -> None:
+            if stop is not None and stop():
+                raise _StoppedError
+
+        kept = self.sample_solutions(training, options, seed=self.seed + number, on_finish=look)
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             rows = ({"problem": e.problem, "reasoning": list(e.steps), "answer": e.answer}
@@ -223,7 +237,12 @@ class ChainOfThought:
         return kept
 
     def sample_solutions(
-        self, problems: ReasoningExamples, options: Options | None = None, *, seed: int = 0
+        self,
+        problems: ReasoningExamples,
+        options: Options | None = None,
+        *,
+        seed: int = 0,
+        on_finish: Callable[[Generation], None] | None = None,
     ) -> list[ReasoningExample]:
         """Sample solutions for problems, and return those that reach the right answer.
 
@@ -237,6 +256,8 @@ class ChainOfThought:
         options : Options, optional
             ``samples``, ``temperature``, ``top_p``, ``max_new_tokens``.
         seed : int
+        on_finish : callable, optional
+            Called with each solution as it is finished.
         """
         options = options or Options()
         found: list[ReasoningExample] = []
@@ -245,7 +266,7 @@ class ChainOfThought:
         asked = [pair for pair in pairs if self._has_room(pair[0])]
         problems_asked = [problem for problem, _ in asked]
         generations = self._sampled(
-            problems_asked, options, options.samples, options.temperature, seed
+            problems_asked, options, options.samples, options.temperature, seed, on_finish
         )
         for generation in generations:
             problem, answer = asked[generation.prompt_index]
@@ -437,13 +458,16 @@ class ChainOfThought:
         samples: int,
         temperature: float,
         seed: int | None,
+        on_finish: Callable[[Generation], None] | None = None,
     ) -> list[Generation]:
         sampling = SamplingOptions(
             max_new_tokens=options.max_new_tokens, temperature=temperature, top_p=options.top_p,
             num_samples=samples, seed=self.seed if seed is None else seed,
         )  # fmt: skip
         size = options.generation_batch_size
-        return asked_for(self.model, self._write, problems, sampling, batch_size=size)
+        return asked_for(
+            self.model, self._write, problems, sampling, batch_size=size, on_finish=on_finish
+        )
 
     def save(self, directory: str | Path) -> None:
         """Write model, tokenizer and templates; transformers loads the first two back."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +57,7 @@ def asked_for(
     *,
     steps: Sequence[str] = (),
     batch_size: int = 16,
+    on_finish: Callable[[Generation], None] | None = None,
 ) -> list[Generation]:
     """Return what a model writes of problems, by problem and by sample.
 
@@ -70,6 +71,8 @@ def asked_for(
         That are known already.
     batch_size : int
         Solutions that are generated at once.
+    on_finish : callable, optional
+        Called with each solution as it is finished.
 
     Raises
     ------
@@ -88,7 +91,7 @@ def asked_for(
             )
     return generate(
         model, prompts, sampling, tokenizer=writer.tokenizer, stop_ids=writer.stop_ids,
-        batch_size=batch_size,
+        batch_size=batch_size, on_finish=on_finish,
     )  # fmt: skip
 
 
