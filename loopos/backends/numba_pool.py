@@ -134,15 +134,15 @@ class Pool:
         After a product the threads of BLAS spin for a while. To the system no CPU is idle then,
         and a helper that is woken would wait on this one until the work is done.
         """
-        if _current_cpu is None:
-            return
-        cpu = _current_cpu()
+        cpu = None if _current_cpu is None else _current_cpu()
         if cpu == self._avoided:
             return
-        self._avoided = cpu
         others = os.sched_getaffinity(0) - {cpu}
+        if not others:
+            return
+        self._avoided = cpu
         for helper in self._helpers:
-            if others and helper.native_id is not None:
+            if helper.native_id is not None:
                 with suppress(OSError):  # a sandbox may forbid it; the work is done all the same
                     os.sched_setaffinity(helper.native_id, others)
 

@@ -204,10 +204,10 @@ static void make_way(void) {
     cpu_set_t others;
     int processor = sched_getcpu();
     if (processor < 0 || processor == pool.avoided) return;
-    pool.avoided = processor;
     if (sched_getaffinity(0, sizeof others, &others)) return;
     CPU_CLR(processor, &others);
     if (CPU_COUNT(&others) == 0) return;
+    pool.avoided = processor;
     for (int i = 0; i < pool.workers; i++)
         pthread_setaffinity_np(pool.worker[i], sizeof others, &others);
 #endif
