@@ -101,7 +101,8 @@ def _replace_scalars() -> None:
                 return lambda x: in_single(x)
             return lambda x: in_double(x)
 
-        # Not inlined in time, a function would cost the loop around it its SIMD code.
+        # Not inlined in time, a function would cost the loop around it its SIMD code. Annotations
+        # differ, of which `strict` would complain.
         options: Any = {"forceinline": True}
         overload(getattr(numba_math, name), jit_options=options, strict=False)(choose)
 
