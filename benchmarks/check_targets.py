@@ -23,15 +23,17 @@ from rich.table import Table
 from suite import targets
 
 
-def read_rows(path: Path) -> list[targets.Row]:
+def read_rows(path: str) -> list[targets.Row]:
     """Read what `peers.py` wrote."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows: list[targets.Row] = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        peers.refuse(f"{path}: {error}")
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
     for row in rows if isinstance(rows, list) else [None]:
         if not isinstance(row, dict) or not {"work", "backend", "loopos_s"} <= row.keys():
-            peers.refuse(f"{path}: expected the rows that peers.py --json writes")
+            raise argparse.ArgumentTypeError(
+                f"{path}: expected the rows that peers.py --json writes"
+            )
     return rows
 
 
@@ -46,11 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=read_rows, metavar="FILE")
     asked, options = parser.parse_known_args(arguments)
     if asked.json is not None and options:
         parser.error(f"{options[0]} has no meaning with --json")
-    rows = timed_now(options) if asked.json is None else read_rows(asked.json)
+    rows = timed_now(options) if asked.json is None else asked.json
     rows = targets.with_ratios(rows)
 
     shown, judged, missed, absent = Table(), 0, 0, []

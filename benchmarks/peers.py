@@ -31,7 +31,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -91,12 +91,6 @@ class Pair:
     theirs: list[Side]
 
 
-def refuse(message: str) -> NoReturn:
-    """End with a sentence about what was asked for: status 2."""
-    print(message, file=sys.stderr)
-    raise SystemExit(2)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     made = argparse.ArgumentParser(
@@ -126,7 +120,7 @@ def chosen_works(asked: str) -> list[str]:
         found += ["L1", "L2"] if name == "L" else [name]
     unknown = [name for name in found if name not in ALL_WORKS]
     if unknown:
-        refuse(f"--works: unknown work '{unknown[0]}' (known: {', '.join(ALL_WORKS)})")
+        parser().error(f"--works: unknown work '{unknown[0]}' (known: {', '.join(ALL_WORKS)})")
     return found
 
 
@@ -137,7 +131,7 @@ def chosen_backends(asked: str) -> list[str]:
         return able if asked == "all" else able[:1]
     for name in asked.split(","):
         if name not in able:
-            refuse(f"--backend: '{name}' cannot run here (can: {', '.join(able)})")
+            parser().error(f"--backend: '{name}' cannot run here (can: {', '.join(able)})")
     return asked.split(",")
 
 
@@ -189,7 +183,7 @@ def chosen_dtypes(asked: argparse.Namespace) -> list[str]:
     for name in asked.dtypes.split(","):
         if name not in decoding.DTYPES:
             known = ", ".join(decoding.DTYPES)
-            refuse(f"--dtypes: unknown dtype '{name}' (known: {known})")
+            parser().error(f"--dtypes: unknown dtype '{name}' (known: {known})")
     return list(asked.dtypes.split(","))
 
 
@@ -370,16 +364,18 @@ def check_losses(asked: argparse.Namespace, pairs: list[Pair]) -> dict[tuple[str
 def compare(asked: argparse.Namespace) -> tuple[list[Row], Machine | None]:
     """Do all that was asked for; return the rows and the limits."""
     if asked.rounds < 1 or asked.runs < 1 or asked.warmup < 0 or asked.threads < 1:
-        refuse("--rounds, --runs and --threads: expected at least 1; --warmup: 0")
+        parser().error("--rounds, --runs and --threads: expected at least 1; --warmup: 0")
     if not asked.no_peer and asked.warmup < LEAST_WARMUP:
-        refuse(f"--warmup: expected at least {LEAST_WARMUP}, PyTorch is cold before")
+        parser().error(f"--warmup: expected at least {LEAST_WARMUP}, PyTorch is cold before")
     if asked.json is not None and not asked.json.absolute().parent.is_dir():
-        refuse(f"--json: {asked.json.parent} is no directory")
+        parser().error(f"--json: {asked.json.parent} is no directory")
+    if asked.json is not None and asked.json.is_dir():
+        parser().error(f"--json: {asked.json} is a directory")
     pairs = plan(asked)
     if any(pair.theirs for pair in pairs) or asked.check_losses:
         absent = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
         if absent:
-            refuse(f"{absent[0]} is not installed: install it, or give --no-peer")
+            parser().error(f"{absent[0]} is not installed: install it, or give --no-peer")
     losses = check_losses(asked, pairs) if asked.check_losses else {}
     records, machine = rounds(asked, pairs)
     rows = [

@@ -88,11 +88,12 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--output", type=Path)
     asked = parser.parse_args()
+    arms = asked.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        parser.error(f"--arms: unknown arm '{unknown[0]}' (known: {', '.join(ARMS)})")
     rows = []
     for seed in map(int, asked.seeds.split(",")):
-        for arm in asked.arms.split(","):
-            if arm not in ARMS:
-                raise SystemExit(f"--arms: unknown arm '{arm}' (known: {', '.join(ARMS)})")
+        for arm in arms:
             rows.append(measured(arm, seed, asked.max_steps))
             print(json.dumps(rows[-1]), flush=True)
     if asked.output is not None:

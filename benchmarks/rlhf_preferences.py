@@ -232,9 +232,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     parts = asked.parts.split(",")
     if unknown := [part for part in parts if part not in PARTS]:
-        raise SystemExit(f"--parts: unknown part '{unknown[0]}' (known: {', '.join(PARTS)})")
+        parser.error(f"--parts: unknown part '{unknown[0]}' (known: {', '.join(PARTS)})")
     if "chat" in parts and not (asked.chat_data and asked.chat_model):
-        raise SystemExit("--parts chat: needs --chat-data and --chat-model")
+        parser.error("--parts chat: needs --chat-data and --chat-model")
     for part in parts:
         for seed in map(int, asked.seeds.split(",")):
             figures = (

@@ -413,7 +413,7 @@ def main() -> None:
     for option, names, known in (("--runs", runs, RUNS), ("--arms", arms, ARMS)):
         for name in names:
             if name not in known:
-                raise SystemExit(f"{option}: unknown '{name}' (known: {', '.join(known)})")
+                parser.error(f"{option}: unknown '{name}' (known: {', '.join(known)})")
     rows: list[dict[str, Any]] = []
     for run in runs:
         for seed in map(int, given.seeds.split(",")):

@@ -221,7 +221,7 @@ def test_signal_mask_and_threads_of_the_host_stay_as_they_are():
 @pytest.mark.skipif(available_cpus() < 2, reason="there is one CPU")
 def test_workers_keep_off_the_cpu_of_their_caller():
     script = """
-import os, time
+import os
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 import numpy as np
 from loopos._ext import kernels

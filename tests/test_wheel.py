@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 COMMAND = " ".join(
     os.environ.get(name) or sysconfig.get_config_var(name) or ""
     for name in ("CC", "CFLAGS", "CCSHARED")
-).split()
+).split() or ["cc"]
 COMPILER = COMMAND[0]
 #: Registers of 256 or 512 bits, the masks of the latter, and whatever is encoded as VEX or EVEX.
 WIDE = re.compile(r"%[yz]mm\d|%k[0-7]\b|\t(?:\{vex\} )?v[a-z0-9]+ ")

@@ -51,7 +51,7 @@ class NumbaUpdates(UpdateOps):
         runs: list[Run] = []
         work = 0
         for t in tensors:
-            if not one_of(t.p, t.g, t.m, t.v):
+            if not one_of(t.p, t.g, t.m, t.v):  # all rows: those left out come out the same
                 super().adamw(
                     *t[:4], t.learning_rate, beta1, beta2, eps, t.weight_decay, t.step, grad_scale,
                     decoupled,
