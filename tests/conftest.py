@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# What a test starts imports what is installed, as the test itself does, and not the source tree.
+os.environ["PYTHONSAFEPATH"] = "1"
+
 # Examples are derived from the test itself: the same run, every time and everywhere.
 settings.register_profile("loopos", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("loopos")
