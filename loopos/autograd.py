@@ -296,10 +296,8 @@ def record(
     Tensor or tuple of Tensor
         One tensor for one output, else a tuple.
     """
-    if len(outputs) == 1 and not _grad_enabled.get():  # as in decoding, where overhead counts
-        return Tensor(outputs[0])
     tensors = [Tensor(array) for array in outputs]
-    if recording(*inputs):
+    if _grad_enabled.get() and recording(*inputs):  # first what is cheap: decoding is short of time
         node = Node(inputs, backward, len(tensors), again)
         for index, tensor in enumerate(tensors):
             tensor.requires_grad, tensor._node, tensor._output = True, node, index

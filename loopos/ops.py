@@ -150,11 +150,12 @@ def linear_quantized(
 
 def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, ...]:
     """Several linear maps ``(w, b)`` of one input; their gradients of `x` add up in one buffer."""
-    if len(layers) == 1 or not recording(x):
-        return tuple(linear(x, w, b) for w, b in layers)
+    if len(layers) == 1:
+        return (linear(x, *layers[0]),)
     backend = get_backend()
-    outputs = [backend.linear(x.data, w.data, _data(b))[0] for w, b in layers]
+    outputs = backend.linears(x.data, [(w.data, _data(b)) for w, b in layers])
     kept = x.data if any(w.requires_grad for w, _ in layers) else None
+    need_dx = x.requires_grad
 
     def backward(grads: Grads) -> Grads:
         dx: Array | None = None
@@ -162,8 +163,9 @@ def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[
             if dy is not None:
                 dw, accumulate = _target(w)
                 dx = backend.linear_backward(
-                    dy, kept, w.data, dw=dw, db=_into(b), accumulate=accumulate, dx=dx
-                )
+                    dy, kept, w.data,
+                    dw=dw, db=_into(b), accumulate=accumulate, dx=dx, need_dx=need_dx,
+                )  # fmt: skip
         return [dx, *(None for _ in parameters)]
 
     parameters = [tensor for layer in layers for tensor in layer]
@@ -329,6 +331,8 @@ def attention(
 
 def attention_cached(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
     k_cache: Array,
     v_cache: Array,
     offsets: Array,
@@ -337,17 +341,17 @@ def attention_cached(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens on a cache that holds their keys and values; no gradient.
+    """Causal attention of new tokens on a cache, to which it writes `k` and `v`; no gradient.
 
     Raises
     ------
     LooposError
         If a gradient would be recorded.
     """
-    if recording(q):
+    if recording(q, k, v):
         raise LooposError("attention_cached has no gradient; call it inside no_grad()")
-    options = (offsets, slots, lengths, scale, window)
-    return Tensor(get_backend().attention_cached(q.data, k_cache, v_cache, *options))
+    options = (k_cache, v_cache, offsets, slots, lengths, scale, window)
+    return Tensor(get_backend().attention_cached(q.data, k.data, v.data, *options))
 
 
 def segment_mean(x: Tensor, offsets: Array) -> Tensor:

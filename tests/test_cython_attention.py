@@ -183,10 +183,11 @@ def make_cached(new, past, heads, kv_heads, d):
     lengths = np.array([a + b for a, b in zip(new, past, strict=True)], dtype=np.int32)
     offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     slots = rng.permutation(len(new) + 2)[: len(new)].astype(np.int32)
-    q = rng.standard_normal((offsets[-1], heads, d), dtype=np.float32)
-    shape = (len(new) + 2, int(lengths.max(initial=0)) + 3, kv_heads, d)
-    k, v = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
-    return q, k, v, offsets, slots, lengths, d**-0.5
+    q, k, v = (rng.standard_normal((offsets[-1], h, d), dtype=np.float32)
+               for h in (heads, kv_heads, kv_heads))  # fmt: skip
+    shape = (2, len(new) + 2, int(lengths.max(initial=0)) + 3, kv_heads, d)
+    k_cache, v_cache = rng.standard_normal(shape, dtype=np.float32)
+    return q, k, v, k_cache, v_cache, offsets, slots, lengths, d**-0.5
 
 
 @pytest.mark.parametrize("window", [None, 1, 20, 200])
@@ -196,24 +197,29 @@ def test_cached_values(backend, new, d, window):
     past = (130, 0, 9, 300)
     for level in backend.levels():
         backend.use_level(level)
-        q, k, v, *rest = make_cached(new, past, 6, 2, d)
-        found = backend.attention_cached(q, k, v, *rest, window)
-        exact = (a.astype(np.float64) for a in (q, k, v))
-        compare([found], [REFERENCE.attention_cached(*exact, *rest, window)])
+        *arrays, offsets, slots, lengths, scale = make_cached(new, past, 6, 2, d)
+        exact = [a.astype(np.float64) for a in arrays]
+        rest = (offsets, slots, lengths, scale, window)
+        found = backend.attention_cached(*arrays, *rest)
+        compare([found], [REFERENCE.attention_cached(*exact, *rest)])
+        for kept, reference in zip(arrays[3:], exact[3:], strict=True):
+            np.testing.assert_array_equal(kept, reference)
 
 
 def test_cached_does_not_depend_on_threads_or_companions(backend):
     new, past = (3, 1, 140, 1), (130, 0, 9, 300)
-    q, k, v, offsets, slots, lengths, scale = make_cached(new, past, 4, 2, 24)
+    q, k, v, *caches, offsets, slots, lengths, scale = make_cached(new, past, 4, 2, 24)
     with thread_limit(1):
-        expected = backend.attention_cached(q, k, v, offsets, slots, lengths, scale)
+        expected = backend.attention_cached(q, k, v, *caches, offsets, slots, lengths, scale)
     with thread_limit(5):
-        found = backend.attention_cached(q, k, v, offsets, slots, lengths, scale)
+        found = backend.attention_cached(q, k, v, *caches, offsets, slots, lengths, scale)
     np.testing.assert_array_equal(found, expected)
     for b, count in enumerate(new):
         rows, one = slice(offsets[b], offsets[b + 1]), slice(b, b + 1)
         ends = np.array([0, count], np.int32)
-        alone = backend.attention_cached(q[rows], k, v, ends, slots[one], lengths[one], scale)
+        alone = backend.attention_cached(
+            q[rows], k[rows], v[rows], *caches, ends, slots[one], lengths[one], scale
+        )
         np.testing.assert_array_equal(alone, expected[rows])
 
 
@@ -293,17 +299,23 @@ def test_bad_arguments(backend, change, error, message):
         ({"offsets": np.array([0, 2, 9])}, "offsets: expected to begin with 0 and end with 3"),
         ({"v_cache": np.zeros((4, 10, 2, 7), np.float32)}, r"v_cache: expected shape \[4, 10, 2"),
         ({"k_cache": np.zeros((10, 2, 8), np.float32)}, r"k_cache: expected shape \[any, any"),
+        ({"k_cache": np.zeros((4, 20, 2, 8), np.float32)[:, ::2]}, "k_cache: expected a C-contig"),
+        ({"v_cache": np.broadcast_to(np.zeros((), np.float32), (4, 10, 2, 8))}, "v_cache: "),
+        ({"k": np.zeros((3, 3, 8), np.float32)}, "k: 3 heads do not divide the 4"),
+        ({"v": np.zeros((2, 2, 8), np.float32)}, r"v: expected shape \[3, 2, 8\]"),
         ({"window": -3}, "window: expected at least 1"),
     ],
 )
 def test_bad_arguments_of_cached(backend, change, message):
-    q, k, v, offsets, slots, lengths, scale = make_cached((2, 1), (3, 5), 4, 2, 8)
-    k, v = np.zeros((2, 4, 10, 2, 8), np.float32)
-    names = ("q", "k_cache", "v_cache", "offsets", "slots", "lengths", "scale")
-    values = (q, k, v, offsets, slots, lengths, scale)
+    q, k, v, _, _, *rest = make_cached((2, 1), (3, 5), 4, 2, 8)
+    k_cache, v_cache = np.zeros((2, 4, 10, 2, 8), np.float32)
+    names = ("q", "k", "v", "k_cache", "v_cache", "offsets", "slots", "lengths", "scale")
+    values = (q, k, v, k_cache, v_cache, *rest)
     arguments = dict(zip(names, values, strict=True))
     with pytest.raises(ValueError, match=message):
         backend.attention_cached(**arguments | change)
+    assert not k_cache.any()
+    assert not v_cache.any()
 
 
 def test_bad_arguments_of_rope(backend):

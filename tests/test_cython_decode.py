@@ -28,18 +28,19 @@ def make(heads, kv_heads, d, seed=0):
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((LENGTH, h, d), dtype=np.float32)
                for h in (heads, kv_heads, kv_heads))  # fmt: skip
-    cache = np.full((2, 3, LENGTH + 7, kv_heads, d), np.nan, np.float32)
-    cache[0, 1, :LENGTH], cache[1, 1, :LENGTH] = k, v
-    return q, k, v, cache
+    return q, k, v
 
 
-def decode(backend, q, cache, ends, window):
+def decode(backend, q, k, v, ends, window):
     """The tokens in parts that end at `ends`, each on the keys of itself and of those before."""
     parts, start = [], 0
+    cache = np.full((2, 3, LENGTH + 7, *k.shape[1:]), np.nan, np.float32)
     for end in ends:
         parts.append(
             backend.attention_cached(
                 q[start:end],
+                k[start:end],
+                v[start:end],
                 cache[0],
                 cache[1],
                 np.array([0, end - start], np.int32),
@@ -50,6 +51,10 @@ def decode(backend, q, cache, ends, window):
             )
         )
         start = end
+    for kept, given in zip(cache, (k, v), strict=True):
+        np.testing.assert_array_equal(kept[1, :LENGTH], given)
+        kept[1, :LENGTH] = np.nan
+    assert np.isnan(cache).all()  # nothing else was written
     return np.concatenate(parts)
 
 
@@ -63,12 +68,12 @@ SPLITS = {
 @pytest.mark.parametrize("window", [None, 1, 50, 200])
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(2, 2, 64), (6, 2, 24), (10, 2, 7)])
 def test_prefill_and_decode_give_the_same_bytes(backend, heads, kv_heads, d, window):
-    q, k, v, cache = make(heads, kv_heads, d)
-    whole = decode(backend, q, cache, [LENGTH], window)
+    q, k, v = make(heads, kv_heads, d)
+    whole = decode(backend, q, k, v, [LENGTH], window)
     for name, ends in SPLITS.items():
         for threads in (1, 2):
             with thread_limit(threads):
-                found = decode(backend, q, cache, ends, window)
+                found = decode(backend, q, k, v, ends, window)
             assert found.tobytes() == whole.tobytes(), name
     trained, _ = backend.attention(q, k, v, np.array([0, LENGTH], np.int32), True, 0.3, window)
     assert trained.tobytes() == whole.tobytes()
@@ -79,15 +84,19 @@ def test_many_sequences_share_keys_between_heads_and_change_nothing(backend, thr
     rng = np.random.default_rng(3)
     lengths = np.array([1, 333, 97, 96, 200, 12, 333], np.int32)
     heads, kv_heads, d = 9, 3, 20
-    k, v = (rng.standard_normal((8, 340, kv_heads, d), dtype=np.float32) for _ in "kv")
+    cache = rng.standard_normal((2, 8, 340, kv_heads, d), dtype=np.float32)
     new = np.array([1, 1, 4, 2, 9, 1, 0])
     offsets = np.concatenate([[0], np.cumsum(new)]).astype(np.int32)
     slots = rng.permutation(8)[:7].astype(np.int32)
-    q = rng.standard_normal((new.sum(), heads, d), dtype=np.float32)
+    q, k, v = (rng.standard_normal((new.sum(), h, d), dtype=np.float32)
+               for h in (heads, kv_heads, kv_heads))  # fmt: skip
+    kept = cache.copy()
     with thread_limit(threads):
-        together = backend.attention_cached(q, k, v, offsets, slots, lengths, 0.2)
+        together = backend.attention_cached(q, k, v, *kept, offsets, slots, lengths, 0.2)
     for b in range(7):
         part = slice(offsets[b], offsets[b + 1])
-        alone = backend.attention_cached(q[part], k, v, np.array([0, new[b]], np.int32),
+        alone = backend.attention_cached(q[part], k[part], v[part], *cache,
+                                         np.array([0, new[b]], np.int32),
                                          slots[b : b + 1], lengths[b : b + 1], 0.2)  # fmt: skip
         assert alone.tobytes() == together[part].tobytes()
+    assert kept.tobytes() == cache.tobytes()

@@ -94,7 +94,7 @@ def test_a_module_of_another_version_is_refused(tmp_path):
     (tmp_path / "powers.c").write_text(example("c"))
     for name in ("loopos.h", "loopos_import.h"):
         text = (Path(loopos.get_include()) / name).read_text()
-        (tmp_path / name).write_text(text.replace("API_VERSION 1\n", "API_VERSION 999\n"))
+        (tmp_path / name).write_text(text.replace("API_VERSION 2\n", "API_VERSION 999\n"))
     with pytest.raises(ImportError, match="built against version 999 of its C interface"):
         build("powers", tmp_path / "powers.c", tmp_path, tmp_path)
 

@@ -109,8 +109,8 @@ def attention_backward(
 cdef float *cache(
     object array, str name, long slots, long capacity, long heads, long d
 ) except? NULL:
-    """The data of a float32 array [slots, capacity, heads, d] (-1: any)."""
-    cdef float *data = floats(array, name)
+    """The data of a float32 array [slots, capacity, heads, d] (-1: any), to be written to."""
+    cdef float *data = floats(array, name, True)
     cdef cnp.npy_intp *shape = cnp.PyArray_DIMS(<cnp.ndarray>array)
     if (
         cnp.PyArray_NDIM(<cnp.ndarray>array) != 4
@@ -124,17 +124,22 @@ cdef float *cache(
     return data
 
 
-def attention_cached(q, k_cache, v_cache, offsets, slots, lengths, scale, window, int threads):
-    """Return the attention of new tokens on a cache that holds their keys and values too."""
+def attention_cached(
+    q, k, v, k_cache, v_cache, offsets, slots, lengths, scale, window, int threads
+):
+    """Write the keys and values of new tokens to a cache, and return their attention on it."""
     cdef loopos_cached p
     cdef int status
     cdef long b, count, slot_count
     p.q = tokens(q, "q", -1, -1, -1)
     p.n, p.heads, p.d = size_of(q, 0), size_of(q, 1), size_of(q, 2)
-    p.k = cache(k_cache, "k_cache", -1, -1, -1, p.d)
-    slot_count, p.capacity, p.kv_heads = (size_of(k_cache, axis) for axis in range(3))
-    p.v = cache(v_cache, "v_cache", slot_count, p.capacity, p.kv_heads, p.d)
+    p.k = tokens(k, "k", p.n, -1, p.d)
+    p.kv_heads = size_of(k, 1)
     check_groups(p.heads, p.kv_heads)
+    p.v = tokens(v, "v", p.n, p.kv_heads, p.d)
+    p.k_cache = cache(k_cache, "k_cache", -1, -1, p.kv_heads, p.d)
+    slot_count, p.capacity = size_of(k_cache, 0), size_of(k_cache, 1)
+    p.v_cache = cache(v_cache, "v_cache", slot_count, p.capacity, p.kv_heads, p.d)
     p.offsets = offsets_of(offsets, p.n)
     p.sequences = size_of(offsets, 0) - 1
     p.slots = integers(slots, "slots", p.sequences)

@@ -121,6 +121,8 @@ cdef extern from "loopos.h" nogil:
         const float *q
         const float *k
         const float *v
+        float *k_cache
+        float *v_cache
         float *y
         const int32_t *offsets
         const int32_t *slots
@@ -242,6 +244,7 @@ cdef extern from "loopos.h" nogil:
         const char *name
         int vector_floats
         int (*product)(int threads, const loopos_product *p) noexcept nogil
+        int (*products)(int threads, long count, const loopos_product *p) noexcept nogil
         int (*loss_rows)(int threads, const loopos_loss_rows *p) noexcept nogil
         int (*loss_rows_gradient)(int threads, const loopos_loss_rows *p) noexcept nogil
         int (*attention)(int threads, const loopos_attention *p) noexcept nogil

@@ -1,25 +1,50 @@
 # Linear maps: forward, and the gradients of input, weight and bias.
 
 
-def linear(x, w, b, activation, int threads):
-    """Return ``y = act(x w^T + b)`` and the argument of the activation (None without one)."""
-    cdef loopos_product p
-    cdef int status
+cdef cnp.ndarray forward_product(loopos_product *p, x, w, b):
+    """Fill in ``y = x w^T + b`` and return `y`."""
     p.a = matrix(x, "x", -1, -1)
     p.m, p.k = size_of(x, 0), size_of(x, 1)
     p.b = matrix(w, "w", -1, p.k)
     p.n = size_of(w, 0)
     p.bias = vector_or_null(b, "b", p.n)
     p.a_row, p.a_col, p.b_row, p.b_col = p.k, 1, 1, p.k
-    p.activation = ACTIVATION_CODES[activation]
     y = make2(p.m, p.n)
-    pre = None if activation is None else make2(p.m, p.n)
     p.c, p.c_row, p.accumulate = <float *>cnp.PyArray_DATA(y), p.n, 0
-    p.pre = NULL if pre is None else <float *>cnp.PyArray_DATA(<cnp.ndarray>pre)
+    p.activation, p.pre = LOOPOS_NONE, NULL
+    return y
+
+
+def linear(x, w, b, activation, int threads):
+    """Return ``y = act(x w^T + b)`` and the argument of the activation (None without one)."""
+    cdef loopos_product p
+    cdef int status
+    y = forward_product(&p, x, w, b)
+    p.activation = ACTIVATION_CODES[activation]
+    pre = None if activation is None else make2(p.m, p.n)
+    if pre is not None:
+        p.pre = <float *>cnp.PyArray_DATA(<cnp.ndarray>pre)
     with nogil:
         status = loopos_kernels().product(threads, &p)
     done(status)
     return y, pre
+
+
+def linears(x, layers, int threads):
+    """Return ``x w^T + b`` for each ``(w, b)`` of some layers."""
+    cdef loopos_product[8] p
+    cdef long count = 0
+    cdef int status = 0
+    outputs = []
+    for w, b in layers:
+        outputs.append(forward_product(&p[count], x, w, b))
+        count += 1
+        if count == 8 or len(outputs) == len(layers):
+            with nogil:
+                status = loopos_kernels().products(threads, count, p)
+            done(status)
+            count = 0
+    return outputs
 
 
 cdef plain_product(loopos_product *p, int threads):

@@ -108,6 +108,8 @@ class CythonAttention(NumpyBackend):
     def attention_cached(
         self,
         q: Array,
+        k: Array,
+        v: Array,
         k_cache: Array,
         v_cache: Array,
         offsets: Array,
@@ -117,14 +119,16 @@ class CythonAttention(NumpyBackend):
         window: int | None = None,
     ) -> Array:
         """Causal attention of new tokens; see :meth:`NumpyBackend.attention_cached`."""
-        if not self._kernels.single(q=q, k_cache=k_cache, v_cache=v_cache):
+        if not self._kernels.single(q=q, k=k, v=v, k_cache=k_cache, v_cache=v_cache):
             return super().attention_cached(
-                q, k_cache, v_cache, offsets, slots, lengths, scale, window
+                q, k, v, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
         y: Array = self._kernels.attention_cached(
             self._kernels.contiguous(q),
-            self._kernels.contiguous(k_cache),
-            self._kernels.contiguous(v_cache),
+            self._kernels.contiguous(k),
+            self._kernels.contiguous(v),
+            k_cache,
+            v_cache,
             self._kernels.as_int32(offsets, "offsets"),
             self._kernels.as_int32(slots, "slots"),
             self._kernels.as_int32(lengths, "lengths"),

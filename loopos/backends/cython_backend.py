@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ class CythonBackend(
             get_num_threads(),
         )
         return y, pre
+
+    def linears(self, x: Array, layers: Sequence[tuple[Array, Array | None]]) -> list[Array]:
+        """``x w^T + b`` for each layer; see :meth:`NumpyBackend.linears`."""
+        if not all(self._kernels.single(x=x, w=w) for w, _ in layers):
+            return super().linears(x, layers)
+        contiguous = self._kernels.contiguous
+        outputs: list[Array] = self._kernels.linears(
+            contiguous(x), [(contiguous(w), contiguous(b)) for w, b in layers], get_num_threads()
+        )
+        return outputs
 
     def linear_backward(
         self,

@@ -408,6 +408,8 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
     def attention_cached(
         self,
         q: Array,
+        k: Array,
+        v: Array,
         k_cache: Array,
         v_cache: Array,
         offsets: Array,
@@ -416,16 +418,19 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         scale: float,
         window: int | None = None,
     ) -> Array:
-        """Causal attention of new tokens against a cache of keys and values."""
+        """Causal attention of new tokens, whose keys and values are written to a cache."""
         capacity = k_cache.shape[1]
         inside = slots.size and slots.min() >= 0 and slots.max() < len(k_cache)
         new = np.diff(int64(offsets))
         fits = offsets[-1] == len(q) and (lengths >= new).all() and (lengths <= capacity).all()
-        if not (inside and fits and one_of(q, k_cache, v_cache)):
+        if not (inside and fits and one_of(q, k, v, k_cache, v_cache)):
             return super().attention_cached(
-                q, k_cache, v_cache, offsets, slots, lengths, scale, window
+                q, k, v, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
         check_heads(q, k_cache, v_cache)
+        expect((len(q), *k_cache.shape[2:]), k=k, v=v)
+        self._keep(k, k_cache, offsets, slots, lengths)
+        self._keep(v, v_cache, offsets, slots, lengths)
         _, kernels = numba_compile.compiled()
         totals = int64(lengths)
         items = attention_items(

@@ -243,9 +243,18 @@ class AttentionOps:
         keep = keep.reshape(g, queries.size, kv_heads, r, keys.size)
         return keep.transpose(0, 2, 3, 1, 4)
 
+    @staticmethod
+    def _keep(new: Array, cache: Array, offsets: Array, slots: Array, lengths: Array) -> None:
+        """Write keys, or values, behind those that the slots hold."""
+        for b, slot in enumerate(slots):
+            rows = new[offsets[b] : offsets[b + 1]]
+            cache[slot, lengths[b] - len(rows) : lengths[b]] = rows
+
     def attention_cached(
         self,
         q: Array,
+        k: Array,
+        v: Array,
         k_cache: Array,
         v_cache: Array,
         offsets: Array,
@@ -254,18 +263,20 @@ class AttentionOps:
         scale: float,
         window: int | None = None,
     ) -> Array:
-        """Causal attention of new tokens against a cache that already holds their keys and values.
+        """Write the keys and values of new tokens to a cache; causal attention of them on it.
 
         Parameters
         ----------
         q : ndarray [N, H, D]
             Queries of the new tokens, sequence after sequence.
+        k, v : ndarray [N, Hk, D]
+            Their keys and values.
         k_cache, v_cache : ndarray [S, T, Hk, D]
-            One slot a sequence, T positions of capacity.
+            One slot a sequence, T positions of capacity; C-contiguous.
         offsets : ndarray int32 [B + 1]
             Where each sequence's new tokens begin in `q`.
         slots : ndarray int32 [B]
-            Which slot of the cache each sequence uses.
+            Which slot of the cache each sequence uses, each at most once.
         lengths : ndarray int32 [B]
             Tokens in each slot, the new ones included.
 
@@ -273,6 +284,8 @@ class AttentionOps:
         -------
         ndarray [N, H, D]
         """
+        self._keep(k, k_cache, offsets, slots, lengths)
+        self._keep(v, v_cache, offsets, slots, lengths)
         y = np.empty_like(q, order="C")
         kv_heads = k_cache.shape[2]
         for b, slot in enumerate(slots):

@@ -21,6 +21,7 @@ fewer bits in ``numpy_quantized``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,10 @@ class DenseOps:
         if activation is None:
             return y, None
         return self.activation(y, activation), y
+
+    def linears(self, x: Array, layers: Sequence[tuple[Array, Array | None]]) -> list[Array]:
+        """``x w^T + b`` for each ``(w, b)`` of some layers with one input; see :meth:`linear`."""
+        return [self.linear(x, w, b)[0] for w, b in layers]
 
     def linear_backward(
         self,

@@ -41,7 +41,9 @@ class OpCase:
     differentiable : int
         How many of the outputs, from the first, have an upstream gradient.
     in_place : tuple of str
-        Inputs that the op changes.
+        Inputs that the op changes; they are contiguous.
+    own : bool
+        Whether all inputs are loopos's own (an optimizer's), and so contiguous. Others need not be.
     """
 
     op: str
@@ -51,6 +53,7 @@ class OpCase:
     backward: Callable[[NumpyBackend, Inputs, Sequence[Any], list[Array]], Inputs] | None = None
     differentiable: int = 1
     in_place: tuple[str, ...] = ()
+    own: bool = False
 
     @property
     def name(self) -> str:
@@ -84,6 +87,24 @@ def linear(n: int, c: int, o: int, activation: str | None = None, bias: bool = T
 
     label = f"{n}x{c}x{o}" + (f",{activation}" if activation else "") + ("" if bias else ",no bias")
     return OpCase("linear", label, inputs, forward, backward)
+
+
+def linears(n: int, c: int, sizes: Sequence[int]) -> OpCase:
+    """Several linear maps of one input, every other one with a bias."""
+    names = [f"w{i}" for i in range(len(sizes))]
+
+    def inputs(rng: Rng) -> Inputs:
+        values = {"x": rng.normal(size=(n, c))}
+        for i, o in enumerate(sizes):
+            values[f"w{i}"] = rng.normal(size=(o, c)) / np.sqrt(c)
+            if i % 2 == 0:
+                values[f"b{i}"] = rng.normal(size=o)
+        return values
+
+    def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
+        return be.linears(a["x"], [(a[w], a.get(w.replace("w", "b"))) for w in names])
+
+    return OpCase("linears", f"{n}x{c}x{list(sizes)}", inputs, forward)
 
 
 def quantize(o: int, c: int, kind: str) -> OpCase:
@@ -247,7 +268,7 @@ def attention(
 
 
 def attention_cached(new: Sequence[int], past: Sequence[int], window: int | None = None) -> OpCase:
-    """New tokens against a cache with slots out of order."""
+    """New tokens against a cache with slots out of order, to which they are added."""
     heads, kv_heads, d, slots = 6, 3, 8, len(new) + 1
     lengths = np.array([a + b for a, b in zip(new, past, strict=True)], dtype=np.int32)
     capacity = int(lengths.max(initial=0)) + 2
@@ -255,17 +276,21 @@ def attention_cached(new: Sequence[int], past: Sequence[int], window: int | None
     def inputs(rng: Rng) -> Inputs:
         return {
             "q": rng.normal(size=(sum(new), heads, d)),
-            "k": rng.normal(size=(slots, capacity, kv_heads, d)),
-            "v": rng.normal(size=(slots, capacity, kv_heads, d)),
+            "k": rng.normal(size=(sum(new), kv_heads, d)),
+            "v": rng.normal(size=(sum(new), kv_heads, d)),
+            "k_cache": rng.normal(size=(slots, capacity, kv_heads, d)),
+            "v_cache": rng.normal(size=(slots, capacity, kv_heads, d)),
             "slots": rng.permutation(slots)[: len(new)].astype(np.int32),
         }
 
     def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
         tail = (_offsets(new), a["slots"], lengths, 1 / np.sqrt(d), window)
-        return [be.attention_cached(a["q"], a["k"], a["v"], *tail)]
+        keys, values = a["k_cache"], a["v_cache"]
+        return [be.attention_cached(a["q"], a["k"], a["v"], keys, values, *tail), keys, values]
 
     label = f"new {list(new)},past {list(past)}" + (f",window {window}" if window else "")
-    return OpCase("attention_cached", label, inputs, forward)
+    in_place = ("k_cache", "v_cache")
+    return OpCase("attention_cached", label, inputs, forward, in_place=in_place)
 
 
 def segment_mean(lengths: Sequence[int], c: int) -> OpCase:
@@ -451,7 +476,7 @@ def adamw(shape: tuple[int, ...], step: int, decoupled: bool) -> OpCase:
         return [a["p"], a["m"], a["v"]]
 
     label = f"{shape},step {step}" + ("" if decoupled else ",L2")
-    return OpCase("adamw", label, inputs, forward, in_place=("p", "m", "v"))
+    return OpCase("adamw", label, inputs, forward, in_place=("p", "m", "v"), own=True)
 
 
 def adamw_many(*shapes: tuple[int, ...], some_rows: bool = False) -> OpCase:
@@ -483,7 +508,7 @@ def adamw_many(*shapes: tuple[int, ...], some_rows: bool = False) -> OpCase:
 
     changed = tuple(f"{name}{i}" for i in numbers for name in "pmv")
     label = f"{len(shapes)} tensors{', some rows' if some_rows else ''}"
-    return OpCase("adamw_many", label, inputs, forward, in_place=changed)
+    return OpCase("adamw_many", label, inputs, forward, in_place=changed, own=True)
 
 
 def add(n: int, c: int, scale: float) -> OpCase:
@@ -515,6 +540,7 @@ def sgd(shape: tuple[int, ...], nesterov: bool, first: bool) -> OpCase:
         lambda rng: {name: rng.normal(size=shape) for name in "pgm"},
         forward,
         in_place=("p", "m"),
+        own=True,
     )
 
 
@@ -558,6 +584,8 @@ CASES: list[OpCase] = [
     linear(0, 5, 3),
     linear(67, 129, 35),
     *(linear(9, 7, 13, kind) for kind in ACTIVATIONS),
+    *(linears(n, 50, (17, 8, 33, 1, 40, 9, 24, 7, 30)) for n in (0, 1, 3, 7, 33, 70)),
+    linears(2, 400, (64, 0, 32)),
     *(quantize(o, c, kind) for kind in KINDS for o, c in ((33, 21), (1, 1), (64, 50), (0, 3))),
     *(linear_quantized(*shape, kind) for kind in KINDS for shape in (
         (1, 13, 35), (1, 401, 300), (16, 50, 97), (25, 385, 33), (70, 129, 64), (0, 5, 3))),
@@ -621,6 +649,7 @@ CASES: list[OpCase] = [
         lambda rng: {"x": rng.normal(size=(7, 5))},
         lambda be, a: (be.scale(a["x"], 0.3), [a["x"]])[1],  # type: ignore[func-returns-value]
         in_place=("x",),
+        own=True,
     ),
     *(scans("gae", lengths) for lengths in (RAGGED, (), (1, 0, 3))),
     *(scans("discounted_sum", lengths) for lengths in (RAGGED, (), (1, 0, 3))),

@@ -118,8 +118,7 @@ def _check_layouts(backend: NumpyBackend, case: OpCase, dtype: Any, tolerance: f
         value.flags.writeable = False
         spread = np.zeros((*value.shape[:-1], 2 * value.shape[-1]), value.dtype)
         spread[..., ::2] = value
-        # Optimizer state belongs to loopos and is contiguous; activations need not be.
-        if not case.in_place:
+        if not case.own:
             strided[name] = spread[..., ::2]
     _compare(f"{case.name} read-only", run_case(backend, case, frozen), expected, tolerance)
     _compare(f"{case.name} strided", run_case(backend, case, strided), expected, tolerance)

@@ -157,7 +157,7 @@ class KVCache:
             self.reserve(int(starts.max(initial=0)) + 1)
             ends = starts + np.int32(1)
             offsets = self._one_each[: slots.size + 1]
-            self._pass = _Pass(slots, ends, slots, starts, offsets)
+            self._pass = _Pass(slots, ends, starts, offsets)
             return
         ends = (starts + counts).astype(np.int32)
         self.reserve(int(ends.max(initial=0)))
@@ -165,7 +165,7 @@ class KVCache:
             [np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)]
         )
         offsets = np.append(0, np.cumsum(counts)).astype(np.int32)
-        self._pass = _Pass(slots, ends, np.repeat(slots, counts), positions, offsets)
+        self._pass = _Pass(slots, ends, positions, offsets)
 
     def commit(self) -> None:
         """Count the tokens of the pass as held."""
@@ -199,23 +199,18 @@ class KVCache:
         """Keep new keys and values and attend; see :class:`loopos.models.AttentionCache`."""
         now = self._current()
         keys, values = self._layers[layer]
-        keys[now.token_slots, now.positions] = k.data
-        values[now.token_slots, now.positions] = v.data
         return ops.attention_cached(
-            q, keys, values, now.offsets, now.slots, now.ends, scale, window
+            q, k, v, keys, values, now.offsets, now.slots, now.ends, scale, window
         )
 
 
 class _Pass:
     """Where the new tokens go: those of sequence b from ``offsets[b]`` on."""
 
-    __slots__ = ("ends", "offsets", "positions", "slots", "token_slots")
+    __slots__ = ("ends", "offsets", "positions", "slots")
 
-    def __init__(
-        self, slots: Array, ends: Array, token_slots: Array, positions: Array, offsets: Array
-    ):
-        self.slots, self.ends, self.offsets = slots, ends, offsets
-        self.token_slots, self.positions = token_slots, positions
+    def __init__(self, slots: Array, ends: Array, positions: Array, offsets: Array):
+        self.slots, self.ends, self.positions, self.offsets = slots, ends, positions, offsets
 
 
 def _whole_blocks(tokens: int) -> int:

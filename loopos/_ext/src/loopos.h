@@ -142,12 +142,13 @@ typedef struct {
     const int64_t *samples; /* [sequences]; NULL: numbered */
 } loopos_attention;
 
-/* Causal attention of new tokens (q, y: [n, heads, d]; sequence b's from offsets[b]) on the first
-   lengths[b] positions of slot slots[b] of a cache [slots, capacity, kv_heads, d], the last of
-   which are theirs. */
+/* New tokens (q, y: [n, heads, d]; k, v: [n, kv_heads, d]; sequence b's from offsets[b]) take the last
+   of the first lengths[b] positions of slot slots[b] of a cache [slots, capacity, kv_heads, d]: keys
+   and values are written there, then each query sees the positions up to its own. */
 typedef struct {
     long n, heads, kv_heads, d, sequences, capacity;
     const float *q, *k, *v;
+    float *k_cache, *v_cache;
     float *y;
     const int32_t *offsets, *slots, *lengths;
     long window;
@@ -247,6 +248,8 @@ typedef struct {
     const char *name;   /* of the instruction set */
     int vector_floats;  /* float32 lanes of a register */
     int (*product)(int threads, const loopos_product *p);
+    /* Of one A: the same a, a_row, a_col, m and k. */
+    int (*products)(int threads, long count, const loopos_product *p);
     int (*loss_rows)(int threads, const loopos_loss_rows *p);
     int (*loss_rows_gradient)(int threads, const loopos_loss_rows *p);
     int (*attention)(int threads, const loopos_attention *p);

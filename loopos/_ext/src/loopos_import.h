@@ -11,7 +11,7 @@
 #include "loopos.h"
 
 /* Raised when a struct changes otherwise than by growing at its end. */
-#define LOOPOS_API_VERSION 1
+#define LOOPOS_API_VERSION 2
 #define LOOPOS_API_NAME "loopos._ext.kernels._C_API"
 
 typedef struct {
