@@ -588,7 +588,8 @@ CASES: list[OpCase] = [
     linears(2, 400, (64, 0, 32)),
     *(quantize(o, c, kind) for kind in KINDS for o, c in ((33, 21), (1, 1), (64, 50), (0, 3))),
     *(linear_quantized(*shape, kind) for kind in KINDS for shape in (
-        (1, 13, 35), (1, 401, 300), (16, 50, 97), (25, 385, 33), (70, 129, 64), (0, 5, 3))),
+        (1, 13, 35), (1, 401, 300), (2, 50, 97), (3, 401, 300), (16, 50, 97), (25, 385, 33),
+        (70, 129, 64), (0, 5, 3))),
     *(linear_quantized(n, 9, 13, kind, act) for kind in KINDS for n, act in (
         (1, "gelu_tanh"), (7, "silu"), (40, "relu"))),
     linear_quantized(3, 7, 40, "int8", bias=False),
