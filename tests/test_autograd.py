@@ -190,6 +190,23 @@ def test_frozen_parameters_cost_nothing():
     assert trained.grad is not None
 
 
+def test_several_maps_of_what_is_given_need_no_gradient_of_it():
+    class Counting(loopos.backends.numpy_backend.NumpyBackend):
+        def linear_backward(self, dy, x, w, *args, **kwargs):
+            calls.append(kwargs["need_dx"])
+            return super().linear_backward(dy, x, w, *args, **kwargs)
+
+    calls = []
+    given, dy = array(2, 3), array(2, 4)
+    first, second = Parameter(array(4, 3)), Parameter(array(5, 3))
+    with loopos.use_backend(Counting()):
+        y, _ = ops.linears(Tensor(given), [(first, None), (second, None)])
+        y.backward(dy)
+    assert calls == [False]  # and nothing for the one that nobody used
+    np.testing.assert_array_equal(first.grad, dy.T @ given)
+    assert second.grad is None
+
+
 def test_no_grad_records_nothing_and_is_restored_after_an_error():
     w = Parameter(array(3, 3))
 
