@@ -6,7 +6,8 @@ so the reason is stored beside the kernels' place, where ``loopos info`` finds i
 
 ``LOOPOS_REQUIRE=cython`` makes a build without the kernels a failure, ``LOOPOS_SANITIZE=1`` builds
 them with the sanitizers for addresses and undefined behaviour, ``LOOPOS_LEVELS=v2,v3`` builds those
-of the levels alone, for this machine and a shorter wait.
+of the levels alone, for this machine and a shorter wait. ``LOOPOS_LOWERED=1`` builds level v4 of
+instructions of v3, slow, so that its sizes can be tested where AVX-512 is missing.
 """
 
 import os
@@ -41,6 +42,9 @@ X86_LEVELS = {
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
+if os.environ.get("LOOPOS_LOWERED"):
+    X86_LEVELS["v4"] = [*X86_LEVELS["v3"], "-include", "tests/lowered_v4.h", "-Wno-psabi"]
+    FLAGS += ["-DLOOPOS_LOWERED", "-O1"]
 
 
 def architectures() -> set[str]:

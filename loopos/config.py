@@ -9,6 +9,7 @@ ignored.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import types
@@ -391,19 +392,15 @@ def _check(
     section: str, fields: Mapping[str, tuple[Any, Any]], raw: dict[str, Any], faults: Faults
 ) -> dict[str, Any] | None:
     """Check keys and types strictly through pydantic; None if anything is wrong."""
-    from pydantic import ConfigDict, ValidationError, create_model
+    from pydantic import ValidationError
 
     halved = [name for name, value in raw.items() if _has_half_a_pair([name, value])]
     for name in halved:
         faults.add(f"{section}.{name}", "has half a surrogate pair, so no text")
     if halved:
         return None
-    definitions: dict[str, Any] = {
-        name: (kind, ... if default is dataclasses.MISSING else default)
-        for name, (kind, default) in fields.items()
-    }
-    strict = ConfigDict(extra="forbid", strict=True)
-    checker = create_model(section, __config__=strict, **definitions)
+    needed = frozenset(name for name, (_, d) in fields.items() if d is dataclasses.MISSING)
+    checker = _checker(section, tuple((n, kind) for n, (kind, _) in fields.items()), needed)
     try:
         # JSON mode: a list may stand for a tuple, and nothing else is converted.
         checked = checker.model_validate_json(json.dumps(raw, default=str))
@@ -416,6 +413,15 @@ def _check(
             faults.add(f"{section}.{name}", found[name])
         return None
     return {name: getattr(checked, name) for name in raw}
+
+
+@functools.cache
+def _checker(section: str, kinds: tuple[tuple[str, Any], ...], needed: frozenset[str]) -> Any:
+    """Return the pydantic model of a section; to make one takes milliseconds."""
+    from pydantic import ConfigDict, create_model
+
+    definitions: dict[str, Any] = {n: (kind, ... if n in needed else None) for n, kind in kinds}
+    return create_model(section, __config__=ConfigDict(extra="forbid", strict=True), **definitions)
 
 
 def _has_half_a_pair(value: Any) -> bool:
