@@ -162,6 +162,12 @@ class GPT2MixedPPOStep(_Slow):
     work = "E-bfloat16"
 
 
+class GPT2Int8PPOStep(_Slow):
+    """The same, sampled with int8 weights."""
+
+    work = "E-int8"
+
+
 class LongAttention(_Timed):
     """Causal attention alone, forward and backward, one sequence of 2048 tokens."""
 

@@ -82,6 +82,7 @@ REINFORCEMENT = {
     "E": _GPT2,
     "E-ragged": replace(_GPT2, response_lengths=ragged_responses()),
     "E-bfloat16": replace(_GPT2, rollout_weights="bfloat16"),
+    "E-int8": replace(_GPT2, rollout_weights="int8"),
 }
 
 
