@@ -17,7 +17,7 @@ from loopos import use_backend
 from loopos.autograd import Tensor
 from loopos.backends import available_backends
 from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError
-from loopos.methods import policy_training, ppo, rollouts
+from loopos.methods import policy_training, policy_update, ppo, rollouts
 from loopos.methods.ppo import Critic, PPOTrainer
 from loopos.methods.rewards import Normaliser
 from loopos.methods.rollouts import Prompts, Rollout
@@ -204,6 +204,30 @@ def test_entropy_outside_its_bounds(monkeypatch):
         made.step(PROMPTS[:6])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"minibatches": 4, "batch_size": 4}, {"gradient_accumulation_steps": 4, "batch_size": 2}],
+)
+def test_the_last_step_of_an_epoch_may_be_short(options, monkeypatch):
+    """9 prompts: what is left for the last step makes fewer updates, or fewer passes."""
+    made = trainer(**options, ppo_epochs=1, num_epochs=2)
+    sizes = []
+    passes = policy_update.forward_pass
+    monkeypatch.setattr(
+        policy_update, "forward_pass", lambda *a, **m: sizes.append(len(a[1])) or passes(*a, **m)
+    )
+    result = made.fit(PROMPTS[:9])
+    left = [step["ppo/updates"] for step in result.history]
+    if "minibatches" in options:
+        assert left == [4, 4, 1] * 2
+        assert min(sizes) == max(sizes) == 1
+    else:
+        assert left == [1, 1] * 2
+        assert sizes == [2, 2, 2, 2, 1] * 2
+    with pytest.raises(ConfigError, match="training.minibatches: expected at most 2, the respons"):
+        trainer(minibatches=3, batch_size=2)
+
+
 def test_target_kl_ends_the_epochs_before_it_is_passed_for_good():
     free = trainer().step(PROMPTS[:6])
     assert free["ppo/updates"] == 4
@@ -214,26 +238,41 @@ def test_target_kl_ends_the_epochs_before_it_is_passed_for_good():
 
 def test_kl_budget_ends_the_run_with_the_best(tmp_path):
     with pytest.raises(EndOfRun, match="above kl_budget") as caught:
-        made = trainer(kl_budget=1e-4, learning_rate=0.02)
+        made, seen = trainer(kl_budget=1e-4, learning_rate=0.02), []
         for start in range(0, 24, 6):
-            before = weights(made)
+            seen.append(weights(made))
             made.step(PROMPTS[start : start + 6])
     assert caught.value.reason == "kl_budget"
-    require_same(weights(made), before)
+    require_same(weights(made), seen[-2])  # those whose own samples were within it
     run = trainer(kl_budget=0.5, learning_rate=0.01, num_epochs=40, eval_steps=1)
     result = run.fit(PROMPTS, output_dir=tmp_path)
     assert result.stopped_reason == "kl_budget"
     assert 0 < result.steps < 160
     assert max(record["kl/mean"] for record in result.history) <= 0.5
     assert result.best_checkpoint is not None
-    best = max(e["eval"]["reward/score"] for e in result.evaluations)
-    assert result.best_metric == best
+    within = [e["eval"] for e in result.evaluations if e["eval"]["kl/mean"] <= 0.5]
+    assert result.best_metric == max(figures["reward/score"] for figures in within)
     from safetensors.numpy import load_file
 
     held = load_file(result.best_checkpoint / "model.safetensors")
     for name, p in run.parameters().items():
         if p.requires_grad:
             np.testing.assert_array_equal(p.data, held[name])
+    again = trainer(kl_budget=0.5, learning_rate=0.01, num_epochs=40, eval_steps=1)
+    assert again.fit(PROMPTS, output_dir=tmp_path, resume=True).stopped_reason == "kl_budget"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_policy_above_its_budget_is_never_kept(kept, tmp_path):
+    """Whatever its score: here the reward is what takes it away from the reference."""
+    run = trainer(kl_budget=0.5, learning_rate=0.02, num_epochs=40,
+                  **({"eval_steps": 1} if kept else {}))  # fmt: skip
+    result = run.fit(PROMPTS, PROMPTS[:6] if kept else None, output_dir=tmp_path if kept else None)
+    assert result.stopped_reason == "kl_budget"
+    over = [e["best"] for e in result.evaluations if e["eval"]["kl/mean"] > 0.5]
+    assert over
+    assert not any(over)
+    assert run.evaluate(PROMPTS)["kl/mean"] <= 0.5
 
 
 # -- rewards ---------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def test_line_6_one_temperature_for_all():
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1},
                                  {"repetition_penalty": 1.1}])  # fmt: skip
 def test_line_6_rollouts_are_of_the_whole_distribution(cut):
-    prompts = Prompts.of(PROMPTS[:2], None, 20)
+    prompts = Prompts.of(PROMPTS[:2], None, model().config)
     options = SamplingOptions(max_new_tokens=3, temperature=1.0, **cut)
     with pytest.raises(ConfigError, match="sampled from the whole distribution"):
         sample_rollout(model(), None, prompts, options, samples=np.arange(2))
@@ -245,7 +245,7 @@ def test_line_19_sizes_of_the_recipe():
     assert (tldr.learning_rate, tldr.kl_coefficient, tldr.temperature) == (3e-6, 0.05, 0.7)
     assert (tldr.max_new_tokens, tldr.batch_size) == (53, 512)
     room = trainer(model(max_seq_len=8))
-    with pytest.raises(DataError, match="leaves no room for a response"):
+    with pytest.raises(DataError, match="leaves no room for a new one"):
         room.step([[1] * 8])
 
 

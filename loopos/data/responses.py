@@ -200,7 +200,7 @@ def _chunk(
     chats = [False] * len(prompts)
     if templated and data.conversations is not None:
         chats = [bool(messages) for messages in data.conversations[some]]
-    asked = tokenizer.encode_batch(prompts)
+    asked = tokenizer.encode_open(prompts)
     if any(chats):
         bare = tokenizer.encode_batch(prompts, special_tokens=False)
         asked = [bare[i] if chat else asked[i] for i, chat in enumerate(chats)]
@@ -214,8 +214,6 @@ def _chunk(
         row = start + index
         responses = [side[index] for side in answers]
         if end is not None and not chat:
-            if prompt[-1:] == [end]:  # some tokenizers close texts themselves
-                prompt = prompt[:-1]
             responses = [ids if ids[-1:] == [end] else np.append(ids, np.int32(end))
                          for ids in responses]  # fmt: skip
         for what, ids in (("prompt", prompt), *(("response", ids) for ids in responses)):

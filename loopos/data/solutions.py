@@ -143,9 +143,7 @@ class SolutionWriter:
         if self._chat is not None:
             ids = self._chat.prompt([{"role": "user", "content": text}])
         else:
-            ids = np.array(self.tokenizer.encode(text), dtype=np.int32)
-            if ids[-1:] == [self.tokenizer.eos_id]:  # some close texts themselves
-                ids = ids[:-1]
+            (ids,) = self.tokenizer.encode_open([text])
         if not steps:
             return ids
         before, _ = self.tokenizer.encode_with_offsets(self.template.steps_text(steps))

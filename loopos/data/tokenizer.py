@@ -120,6 +120,21 @@ class Tokenizer:
             return [np.array(e.ids, dtype=np.int32) for e in encodings]
         return self._truncated(texts, max_length)
 
+    def encode_open(self, texts: Sequence[str]) -> list[Array]:
+        """Return the ids of texts that go on: without the end that some tokenizers put behind.
+
+        An end of text that a text itself writes out stays; errors as :meth:`encode`.
+        """
+        found, end = self.encode_batch(texts), self.eos_id
+        if end is None or not any(ids[-1:].tolist() == [end] for ids in found):
+            return found
+        bare = self.encode_batch(texts, special_tokens=False)
+        return [
+            ids[:-1] if ids[-1] == end and n and np.array_equal(ids[-1 - n : -1], written) else ids
+            for ids, written in zip(found, bare, strict=True)
+            for n in [len(written)]
+        ]
+
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = False
     ) -> tuple[Array, Array]:

@@ -13,6 +13,7 @@ from loopos.errors import ConfigError, DataError, LooposError
 from loopos.generation.engine import Engine, Generation, common_prefix
 from loopos.generation.kv_cache import KVCache
 from loopos.generation.sampling import SamplingOptions, with_overrides
+from loopos.models.config import TransformerConfig
 from loopos.models.quantized import with_weights
 from loopos.models.transformer import Transformer
 
@@ -83,7 +84,7 @@ def generate(
     _check(model, options, tokenizer)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ConfigError(f"batch_size: expected a whole number from 1, found {batch_size!r}")
-    arrays = _token_arrays(prompts, tokenizer, model)
+    arrays = token_arrays(prompts, tokenizer, model.config)
     model = with_weights(model, weights)
     if not arrays:
         return []
@@ -169,7 +170,7 @@ class Session:
         options = with_overrides(options, overrides)
         if options.num_samples != 1:
             raise ConfigError(f"num_samples: a stream has 1, found {options.num_samples}")
-        (ids,) = _token_arrays([prompt], self.tokenizer, self.model)
+        (ids,) = token_arrays([prompt], self.tokenizer, self.model.config)
         self._turn += 1
         return self._pieces(ids, options, self._turn)
 
@@ -227,34 +228,30 @@ def _check(model: Transformer, options: SamplingOptions, tokenizer: Tokenizer | 
         raise ConfigError("stop: stop strings need a tokenizer; without one give stop_ids")
 
 
-def _token_arrays(
-    prompts: Sequence[Any], tokenizer: Tokenizer | None, model: Transformer
+def token_arrays(
+    prompts: Sequence[Any], tokenizer: Tokenizer | None, config: TransformerConfig
 ) -> list[Array]:
-    """Return each prompt as int32 [n], checked."""
+    """Return each prompt, a text or token ids, as int32 [n].
+
+    Raises
+    ------
+    DataError
+        If one is empty, outside the vocabulary, leaves no room for a token, or is no prompt.
+    """
     if isinstance(prompts, str):
         raise DataError("expected a list of prompts, found one text")
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    encoded = iter([] if tokenizer is None else tokenizer.encode_open(texts))
     arrays = []
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
-            if tokenizer is None:
-                raise DataError(f"prompt {index} is a text, which needs a tokenizer")
-            prompt = _open_ids(prompt, tokenizer)
-        arrays.append(_token_array(index, prompt, model))
+        text = isinstance(prompt, str)
+        if text and tokenizer is None:
+            raise DataError(f"prompt {index} is a text, which needs a tokenizer")
+        arrays.append(_token_array(index, next(encoded) if text else prompt, config))
     return arrays
 
 
-def _open_ids(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of a text that goes on: without the end that some tokenizers put behind it."""
-    ids = tokenizer.encode(text)
-    end = tokenizer.eos_id
-    if end is None or ids[-1:] != [end]:
-        return ids
-    written = tokenizer.encode_batch([text], special_tokens=False)[0].tolist()
-    return ids[:-1] if written and ids[-1 - len(written) : -1] == written else ids
-
-
-def _token_array(index: int, prompt: Any, model: Transformer) -> Array:
-    config = model.config
+def _token_array(index: int, prompt: Any, config: TransformerConfig) -> Array:
     try:
         array = np.asarray(prompt)
     except ValueError as error:  # lists of different lengths inside

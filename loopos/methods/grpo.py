@@ -121,7 +121,8 @@ class GRPOTrainer(PolicyTrainer):
         else:
             advantages = grpo_advantages(scores, size, options.scale)
         groups = scored.final.reshape(-1, size)
-        flat = np.ptp(groups, axis=1) == 0  # the deviation of equal scores may be rounded
+        # The deviation of equal scores may be rounded.
+        flat = np.ptp(scores.reshape(-1, size), axis=1) == 0
         figures["grpo/score_std"] = float(groups.std(axis=1).mean())
         figures["grpo/flat_groups"] = int(flat.sum())
         lengths = rollout.lengths

@@ -44,11 +44,12 @@ class PolicyOptions(TrainingOptions):
     target_kl : float or None
         The updates of a step end before the one whose ``approx_kl`` is above this.
     kl_budget : float or None
-        The run ends when the mean KL of a response, in nats, is above this; the best is kept.
+        The run ends when the mean KL of a response, in nats, is above this. The best evaluation
+        within it is kept, or else the last weights whose samples were.
     ppo_epochs : int
         Passes over the samples of a step.
     minibatches : int
-        Updates in each of them.
+        Updates in each of them; fewer in a step of fewer responses.
     temperature : float
         Of the samples, and of every probability that is compared with them.
     max_new_tokens : int

@@ -19,10 +19,6 @@ class LearnerState:
     steps: int
     kl_coefficient: float
     normaliser: Normaliser
-    #: Of the scores since the last evaluation, and whether this has been told since.
-    score_sum: float = 0.0
-    score_count: int = 0
-    scores_told: bool = False
 
 
 @dataclass(frozen=True, eq=False)

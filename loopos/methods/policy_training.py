@@ -128,6 +128,14 @@ class PolicyTrainer(PolicyUpdates):
     def _reset(self) -> None:
         """Forget moments and controllers."""
         self._state = self._first_state()
+        responses = self.options.batch_size * self.group_size
+        if self.options.minibatches > responses:
+            raise ConfigError(
+                f"training.minibatches: expected at most {responses}, the responses of a batch, "
+                f"found {self.options.minibatches}"
+            )
+        #: The weights whose KL was last within its budget.
+        self._within: dict[str, Array] = {}
         trained = {n: p for n, p in self.parameters().items() if p.requires_grad}
         self.optimizer = make_optimizer(trained, self.options)
         self.optimizer.rate_factors = self._rate_factors()
@@ -194,7 +202,7 @@ class PolicyTrainer(PolicyUpdates):
         NumericalError
             If an invariant does not hold.
         EndOfRun
-            If the KL is above its budget; nothing is changed then.
+            If the KL is above its budget. The weights are then those before the last update.
         """
         given = self._take(prompts, answers)
         started = time.perf_counter()
@@ -232,8 +240,7 @@ class PolicyTrainer(PolicyUpdates):
         return self._sampled(given, np.arange(len(given)), seed)
 
     def _take(self, prompts: Sequence[Any], answers: Sequence[Any] | None) -> Prompts:
-        room = self.policy.config.max_seq_len - 1
-        return Prompts.of(prompts, self.tokenizer, room, answers)
+        return Prompts.of(prompts, self.tokenizer, self.policy.config, answers)
 
     def _sampled(self, prompts: Prompts, samples: Array, seed: int | None = None) -> Rollout:
         if seed is None:
@@ -272,6 +279,7 @@ class PolicyTrainer(PolicyUpdates):
         self._check(rollout, data)
         kl = self._kl(data)
         record = self._kl_figures(rollout, data, kl)
+        self._hold_to_budget(record, on_update)
         started = time.perf_counter()
         scored = self._score(rollout)
         record["time/reward_s"] = time.perf_counter() - started
@@ -296,12 +304,8 @@ class PolicyTrainer(PolicyUpdates):
             "time/update_s": time.perf_counter() - started,
             "tokens": int(rollout.tokens.size),
         }
-        kept = replace(
-            state, steps=state.steps + 1, normaliser=scored.normaliser, scores_told=False,
-            score_sum=float(scored.raw.sum()) + (0.0 if state.scores_told else state.score_sum),
-            score_count=len(rollout) + (0 if state.scores_told else state.score_count),
-        )  # fmt: skip
-        self._state = self._after(kept, record.get("kl/mean", 0.0), len(rollout))
+        done = replace(state, steps=state.steps + 1, normaliser=scored.normaliser)
+        self._state = self._after(done, record.get("kl/mean", 0.0), len(rollout))
         self._show(rollout, scored)
         return record
 
@@ -351,20 +355,38 @@ class PolicyTrainer(PolicyUpdates):
     def _kl_figures(
         self, rollout: Rollout, data: dict[str, Array], kl: Array | None
     ) -> dict[str, float]:
-        """Return KL in nats a response; end the run where it is above its budget."""
+        """Return KL in nats a response."""
         if kl is None:
             return {}
         figures = {"kl/mean": float(segment_sums(kl, rollout.response_offsets).mean())}
         if "exact_kl" in data:
             exact = segment_sums(data["exact_kl"], rollout.response_offsets)
             figures["kl/exact"] = float(exact.mean())
-        budget = self.options.kl_budget
-        if budget is not None and figures["kl/mean"] > budget:
-            raise EndOfRun(
-                f"the KL to the reference is {figures['kl/mean']:.4g} nats a response, "
-                f"above kl_budget {budget:g}", "kl_budget",
-            )  # fmt: skip
         return figures
+
+    def within_budget(self, figures: Mapping[str, Any]) -> bool:
+        """Whether the KL that was measured is within `kl_budget`."""
+        budget = self.options.kl_budget
+        return budget is None or figures["kl/mean"] <= budget
+
+    def _hold_to_budget(self, figures: Mapping[str, float], on_update: Callable[[], None]) -> None:
+        """End the run above the budget, with the last weights that were within it."""
+        budget = self.options.kl_budget
+        if budget is None:
+            return
+        trained = self.optimizer.parameters
+        if self.within_budget(figures):
+            for name, parameter in trained.items():
+                held = self._within.setdefault(name, np.empty_like(parameter.data))
+                np.copyto(held, parameter.data)
+            return
+        on_update()
+        for name, held in self._within.items():
+            np.copyto(trained[name].data, held)
+        raise EndOfRun(
+            f"the KL to the reference is {figures['kl/mean']:.4g} nats a response, "
+            f"above kl_budget {budget:g}", "kl_budget",
+        )  # fmt: skip
 
     # -- invariants ------------------------------------------------------------------------------
 
@@ -414,8 +436,8 @@ class PolicyTrainer(PolicyUpdates):
         ----------
         prompts : sequence of str or of int sequences
         validation_prompts : sequence, optional
-            Held out: their mean score says what is best. Without them, and with a `kl_budget`,
-            that of the steps since the last evaluation does.
+            Held out: their mean score says what is best, among what is within `kl_budget`. Without
+            them, and with such a budget, the first prompts say it, as many as a step takes.
         answers, validation_answers : sequence, optional
             For a verifiable reward, one a prompt.
         output_dir, callbacks, resume, stop, run_config
@@ -437,7 +459,9 @@ class PolicyTrainer(PolicyUpdates):
             held_out = self._take(validation_prompts, validation_answers)
             evaluate = lambda: self._evaluate(held_out)  # noqa: E731
         elif self.options.kl_budget is not None:
-            evaluate = self._recent_scores
+            count = self.options.batch_size * self.options.gradient_accumulation_steps
+            asked = given.take(np.arange(min(count, len(given))))
+            evaluate = lambda: self._evaluate(asked)  # noqa: E731
         self._reset()
         self._prompts, self._on_samples = given, on_samples
         try:
@@ -480,17 +504,13 @@ class PolicyTrainer(PolicyUpdates):
         figures["response/eos_fraction"] = float(rollout.ended.mean())
         return figures
 
-    def _recent_scores(self) -> dict[str, float]:
-        self._state = replace(self._state, scores_told=True)
-        return {"reward/score": self._state.score_sum / max(self._state.score_count, 1)}
-
     def state(self) -> dict[str, Any]:
         """Return what changes beside weights and optimizer, as JSON values."""
         return asdict(self._state)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
-        values = dict(state)
+        values = {name: state[name] for name in vars(self._state)}
         self._state = LearnerState(**values | {"normaliser": Normaliser(**values["normaliser"])})
 
     def save(self, directory: str | Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Array, Tensor, backward
-from loopos.errors import ConfigError, NumericalError
+from loopos.errors import NumericalError
 from loopos.methods.losses import kl_estimate, kl_loss_and_grad, ppo_loss_and_grad
 from loopos.methods.policy_checks import RATIO_TOLERANCE, require_small
 from loopos.methods.policy_options import PolicyOptions
@@ -119,16 +119,12 @@ class PolicyUpdates(ABC):
         A pass over the whole rollout that was recorded already is taken for the first one.
         """
         options, sums, count = self.options, _Sums(), len(rollout)
-        pieces = options.minibatches * options.gradient_accumulation_steps
-        if 0 < count < pieces:
-            raise ConfigError(
-                f"training.minibatches: {count} responses cannot be cut into {pieces} pieces"
-            )
+        minibatches = min(options.minibatches, count)  # the last step of an epoch may be short
         for epoch in range(options.ppo_epochs if count else 0):
             order = np.random.default_rng([self.seed, self.steps, epoch]).permutation(count)
             if recorded:
                 order = np.arange(count)
-            for chosen in np.array_split(order, options.minibatches):
+            for chosen in np.array_split(order, minibatches):
                 done = recorded.pop() if recorded else None
                 found = self._gradients(rollout, data, chosen, sums.updates == 0, done)
                 limit = options.target_kl
@@ -153,7 +149,8 @@ class PolicyUpdates(ABC):
         whole = rollout.take(chosen)
         denominator, values = self._denominator(whole), self._value_count(whole)
         total: dict[str, float] = {}
-        for indices in np.array_split(chosen, self.options.gradient_accumulation_steps):
+        passes = min(self.options.gradient_accumulation_steps, len(chosen))
+        for indices in np.array_split(chosen, passes):
             part = rollout.take(indices)
             arrays = {
                 name: take_segments(x, rollout.response_offsets, indices)

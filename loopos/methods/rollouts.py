@@ -20,6 +20,8 @@ from loopos.data.batch import Batch
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError, DataError, NumericalError
 from loopos.generation import SamplingOptions, generate
+from loopos.generation.generate import token_arrays
+from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer
 
 __all__ = ["Forward", "Prompts", "Rollout", "collect", "forward_pass", "in_pieces",
@@ -52,7 +54,7 @@ class Prompts:
         cls,
         prompts: Sequence[Any],
         tokenizer: Tokenizer | None,
-        room: int,
+        config: TransformerConfig,
         answers: Sequence[Any] | None = None,
     ) -> Prompts:
         """Take texts, which need a tokenizer, or token ids.
@@ -61,40 +63,24 @@ class Prompts:
         ----------
         prompts : sequence of str or of int sequences
         tokenizer : Tokenizer or None
-        room : int
-            Tokens that a prompt may have, so that a response still fits.
+        config : TransformerConfig
+            Of the policy: prompts are in its vocabulary, and leave room for a token.
         answers : sequence, optional
             One for each prompt.
 
         Raises
         ------
         DataError
-            If a prompt is empty, too long, or no prompt; the message has its index.
+            If a prompt is empty, too long, outside the vocabulary, or no prompt.
         """
-        if isinstance(prompts, str):
-            raise DataError("expected a list of prompts, found one text")
+        ids = token_arrays(prompts, tokenizer, config)
         if answers is not None and len(answers) != len(prompts):
             raise DataError(f"expected {len(prompts)} answers, one a prompt, found {len(answers)}")
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        encoded = iter([] if tokenizer is None else tokenizer.encode_batch(texts))
-        ids, shown = [], []
-        for index, prompt in enumerate(prompts):
-            text = isinstance(prompt, str)
-            if text and tokenizer is None:
-                raise DataError(f"prompt {index} is a text, which needs a tokenizer")
-            array = np.asarray(next(encoded) if text else prompt)
-            if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-                raise DataError(f"prompt {index}: expected a text or token ids, at least one token")
-            if array.size > room:
-                raise DataError(
-                    f"prompt {index} has {array.size} tokens, which leaves no room for a response "
-                    f"(at most {room})"
-                )
-            ids.append(array.astype(np.int32))
-            if not text:
+        shown = list(prompts)
+        for index, array in enumerate(ids):
+            if not isinstance(prompts[index], str):
                 numbers = array.tolist()
-                prompt = numbers if tokenizer is None else tokenizer.decode(numbers)
-            shown.append(prompt)
+                shown[index] = numbers if tokenizer is None else tokenizer.decode(numbers)
         return cls(ids, shown, None if answers is None else list(answers))
 
     def __len__(self) -> int:

@@ -62,7 +62,7 @@ def kl_above_budget(run: RunRecords) -> Finding | None:
         f"kl_budget {shown(budget)} nats a response; KL {shown(series.values[-1])} at step "
         f"{series.steps[-1]}, {how}", steps,
         "Raise training.kl_coefficient (or set adaptive_kl_target), lower the learning rate or "
-        "ppo_epochs; the best evaluation within the budget is what was saved.",
+        "ppo_epochs. What was saved was within the budget.",
     )  # fmt: skip
 
 

@@ -105,8 +105,9 @@ class _Progress:
     evaluations_since_best: int = 0
     #: True while an evaluation that is due at `step` has not been made.
     evaluation_due: bool = False
-    #: True once `early_stopping_patience` has run out.
+    #: True once `early_stopping_patience` has run out, or what `reason` names has ended the run.
     exhausted: bool = False
+    reason: str | None = None
 
 
 def train(
@@ -295,7 +296,7 @@ class _Run:
                     break
                 if self.stop is not None and self.at.step < self.total_steps and self.stop():
                     return "interrupted"
-        return "early_stopping" if self.at.exhausted else "finished"
+        return (self.at.reason or "early_stopping") if self.at.exhausted else "finished"
 
     def _make(self, microbatches: list[Array]) -> list[Batch]:
         """Make the microbatches of one step; a sample's place in the whole keys its dropout."""
@@ -414,7 +415,9 @@ class _Run:
                 self._halt(f"step {at.step}: the evaluation's {key} is {figure}")
         value = float(figures[name])
         sign = 1.0 if direction == "min" else -1.0
-        better = at.best_value is None or sign * value < sign * at.best_value
+        better = self._may_be_best(figures) and (
+            at.best_value is None or sign * value < sign * at.best_value
+        )
         record = {"step": at.step, "epoch": at.epoch, "eval": figures, "best": better}
         self.evaluations.append(record)
         for callback in (self.metrics_file, *self.callbacks):
@@ -432,6 +435,9 @@ class _Run:
         )
         if better and self.root is not None:
             self.save()
+
+    def _may_be_best(self, figures: dict[str, Any]) -> bool:
+        return True
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -493,7 +499,7 @@ class _Run:
         )
         if state["format"] == 1:
             vars(self).pop("frozen", None)  # it has brought its own
-        self.at = _Progress(**{name: state[name] for name in vars(self.at)})
+        self.at = _Progress(**{name: state.get(name, was) for name, was in vars(self.at).items()})
         self.saved = path
         best = self._checkpoint_of(self.at.best_step)
         if best is not None and (reason := damage(best)):  # not known only when the run is done

@@ -30,7 +30,7 @@ __all__ = ["EndOfRun", "Learner", "train_online"]
 
 
 class EndOfRun(LooposError):
-    """Raised by a learner, before it has changed anything, to end the run; `reason` names why."""
+    """Raised by a learner in place of a step, to end the run; `reason` names why."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -63,6 +63,9 @@ class Learner(Protocol):
         EndOfRun
             If the run is to end before this step.
         """
+
+    def within_budget(self, figures: Mapping[str, Any]) -> bool:
+        """Whether what was evaluated may be kept as the best."""
 
     def state(self) -> dict[str, Any]:
         """Return what changes beside weights and optimizer, as JSON values."""
@@ -145,7 +148,6 @@ def _no_batch(indices: Array, sample_ids: Array) -> Batch:
 @dataclass
 class _OnlineRun(_Run):
     learner: Learner | None = None
-    reason: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,9 +157,9 @@ class _OnlineRun(_Run):
     def _make(self, microbatches: list[Array]) -> list[Batch]:
         return []
 
-    def _epochs(self) -> str:
-        reason = super()._epochs()
-        return self.reason or reason
+    def _may_be_best(self, figures: dict[str, Any]) -> bool:
+        assert self.learner is not None
+        return self.learner.within_budget(figures)
 
     def _step(self, batches: list[Batch], indices: list[Array], steps_in_epoch: int) -> None:
         assert self.learner is not None
@@ -165,7 +167,8 @@ class _OnlineRun(_Run):
         try:
             figures = self.learner.learn(np.concatenate(indices), rate, self._begin_update)
         except EndOfRun as end:
-            self.reason, self.at.exhausted = end.reason, True
+            self.at.exhausted, self.at.reason = True, end.reason
+            self.updating = False
             return
         except OutputError:
             raise
