@@ -15,7 +15,7 @@ from loopos.config import load_config
 from loopos.data.batch import Batch
 from loopos.data.preferences import read_judgements, read_preferences
 from loopos.data.tokenizer import train_bpe
-from loopos.errors import ConfigError, DataError
+from loopos.errors import CheckpointError, ConfigError, DataError
 from loopos.methods import losses
 from loopos.methods.dpo import DPOTrainer, Options
 from loopos.methods.logprobs import response_logprobs, response_sums
@@ -389,6 +389,37 @@ def test_four_steps_are_two_and_two_more(tokenizer, tmp_path, kind, options):
         assert {n: v for n, v in found.items() if "_s" not in n} == {
             n: v for n, v in expected.items() if "_s" not in n
         }
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_run_goes_on_with_its_own_reference_only(tokenizer, tmp_path, lora, given):
+    def trainer(seed, other):
+        return DPOTrainer(model(seed), tokenizer, reference=model(other) if given else None)
+
+    options = {"max_steps": 4, "save_steps": 2, "batch_size": 6, "lora": lora}
+    stop = iter([False, True]).__next__
+    trainer(0, 5).fit(ROWS, output_dir=tmp_path, stop=stop, **options)
+    wrong = trainer(0, 6) if given else trainer(1, 5)
+    with pytest.raises(CheckpointError, match="the frozen parameters are not those"):
+        wrong.fit(ROWS, output_dir=tmp_path, resume=True, **options)
+    result = trainer(0, 5).fit(ROWS, output_dir=tmp_path, resume=True, **options)
+    assert result.steps == 4
+
+
+def test_the_model_itself_is_no_reference(tokenizer):
+    """It would change with the policy: a copy of it is taken, as where none is given."""
+    network = model()
+    trainer = DPOTrainer(network, tokenizer, reference=network)
+    options = {"max_steps": 3, "learning_rate": 1e-2, "batch_size": 6}
+    result = trainer.fit(ROWS, precompute_reference=False, **options)
+    assert [row["loss"] for row in result.history] == [row["loss"] for row in trained(tokenizer)[1]]
+    twin = Transformer(network.config, arrays={n: p.data for n, p in network.parameters().items()})
+    with pytest.raises(ConfigError, match="shares weights with the policy"):
+        DPOTrainer(network, tokenizer, reference=twin).fit(ROWS, **options)
+    larger = DPOTrainer(network, tokenizer, reference=model(vocab_size=VOCAB + 1))
+    with pytest.raises(ConfigError, match="the reference has a vocab_size of 301, the policy"):
+        larger.fit(ROWS, **options)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -129,6 +129,15 @@ def test_groups_without_spread_are_left_out():
     require_same(weights(flat), before)
 
 
+def test_a_divergence_in_the_reward_makes_groups_that_teach():
+    options = {"dynamic_sampling": True, "kl_in": "reward", "kl_coefficient": 0.5}
+    apart = GRPOTrainer(model(), None, lambda p, r: [1.0] * len(r), reference=model(1),
+                        max_new_tokens=4, batch_size=4, **options)  # fmt: skip
+    record = apart.step(PROBLEMS[:4])
+    assert (record["grpo/flat_groups"], record["grpo/score_std"]) == (0, 0.0)
+    assert record["ppo/updates"] == apart.options.ppo_epochs
+
+
 def test_record_and_groups_of_a_step():
     made = trainer(reward=right)
     record = made.step(PROBLEMS[:4], ANSWERS[:4])

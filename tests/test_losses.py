@@ -237,6 +237,27 @@ def test_variants_of_dpo():
         losses.dpo_loss_and_grad(h, zero, zero, zero, 0.5, "sigmoit")
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_certain_response_has_a_finite_odds_ratio(dtype):
+    zero, other, ones = np.zeros(1, dtype), np.array([-2.0], dtype), np.ones(1)
+    for chosen, rejected in ((zero, other), (other, zero), (zero, zero)):
+        total, _, *gradients = losses.orpo_loss_and_grad(chosen, rejected, ones, ones)
+        assert np.isfinite([total, *np.concatenate(gradients)]).all()
+    least = np.finfo(dtype).eps
+    found = losses.orpo_loss_and_grad(np.full(1, -4 * least, dtype), other, ones, ones)
+    lead = -np.log(4 * least) - (-2 - np.log(-np.expm1(-2.0)))
+    np.testing.assert_allclose(found[0], np.log1p(np.exp(-lead)), rtol=1e-5)
+
+
+def test_labels_and_shares_that_are_none():
+    one = np.zeros(2)
+    with pytest.raises(InputError, match="desirable: expected true or false"):
+        losses.kto_loss_and_grad(one, one, np.array([-1, 1]), 0.0)
+    with pytest.raises(ConfigError, match="label_smoothing: expected a number from 0 to 1"):
+        losses.dpo_loss_and_grad(one, one, one, one, label_smoothing=2.0)
+    assert losses.grpo_advantages(np.zeros(0), 2, "batch").shape == (0,)
+
+
 def test_simpo_orpo_and_kto_by_hand():
     c, r, nc, nr = np.array([-2.0]), np.array([-6.0]), np.array([4]), np.array([3])
     lead = 2.0 * (-0.5 + 2.0) - 1.0

@@ -148,6 +148,8 @@ class Peer:
             for p, (m, v) in zip(self.parameters, self.moments, strict=True):
                 if p.grad is None:
                     continue
+                if p.ndim > 1:  # PyTorch's own decay takes in biases and gains too
+                    p.mul_(1 - rate * self.o.weight_decay)
                 m.mul_(b1).add_((1 - b1) * p.grad)
                 v.mul_(b2).add_((1 - b2) * p.grad**2)
                 if self.o.tf1_epsilon:

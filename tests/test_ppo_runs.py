@@ -173,6 +173,12 @@ def raises(prompts, responses):
         (lambda p, r: [[1], [1, 2], 3, 4, 5, 6], ConfigError, "expected 6 numbers"),
         (lambda p, r: [0, 1, math.nan, 3, 4, 5], NumericalError, "step 1: .*is nan for sample 2"),
         (lambda p, r: [0, 1, 2, 3, math.inf, 5], NumericalError, "is inf for sample 4"),
+        (
+            lambda p, r: [1e39] * 6,
+            NumericalError,
+            "come to 1e[+]39 for sample 0, more than float32",
+        ),
+        ({"a": (lambda p, r: [1e200] * 6, 1e200)}, NumericalError, "come to inf for sample 0"),
         (lambda p, r: [1e30] * 6, NumericalError, "step 1: value_loss is inf .samples"),
     ],
 )

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from loopos.autograd import Array, Tensor
+from loopos.autograd import Array, Parameter, Tensor
 from loopos.data.chat import ChatTemplate
 from loopos.data.preferences import (
     Judgements,
@@ -39,7 +39,7 @@ from loopos.methods.common import (
     with_adapters,
     with_overrides,
 )
-from loopos.methods.language_model import require_language_model
+from loopos.methods.language_model import require_language_model, require_reference
 from loopos.methods.logprobs import Reference, ResponseLogprobs, response_sums
 from loopos.methods.preference_objectives import Options, PairObjective, SingleObjective
 from loopos.models.lora import without_adapters
@@ -73,7 +73,8 @@ class DPOTrainer:
     Raises
     ------
     ConfigError
-        If the model is bidirectional, has no head, or a smaller vocabulary than the tokenizer.
+        If the model is bidirectional, has no head, or a smaller vocabulary than the tokenizer; when
+        training begins, if the reference shares what is trained, or has another vocabulary.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class DPOTrainer:
         chat: Render | None = None,
         seed: int = 0,
     ):
+        if reference is model:
+            reference = None
         for network in (model, *([] if reference is None else [reference])):
             require_language_model(network, tokenizer, "direct preference optimisation")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
@@ -127,7 +130,7 @@ class DPOTrainer:
         train_only(self.model.parameters(), trained_body(self.model))
         return fit(
             self.model,
-            self.model.parameters(),
+            self._parameters(reference),
             self._objective(training, encoded, reference, options),
             encoded.tokens,
             options,
@@ -201,6 +204,19 @@ class DPOTrainer:
                 base = Transformer(base.config, dtype=base.dtype, arrays=arrays)
             self.reference = base
         return self.reference
+
+    def _parameters(self, reference: Transformer | None) -> dict[str, Parameter]:
+        """Return those of the model, and beside them what the reference has of its own."""
+        found = dict(self.model.parameters())
+        if reference is None:
+            return found
+        require_reference(reference, self.model)
+        known = {id(parameter.data) for parameter in found.values()}
+        for name, parameter in reference.parameters().items():
+            if id(parameter.data) not in known:  # with adapters the base is the model's
+                parameter.requires_grad = False
+                found[f"reference.{name}"] = parameter
+        return found
 
     def _objective(
         self,

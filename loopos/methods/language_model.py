@@ -39,6 +39,24 @@ def require_language_model(model: Transformer, tokenizer: Tokenizer, method: str
         )
 
 
+def require_reference(reference: Transformer, policy: Transformer) -> None:
+    """Refuse a reference that would change with the policy, or does not know its tokens.
+
+    Raises
+    ------
+    ConfigError
+    """
+    mine = [p.data for p in policy.parameters().values() if p.requires_grad]
+    theirs = [p.data for p in reference.parameters().values()]
+    if any(np.shares_memory(a, b) for a in mine for b in theirs):
+        raise ConfigError("the reference shares weights with the policy, which changes")
+    if not reference.config.causal or not reference.config.lm_head:
+        raise ConfigError("the reference: expected a causal model with a language-model head")
+    size, expected = reference.config.vocab_size, policy.config.vocab_size
+    if size != expected:
+        raise ConfigError(f"the reference has a vocab_size of {size}, the policy has {expected}")
+
+
 class SpanWeights(Sequence[Array]):
     """How much each token of each sample counts, by the kind of span that it stands in.
 

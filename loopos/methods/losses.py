@@ -298,7 +298,7 @@ def grpo_advantages(
     centred = groups - groups.mean(axis=1, keepdims=True)
     if scale == "group":
         centred = centred / (groups.std(axis=1, ddof=1, keepdims=True) + eps)
-    elif scale == "batch":
+    elif scale == "batch" and groups.size:
         centred = centred / (groups.std(ddof=1) + eps)
     return centred.reshape(-1).astype(rewards.dtype)
 
@@ -432,11 +432,15 @@ def dpo_loss_and_grad(
     Raises
     ------
     ConfigError
-        If there is no such loss, or it has no label smoothing.
+        If there is no such loss, it has no label smoothing, or that is no share.
     """
     _one_of("loss_type", loss_type, DPO_LOSSES)
     if label_smoothing and loss_type != "sigmoid":
         raise ConfigError(f"label_smoothing: the loss '{loss_type}' has none")
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError(
+            f"label_smoothing: expected a number from 0 to 1, found {label_smoothing}"
+        )
     chosen, rejected, ref_chosen, ref_rejected = floats(
         chosen=chosen, rejected=rejected, ref_chosen=ref_chosen, ref_rejected=ref_rejected
     )
@@ -526,7 +530,8 @@ def orpo_loss_and_grad(
     )
     sizes = [n.astype(chosen.dtype) for n in (chosen_lengths, rejected_lengths)]
     means = [chosen / sizes[0], rejected / sizes[1]]
-    rests = [-np.expm1(mean) for mean in means]  # 1 - p
+    # 1 - p, and at least what the type can tell from 0: a certain token has p = 1.
+    rests = [np.maximum(-np.expm1(mean), np.finfo(mean.dtype).eps) for mean in means]
     lead = (means[0] - np.log(rests[0])) - (means[1] - np.log(rests[1]))
     dlead = -_sigmoid(-lead)
     # d/dm (m - log(1 - exp(m))) = 1 / (1 - exp(m))
@@ -561,11 +566,18 @@ def kto_loss_and_grad(
     -------
     total, count : float
     dlogprobs : ndarray [B]
+
+    Raises
+    ------
+    InputError
+        If `desirable` holds anything but true and false, or shapes differ.
     """
     logprobs, ref_logprobs, desirable = floats(
         logprobs=logprobs, ref_logprobs=ref_logprobs, desirable=desirable
     )
     kind = logprobs.dtype.type
+    if not np.isin(desirable, (0, 1)).all():
+        raise InputError("desirable: expected true or false (1 or 0)")
     sign = np.where(desirable, kind(1), kind(-1))
     weight = np.where(desirable, kind(desirable_weight), kind(undesirable_weight))
     value = _sigmoid(kind(beta) * sign * (logprobs - ref_logprobs - kind(reference_point)))

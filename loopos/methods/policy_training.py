@@ -25,7 +25,7 @@ from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError
 from loopos.files import locked_directory
 from loopos.methods.common import restore_best, train_only, trained_body, with_adapters
-from loopos.methods.language_model import require_language_model
+from loopos.methods.language_model import require_language_model, require_reference
 from loopos.methods.losses import kl_estimate
 from loopos.methods.policy_checks import (
     ENTROPY_TOLERANCE,
@@ -106,11 +106,7 @@ class PolicyTrainer(PolicyUpdates):
 
     def _reference(self, given: Transformer | None) -> Transformer | None:
         if given is not None:
-            mine = [p.data for p in self.policy.parameters().values() if p.requires_grad]
-            theirs = [p.data for p in given.parameters().values()]
-            if any(np.shares_memory(a, b) for a in mine for b in theirs):
-                raise ConfigError("the reference shares weights with the policy, which changes")
-            _require_comparable(given, self.policy)
+            require_reference(given, self.policy)
             return given
         if not self.options.needs_reference:
             return None
@@ -516,15 +512,6 @@ class PolicyTrainer(PolicyUpdates):
     def save(self, directory: str | Path) -> None:
         """Write policy and tokenizer; transformers loads them back."""
         self.policy.save(directory, self.tokenizer)
-
-
-def _require_comparable(reference: Transformer, policy: Transformer) -> None:
-    """Refuse a reference that does not say how probable the policy's tokens are."""
-    if not reference.config.causal or not reference.config.lm_head:
-        raise ConfigError("the reference: expected a causal model with a language-model head")
-    theirs, mine = reference.config.vocab_size, policy.config.vocab_size
-    if theirs != mine:
-        raise ConfigError(f"the reference has a vocab_size of {theirs}, the policy has {mine}")
 
 
 def _nothing() -> None:

@@ -52,7 +52,7 @@ class Options(PolicyOptions):
     adaptive_kl_target : float or None
         KL of a response, in nats, that the coefficient is steered towards; None leaves it.
     adaptive_kl_horizon : float
-        Responses over which it moves by a factor of about e at the most.
+        Responses over which it moves by a factor of about 1.22 (e to the 0.2) at the most.
     gamma, lam : float
         Of generalised advantage estimation.
     whiten_advantages : bool
@@ -124,9 +124,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "missing_eos_penalty": -1.0, "missing_eos_mode": "replace",
         "reward_normalisation": "mean_std", "normalisation_samples": 256,
     },
-    # Huang et al. 2024, "The N+ implementation details of RLHF with PPO".
+    # Huang et al. 2024, "The N+ implementation details of RLHF with PPO". Their decay is PyTorch's
+    # default, which takes in biases and gains too.
     "tldr-2024": {
-        "learning_rate": 3e-6, "batch_size": 512, "eps": 1e-5, "scheduler": "linear",
+        "learning_rate": 3e-6, "batch_size": 512, "eps": 1e-5, "weight_decay": 0.01,
+        "scheduler": "linear",
         "kl_coefficient": 0.05, "whiten_rewards": False, "whiten_unbiased": False,
         "critic": "separate", "score_after_end": True, "temperature": 0.7, "max_new_tokens": 53,
         "missing_eos_penalty": -1.0, "missing_eos_mode": "replace",

@@ -78,14 +78,21 @@ class Reward:
         ConfigError
             If it returns anything but a number for each response.
         NumericalError
-            If a score is not finite, naming the sample.
+            If a score is not finite, or their sum too large, naming the sample.
         """
         total = np.zeros(len(rollout))
         means = {}
         for part in self._parts:
             scores = _scores(part, rollout)
-            total += part.weight * scores
+            with np.errstate(over="ignore", invalid="ignore"):  # it is told below
+                total += part.weight * scores
             means[f"reward/{part.name}"] = float(scores.mean())
+        bad = np.flatnonzero(~(np.abs(total) <= np.finfo(np.float32).max))
+        if bad.size:
+            raise NumericalError(
+                f"the rewards come to {total[bad[0]]:g} for sample {int(rollout.samples[bad[0]])}, "
+                f"more than float32 holds"
+            )
         return total, means if len(self._parts) > 1 else {}
 
 
