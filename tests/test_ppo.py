@@ -288,6 +288,8 @@ def test_critic_from_a_reward_model():
     require_same({n: p.data for n, p in start.parameters().items()}, before)
     with pytest.raises(ConfigError, match="one linear output"):
         trainer(critic=SequenceClassifier(model(4), 2, "last"))
+    with pytest.raises(ConfigError, match="the critic has a vocab_size of 8, the policy has 9"):
+        trainer(critic=SequenceClassifier(model(4, vocab_size=8), 1, "last"))
     with pytest.raises(ConfigError, match="shared critic"):
         PPOTrainer(model(), None, count_fives, Options(critic="shared"), critic=start)
 

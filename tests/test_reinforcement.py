@@ -1,6 +1,7 @@
 """Reward model and PPO in one: what is preferred is learnt, then sought."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,10 @@ def test_rewards_of_the_facade(tokenizer):
         make(tokenizer, reward_weight=1.0)
     with pytest.raises(ConfigError, match="did you mean 'clip_epsilon'"):
         make(tokenizer, clip_epsilom=0.1)
+    policy = make(tokenizer).policy
+    other = replace(policy.config, vocab_size=policy.config.vocab_size + 1)
+    with pytest.raises(ConfigError, match="the reward model has a vocab_size of"):
+        make(tokenizer, reward_model=RewardModel(Transformer(other), 3))
     alone = make(tokenizer, reward=lambda p, r: [float(len(x)) for x in r])
     record = alone.ppo_train_step(PROMPTS[:4])
     assert record["reward/score"] == np.mean([len(row["response"]) for row in alone.ppo.samples])

@@ -52,9 +52,19 @@ def require_reference(reference: Transformer, policy: Transformer) -> None:
         raise ConfigError("the reference shares weights with the policy, which changes")
     if not reference.config.causal or not reference.config.lm_head:
         raise ConfigError("the reference: expected a causal model with a language-model head")
-    size, expected = reference.config.vocab_size, policy.config.vocab_size
+    require_same_vocabulary(reference, policy, "the reference")
+
+
+def require_same_vocabulary(network: Transformer, policy: Transformer, name: str) -> None:
+    """Refuse a network that knows other tokens than the policy.
+
+    Raises
+    ------
+    ConfigError
+    """
+    size, expected = network.config.vocab_size, policy.config.vocab_size
     if size != expected:
-        raise ConfigError(f"the reference has a vocab_size of {size}, the policy has {expected}")
+        raise ConfigError(f"{name} has a vocab_size of {size}, the policy has {expected}")
 
 
 class SpanWeights(Sequence[Array]):

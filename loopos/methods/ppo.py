@@ -19,6 +19,7 @@ from loopos.autograd import Array, Parameter, Tensor
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError, nearest
 from loopos.methods.common import train_only, trained_body, with_overrides
+from loopos.methods.language_model import require_same_vocabulary
 from loopos.methods.losses import (
     adapted_kl_coefficient,
     gae,
@@ -276,6 +277,7 @@ class PPOTrainer(PolicyTrainer):
         bias = getattr(start, "bias", None)
         if weight.shape != (1, source.config.d_model) or not source.config.causal:
             raise ConfigError("critic: expected a causal body under one linear output")
+        require_same_vocabulary(source, policy, "the critic")
         with ExitStack() as stack:
             if source.adapters and not source.unmerged:
                 merge_lora(source)

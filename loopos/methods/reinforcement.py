@@ -23,6 +23,7 @@ from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError
 from loopos.generation import SamplingOptions, generate
 from loopos.methods.common import in_order, with_overrides
+from loopos.methods.language_model import require_same_vocabulary
 from loopos.methods.policy_state import copy_of
 from loopos.methods.ppo import Options, PPOTrainer
 from loopos.methods.reward_model import Options as RewardOptions
@@ -101,7 +102,7 @@ class ReinforcementTrainer:
     Raises
     ------
     ConfigError
-        If an option has no such name or value.
+        If an option has no such name or value, or the reward model another vocabulary.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class ReinforcementTrainer:
         self.policy, self.tokenizer, self.seed = policy, tokenizer, seed
         self.options = with_overrides(options or Options(), overrides)
         self._reward, self._weight, self._reference = reward, reward_weight, reference
+        if reward_model is not None:
+            require_same_vocabulary(reward_model.body, policy, "the reward model")
         start = RewardModel(copy_of(policy), seed) if reward_model is None else reward_model
         self.rewards = RewardTrainer(start, tokenizer, chat=chat, seed=seed)
         self._has_model = reward_model is not None
