@@ -6,7 +6,7 @@ so the reason is stored beside the kernels' place, where ``loopos info`` finds i
 
 ``LOOPOS_REQUIRE=cython`` makes a build without the kernels a failure, ``LOOPOS_SANITIZE=1`` builds
 them with the sanitizers for addresses and undefined behaviour, ``LOOPOS_LEVELS=v2,v3`` builds those
-of the levels alone, for this machine and a shorter wait. ``LOOPOS_LOWERED=1`` builds level v4 of
+of the levels alone (v2 always), for this machine and a shorter wait. ``LOOPOS_LOWERED=1`` builds level v4 of
 instructions of v3, slow, so that its sizes can be tested where AVX-512 is missing.
 """
 
@@ -64,7 +64,7 @@ def levels() -> dict[str, list[str]]:
         asked = (os.environ.get("LOOPOS_LEVELS") or ",".join(X86_LEVELS)).split(",")
         if not set(asked) <= set(X86_LEVELS):
             raise SystemExit(f"LOOPOS_LEVELS: expected some of {', '.join(X86_LEVELS)}")
-        return {level: flags for level, flags in X86_LEVELS.items() if level in asked}
+        return {level: flags for level, flags in X86_LEVELS.items() if level in ("v2", *asked)}
     chosen = {
         level: [part for flag in flags for part in ("-Xarch_x86_64", flag)]
         for level, flags in X86_LEVELS.items()

@@ -196,6 +196,34 @@ def test_auto_is_the_first_available(second_backend):
     assert loopos.get_backend().name == backends.available_backends()[0]
 
 
+def test_two_names_of_one_row_both_count(backend):
+    table = np.zeros((5, 3), np.float32)
+    backend.embedding_backward(np.ones((3, 3), np.float32), np.array([-1, 4, 1]), table)
+    np.testing.assert_array_equal(table[:, 0], [0, 1, 0, 0, 2])
+
+
+def test_attention_of_what_is_not_finite_reaches_what_sees_it_alone(backend):
+    """A NaN is in its own row, and in the gradients of the values that it sees."""
+    rng = np.random.default_rng(0)
+    q, k, v, dy = (rng.standard_normal((200, 2, 16)).astype(np.float32) for _ in range(4))
+    offsets = np.array([0, 200], np.int32)
+    q[100] = np.nan
+    for window, first in ((None, 0), (7, 94)):
+        with np.errstate(invalid="ignore"):
+            y, lse = backend.attention(q, k, v, offsets, True, 0.25, window)[:2]
+            *_, dv = backend.attention_backward(dy, q, k, v, y, lse, offsets, True, 0.25, window)
+        np.testing.assert_array_equal(np.flatnonzero(np.isnan(y).any((1, 2))), [100])
+        np.testing.assert_array_equal(
+            np.flatnonzero(np.isnan(dv).any((1, 2))), np.arange(first, 101)
+        )
+    hidden = np.abs(rng.standard_normal((300, 1, 8))).astype(np.float32)
+    keys = hidden.copy()
+    keys[:130, 0, 0] = -np.inf  # a whole block of them, whose scores are all -inf
+    with np.errstate(invalid="ignore"):
+        y, _ = backend.attention(hidden, keys, hidden, np.array([0, 300]), True, 0.25)[:2]
+    np.testing.assert_array_equal(np.isnan(y).any((1, 2)), np.arange(300) < 130)
+
+
 # -- threads and import ------------------------------------------------------------------------
 
 

@@ -162,6 +162,22 @@ def test_errors_name_the_argument(call, error, words):
         call(CythonBackend(), h, w)
 
 
+@pytest.mark.parametrize("rows", [4, 400])
+def test_no_thread_at_all_is_the_caller_alone(rows):
+    """Of the functions that C calls too; a division by it would end the process."""
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal((n, 300)).astype(np.float32) for n in (rows, 4000))
+    for threads in (0, -1):
+        found, alone = (kernels.linear(x, w, None, None, n)[0] for n in (threads, 1))
+        np.testing.assert_array_equal(found, alone)
+    packed = CythonBackend().quantize(w, "int8")
+    found, expected = (
+        kernels.linear_packed(x, packed.panels, 4000, 300, packed.scales, None, None, threads)
+        for threads in (0, 1)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.fixture(params=kernels.levels())
 def backend(request):
     before = kernels.level()

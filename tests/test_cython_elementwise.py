@@ -153,6 +153,15 @@ def test_sum_of_squares(backend):
     assert backend.sum_squares([]) == 0
 
 
+def test_a_gradient_may_be_strided(backend):
+    p, m, v = (np.ones((4, 6), np.float32) for _ in range(3))
+    wide = array(4, 12)
+    found = [AdamwTensor(a.copy(), wide[:, ::2], m.copy(), v.copy(), 0.1, 0.01, 1) for a in (p, p)]
+    backend.adamw_many(found[:1], 0.9, 0.999, 1e-8)
+    ORACLE.adamw_many(found[1:], 0.9, 0.999, 1e-8)
+    np.testing.assert_allclose(found[0].p, found[1].p, rtol=1e-6)
+
+
 def everything(backend):
     """The bytes of every op on inputs that make several tasks."""
     x, dy = array(700, 130), array(700, 130, seed=1)

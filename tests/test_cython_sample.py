@@ -30,6 +30,17 @@ def backend(request):
     chosen.use_level(before)
 
 
+@pytest.mark.parametrize(("fraction", "off"), [(0.5, -5e-4), (0.9, 2e-4), (0.97, 1e-3)])
+def test_sums_of_a_large_vocabulary_of_equal_logits(backend, fraction, off):
+    """All are rounded the same way when they are added up."""
+    z = np.full((1, 262144), np.log(0.37), np.float32)
+    z[0, 0], many = 0, int(z.size * fraction)
+    z[0, many:] = np.log(0.37 / 2)
+    e = np.exp(z[0].astype(np.float64))
+    share = e[:many].sum() / e.sum() * (1 + off)
+    drawn(backend, z, (1, 0, share, 0), np.array([0.99999999]))
+
+
 def drawn(backend, z, options, u):
     """Check ids and log-probabilities against the reference in float64; return the ids."""
     ids, logp = backend.sample(z, *options, u)

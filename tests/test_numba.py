@@ -489,3 +489,23 @@ def test_describe():
     assert described["threads"] == threads.get_num_threads()
     assert {"attention", "adamw", "linear_cross_entropy"} <= set(described["native"])
     assert {"linear", "sample"} <= set(described["inherited"])
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 5], [2, 5], [0, -1, 5]], ids=str)
+def test_offsets_that_lead_outside_are_refused(offsets):
+    """Compiled code would follow them without a look."""
+    offsets = np.array(offsets, np.int32)
+    x, count = np.ones((5, 2, 8), np.float32), offsets.size - 1
+    rows, flat, cache = x[:, 0], x[:, 0, 0], np.zeros((4, 12, 2, 8), np.float32)
+    slots, lengths = np.arange(count, dtype=np.int32), np.full(count, 9, np.int32)
+    for call in (
+        lambda: NUMBA.segment_mean(rows, offsets),
+        lambda: NUMBA.segment_mean_backward(rows[:count], offsets),
+        lambda: NUMBA.discounted_sum(flat, offsets, 0.9),
+        lambda: NUMBA.gae(flat, flat, offsets, 0.9, 0.9),
+        lambda: NUMBA.attention_cached(x, x, x, cache, cache, offsets, slots, lengths, 1.0),
+    ):
+        with pytest.raises(ValueError, match="offsets: expected to rise from 0 to 5"):
+            call()
+    with pytest.raises(ValueError, match=rf"lengths: expected shape \[{count}\], found \[9\]"):
+        NUMBA.attention_cached(x, x, x, cache, cache, offsets, slots, np.ones(9, "i4"), 1.0)

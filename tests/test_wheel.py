@@ -174,6 +174,8 @@ def test_universal_binaries_get_each_half_its_own_flags(build, monkeypatch):
     assert list(build.levels()) == ["v2", "v3", "v4"]
     monkeypatch.setenv("LOOPOS_LEVELS", "v3,v2")
     assert list(build.levels()) == ["v2", "v3"]
+    monkeypatch.setenv("LOOPOS_LEVELS", "v3")  # without v2 nothing would be left to fall back to
+    assert list(build.levels()) == ["v2", "v3"]
     monkeypatch.setenv("LOOPOS_LEVELS", "v2,v5")
     with pytest.raises(SystemExit, match="LOOPOS_LEVELS: expected some of v2, v3, v4"):
         build.levels()

@@ -31,11 +31,12 @@ cdef extern from "loopos.h" nogil:
 
 cdef extern from "loopos_import.h":
     int LOOPOS_API_VERSION
+    size_t LOOPOS_STRUCT_BYTES
     const char *LOOPOS_API_NAME
     ctypedef struct loopos_api:
         int version
         size_t table_bytes
-        size_t product_bytes
+        size_t struct_bytes
         int (*parallel)(int, long, size_t, loopos_task, void *) noexcept nogil
         void *(*take)(size_t) noexcept nogil
         void (*give)(void *) noexcept nogil
@@ -61,7 +62,7 @@ cdef void give(void *block) noexcept nogil:
 
 cdef loopos_api api
 api.version, api.table_bytes = LOOPOS_API_VERSION, sizeof(loopos_table)
-api.product_bytes = sizeof(loopos_product)
+api.struct_bytes = LOOPOS_STRUCT_BYTES
 api.parallel, api.take, api.give = loopos_parallel, loopos_take, loopos_give
 api.kernels = loopos_kernels
 _C_API = PyCapsule_New(&api, LOOPOS_API_NAME, NULL)

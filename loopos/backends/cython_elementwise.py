@@ -206,7 +206,11 @@ class CythonElementwise(NumpyBackend):
         """See :meth:`NumpyBackend.adamw_many`; one pass over all of them."""
         wide = [t for t in tensors if not self._kernels.single(p=t.p, g=t.g, m=t.m, v=t.v)]
         super().adamw_many(wide, beta1, beta2, eps, grad_scale, decoupled)
-        narrow = [t for t in tensors if self._kernels.single(p=t.p, g=t.g, m=t.m, v=t.v)]
+        narrow = [
+            t._replace(g=self._kernels.contiguous(t.g))
+            for t in tensors
+            if self._kernels.single(p=t.p, g=t.g, m=t.m, v=t.v)
+        ]
         self._kernels.adamw(narrow, beta1, beta2, eps, grad_scale, decoupled, get_num_threads())
 
     def adamw(

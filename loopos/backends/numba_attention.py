@@ -20,6 +20,9 @@ Array = np.ndarray[Any, Any]
 #: Queries and keys of a block: its scores are 16 KiB in float32.
 QUERIES, KEYS = 32, 128
 
+#: Below all scores that count.
+LEAST = np.float32(-3e38)
+
 _GOLDEN = uint64(0x9E3779B97F4A7C15)
 _S32, _ONE = uint64(32), uint64(1)
 
@@ -135,7 +138,7 @@ def attention(
         kv, last = head // group, position0 + count - 1
         gather(q, row0, head, count, queries)
         clear(sums, pad(count), padded)
-        tops[:] = -np.inf
+        tops[:] = LEAST  # a block may have no score above -inf
         totals[:] = zero
         stop = min(length, last + 1 if causal else last + window)
         for start in range(max(0, position0 - window + 1), stop, KEYS):

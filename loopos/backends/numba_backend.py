@@ -253,6 +253,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         """The mean row of each sequence; zeros for an empty one."""
         if x.ndim != 2 or offsets[-1] != len(x) or not one_of(x):
             return super().segment_mean(x, offsets)
+        check_offsets(offsets, len(x))
         kernels, _ = numba_compile.compiled()
         y = np.zeros((offsets.size - 1, x.shape[1]), x.dtype)
         POOL.run(kernels.segment_mean, len(y), x.size, as_input(x), int64(offsets), y)
@@ -262,6 +263,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         """Each token gets its sequence's gradient over its length."""
         if dy.ndim != 2 or offsets.size - 1 != len(dy) or not one_of(dy):
             return super().segment_mean_backward(dy, offsets)
+        check_offsets(offsets, int(offsets[-1]))
         kernels, _ = numba_compile.compiled()
         dx = np.empty((int(offsets[-1]), dy.shape[1]), dy.dtype)
         POOL.run(kernels.segment_mean_backward, len(dy), dx.size, as_input(dy), int64(offsets), dx)
@@ -271,6 +273,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         """``y[t] = x[t] + gamma y[t + 1]`` within each sequence."""
         if offsets[-1] != len(x) or not one_of(x):
             return super().discounted_sum(x, offsets, gamma)
+        check_offsets(offsets, len(x))
         kernels, _ = numba_compile.compiled()
         y = np.empty(x.shape, x.dtype)
         args = (as_input(x), int64(offsets), x.dtype.type(gamma), y)
@@ -283,8 +286,9 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         """Generalised advantage estimation in one reverse pass."""
         if offsets[-1] != len(rewards) or not one_of(rewards, values):
             return super().gae(rewards, values, offsets, gamma, lam)
-        kernels, _ = numba_compile.compiled()
+        check_offsets(offsets, len(rewards))
         expect(rewards.shape, values=values)
+        kernels, _ = numba_compile.compiled()
         f = rewards.dtype.type
         advantages, returns = (np.empty(rewards.shape, rewards.dtype) for _ in range(2))
         POOL.run(
@@ -419,6 +423,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         window: int | None = None,
     ) -> Array:
         """Causal attention of new tokens, whose keys and values are written to a cache."""
+        expect((offsets.size - 1,), slots=slots, lengths=lengths)
         capacity = k_cache.shape[1]
         inside = slots.size and slots.min() >= 0 and slots.max() < len(k_cache)
         new = np.diff(int64(offsets))
@@ -427,6 +432,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             return super().attention_cached(
                 q, k, v, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
+        check_offsets(offsets, len(q))
         check_heads(q, k_cache, v_cache)
         expect((len(q), *k_cache.shape[2:]), k=k, v=v)
         self._keep(k, k_cache, offsets, slots, lengths)

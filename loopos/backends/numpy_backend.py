@@ -159,6 +159,8 @@ class DenseOps:
             dtable.fill(0)
         if ids.size == 0:
             return
+        if ids.min() < 0:
+            ids = np.arange(len(dtable))[ids]  # a row has one name only
         order = np.argsort(ids, kind="stable")
         unique, starts = np.unique(ids[order], return_index=True)
         dtable[unique] += np.add.reduceat(dy[order], starts, axis=0)

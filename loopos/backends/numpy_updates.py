@@ -24,8 +24,12 @@ def _blocks(*arrays: Array | None) -> Iterator[tuple[Any, ...]]:
 
 
 def check_in_place(**arrays: Array | None) -> None:
-    """Raise ValueError for an array whose flat blocks would be copies: updates would be lost."""
+    """Raise ValueError for an array whose flat blocks would be copies, or that is read-only."""
     for name, array in arrays.items():
+        if array is not None and not array.flags.writeable:
+            raise ValueError(
+                f"{name}: expected an array that may be written, found a read-only one"
+            )
         if array is not None and not array.flags.c_contiguous:
             raise ValueError(
                 f"{name}: expected a C-contiguous array, found strides {array.strides}"
