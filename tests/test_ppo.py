@@ -409,6 +409,8 @@ def test_options_that_cannot_be(more, message):
 
 
 def test_prompts_that_cannot_be():
+    with pytest.raises(ConfigError, match="there is no stop token that could end a response"):
+        trainer(missing_eos_penalty=1.0, stop_ids=())
     made = trainer()
     for prompts, message in (
         ("text", "a list of prompts"), ([[]], "prompt 0"), ([[1], list(range(24))], "prompt 1 has"),

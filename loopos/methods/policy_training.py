@@ -90,6 +90,10 @@ class PolicyTrainer(PolicyUpdates):
         _ = self.policy.head_weight  # says what is missing
         self.reward = Reward(reward)
         options.require_vocabulary(self.policy.config.vocab_size)
+        if options.missing_eos_penalty is not None and not self._stops:
+            raise ConfigError(
+                "training.missing_eos_penalty: there is no stop token that could end a response"
+            )
         train_only(self.policy.parameters(), trained_body(self.policy))
         if reference is policy:
             reference = None
