@@ -118,8 +118,8 @@ class Engine:
         self.model, self.tokenizer, self.cache, self.options = model, tokenizer, cache, options
         self._share, self._streaming = share_prefix, streaming
         self._stops = set(options.stop_ids)
-        if tokenizer is not None and tokenizer.eos_id is not None and not options.ignore_eos:
-            self._stops.add(tokenizer.eos_id)
+        if tokenizer is not None and not options.ignore_eos:
+            self._stops.update(tokenizer.end_ids)
         slots = cache.slots
         self._numbers = RowNumbers(slots) if options.temperature > 0 else None
         penalty = options.repetition_penalty
