@@ -399,7 +399,7 @@ def project(tmp_path, monkeypatch):
 
 
 def test_a_run_from_a_configuration(project):
-    summary = run(load_config("c.json"))
+    summary = run(load_config("c.json", ["training.eval_samples=2", "training.answer_weight=3"]))
     assert summary.evaluation.keys() >= {"loss", "accuracy", "asked", "format_errors"}
     assert summary.evaluation["asked"] == 2
     saved = json.loads((project / "out" / "model" / "reasoning.json").read_text())
@@ -412,6 +412,9 @@ def test_a_run_from_a_configuration(project):
     )  # fmt: skip
     figures = json.loads(done.stdout)
     assert figures["asked"] == 8
+    # With the options of the run: its length, its votes and its weights.
+    assert figures["tokens_per_solution"] <= 8
+    assert "accuracy_voted" in figures
     assert figures["loss"] == pytest.approx(summary.evaluation["loss"], rel=1e-5)
 
 
