@@ -120,6 +120,10 @@ class Engine:
         self._stops = set(options.stop_ids)
         if tokenizer is not None and not options.ignore_eos:
             self._stops.update(tokenizer.end_ids)
+        if tokenizer is not None:  # special tokens are not in the text that is searched
+            named = map(tokenizer.token_to_id, options.stop)
+            added = tokenizer.added_ids
+            self._stops.update(id_ for id_ in named if id_ is not None and id_ in added)
         slots = cache.slots
         self._numbers = RowNumbers(slots) if options.temperature > 0 else None
         penalty = options.repetition_penalty
