@@ -22,7 +22,7 @@ from fractions import Fraction
 
 from loopos.errors import DataError
 
-__all__ = ["extract_answer", "normal_answer", "same_answer", "stated_answer"]
+__all__ = ["extract_answer", "marked_answer", "normal_answer", "same_answer"]
 
 #: Digits of a number, and its largest exponent. Python's own limit for text to int can be as low
 #: as 640 in a program that embeds this library.
@@ -114,17 +114,21 @@ def extract_answer(text: str, marker: str | None = None) -> str | None:
         if not marker:
             raise DataError("the marker of an answer is empty")
         return _behind(re.compile(re.escape(marker), re.IGNORECASE), text, False)
-    found = _marked(text)
+    found = marked_answer(text)
     if found is not None:
         return found
     last = _last(_IN_TEXT, text)
     return None if last is None else last[0].strip()
 
 
-def stated_answer(text: str) -> str:
-    """Return the answer of a text that is one: what a mark in it stands before, else all of it."""
+def marked_answer(text: str) -> str | None:
+    """Return the answer that something in the text marks as such, None where nothing does."""
     _require_text(text)
-    return _marked(text) or text.strip()
+    for pattern, sentence in _MARKERS:
+        found = _behind(pattern, text, sentence)
+        if found is not None:
+            return found
+    return _boxed(text)
 
 
 def normal_answer(text: str) -> str:
@@ -157,15 +161,6 @@ def _require_text(text: str) -> None:
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     last = deque(pattern.finditer(text), maxlen=1)
     return last[0] if last else None
-
-
-def _marked(text: str) -> str | None:
-    """Return the answer that something in the text marks as such."""
-    for pattern, sentence in _MARKERS:
-        found = _behind(pattern, text, sentence)
-        if found is not None:
-            return found
-    return _boxed(text)
 
 
 def _behind(pattern: re.Pattern[str], text: str, sentence: bool) -> str | None:
