@@ -1,6 +1,7 @@
 """Reading problems with their steps and answers: what a row means, and what is refused."""
 
 import json
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -75,6 +76,8 @@ def test_the_last_answer_belongs_to_the_question_right_before():
     [
         (1234567.0, "1234567"), (0.1234567, "0.1234567"), (1e6, "1000000"), (-2.5, "-2.5"),
         (12345678901, "12345678901"), (np.int64(7), "7"), (np.float32(0.5), "0.5"),
+        (Decimal("5.00"), "5"), (Decimal("-0.50"), "-0.5"), (Decimal("1E+3"), "1000"),
+        (Decimal("12345678901234567890.125"), "12345678901234567890.125"), (Decimal(100), "100"),
         ("5 pens\nand 2 more", "5 pens and 2 more"),
     ],
 )  # fmt: skip

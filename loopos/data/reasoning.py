@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -165,6 +166,9 @@ def _text(row: Row, name: str) -> str:
 
 def _number_as_text(value: Any) -> Any:
     """Return a number as text, to its last digit; 5.0, as tables have it, as 5."""
+    if isinstance(value, Decimal) and value.is_finite():
+        digits = format(value, "f")  # never an exponent
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         return value
     if not np.isfinite(value):
