@@ -430,8 +430,12 @@ def test_further_ends_are_those_of_the_model_directory(tmp_path, small):
     assert (found.eos_id, found.further_ends, found.end_ids) == (0, (7,), (0, 7))
     found.save(tmp_path / "again")
     assert load_tokenizer(tmp_path / "again").end_ids == (0, 7)
-    small.save(tmp_path / "again")
-    assert load_tokenizer(tmp_path / "again").end_ids == (0,)
+    file = tmp_path / "again" / "generation_config.json"
+    file.write_text('{"eos_token_id": [9], "top_k": 5}')
+    small.save(tmp_path / "again")  # knows nothing of the model there
+    assert load_tokenizer(tmp_path / "again").end_ids == (0, 9)
+    found.save(tmp_path / "again")
+    assert json.loads(file.read_text()) == {"eos_token_id": [0, 7], "top_k": 5}
     for value in ("</s>", [0, -1], True, [[1]], 2**40):
         with pytest.raises(ModelFormatError, match=r"generation_config.json: key 'eos_token_id'"):
             read(value)

@@ -205,7 +205,8 @@ class Tokenizer:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` (raises OutputError).
 
         Further tokens that end a text go into ``generation_config.json``, where transformers looks
-        for them; one that lies there is written over, or removed.
+        for them and where all else that it says stays. Without such tokens it is not touched: it
+        may be of the model that lies there.
         """
         directory = Path(directory)
         atomic_write_text(directory / "tokenizer.json", self._backend.to_str(pretty=True))
@@ -217,9 +218,9 @@ class Tokenizer:
         (directory / _TEMPLATE_FILE).unlink(missing_ok=True)  # it would override what is saved
         write_json(directory / "tokenizer_config.json", config)
         if self.further_ends:
-            write_json(directory / _GENERATION_FILE, {"eos_token_id": list(self.end_ids)})
-        else:
-            (directory / _GENERATION_FILE).unlink(missing_ok=True)  # it may name other ends
+            file = directory / _GENERATION_FILE
+            known = read_json(file, ModelFormatError) if file.is_file() else {}
+            write_json(file, known | {"eos_token_id": list(self.end_ids)})
 
 
 def _checked(texts: Iterable[Any]) -> Iterator[str]:
