@@ -6,8 +6,8 @@ so the reason is stored beside the kernels' place, where ``loopos info`` finds i
 
 ``LOOPOS_REQUIRE=cython`` makes a build without the kernels a failure, ``LOOPOS_SANITIZE=1`` builds
 them with the sanitizers for addresses and undefined behaviour, ``LOOPOS_LEVELS=v2,v3`` builds those
-of the levels alone (v2 always), for this machine and a shorter wait. ``LOOPOS_LOWERED=1`` builds level v4 of
-instructions of v3, slow, so that its sizes can be tested where AVX-512 is missing.
+of the levels alone (v2 always), for this machine and a shorter wait. ``LOOPOS_LOWERED=1`` builds
+level v4 of instructions of v3, slow, so that its sizes can be tested where AVX-512 is missing.
 """
 
 import os

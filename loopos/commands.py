@@ -301,7 +301,8 @@ def evaluate(
     """Measure a model on other data.
 
     Prints the figures of a classifier, or loss and perplexity of a language model, or the scores of
-    a policy by the reward model of its run.
+    a policy by the reward model of its run. A run of supervised fine-tuning or of chain of thought
+    is measured on rows as it was trained on, with its own options.
     """
     figures = _evaluated(model, data, text_field, label_field)
     if output is not None:
@@ -317,13 +318,12 @@ def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dic
 
     if _is_policy_run(model):
         return _evaluated_policy(model, data)
+    if _method_of(model) in ("sft", "chain_of_thought") and not (model / "model").is_dir():
+        raise _unfinished(model)
     if (_inner(model) / "reasoning.json").is_file():
-        from loopos.data.reasoning import read_reasoning
-        from loopos.methods.chain_of_thought import ChainOfThought, Options
-
-        examples = read_reasoning(data, need_steps=False)
-        options = Options(eval_problems=len(examples))
-        return ChainOfThought(_inner(model)).evaluate(examples, options)
+        return _evaluated_solver(model, data)
+    if _method_of(model) == "sft":
+        return _evaluated_conversations(model, data)
     if (_inner(model) / "reward_model.json").is_file():
         from loopos.methods.reward_model import RewardTrainer
 
@@ -349,13 +349,55 @@ def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dic
     return tuner.evaluate(labelled)
 
 
+def _evaluated_solver(directory: Path, data: str) -> dict[str, Any]:
+    """Let a model that learnt to reason solve all problems, as its run did if it is one."""
+    from dataclasses import replace
+
+    from loopos.config import load_config
+    from loopos.data.reasoning import read_reasoning
+    from loopos.methods.chain_of_thought import ChainOfThought, Options
+
+    examples, options, seed = read_reasoning(data, need_steps=False), Options(), 0
+    method = _method_of(directory)
+    if method in ("chain_of_thought", "grpo"):
+        config = load_config(directory / "config.json")
+        seed, given = config.computation.seed, config.training
+        if isinstance(given, Options):
+            options = given
+        else:  # what it was rewarded for ended within this length
+            options = Options(max_new_tokens=cast(Any, given).max_new_tokens)
+    solver = ChainOfThought(_inner(directory), seed=seed)
+    return solver.evaluate(examples, replace(options, eval_problems=len(examples)))
+
+
+def _evaluated_conversations(directory: Path, data: str) -> dict[str, Any]:
+    """Measure a run of supervised fine-tuning on rows of the kind that it was trained on."""
+    from loopos.config import load_config
+    from loopos.data.tokenizer import load_tokenizer
+    from loopos.methods.sft import Options, SupervisedFineTuner
+    from loopos.models.weights import load_model
+
+    inner, config = _inner(directory), load_config(directory / "config.json")
+    trainer = SupervisedFineTuner(load_model(inner), load_tokenizer(inner))
+    return dict(trainer.evaluate(data, cast(Options, config.training)))
+
+
+def _method_of(directory: Path) -> str | None:
+    """Return the method of a run, None where a directory holds no run."""
+    computation = _run_values(directory).get("computation", {})
+    return computation.get("method") if isinstance(computation, dict) else None
+
+
+def _run_values(directory: Path) -> dict[str, Any]:
+    """Return the configuration that a run has kept; that of a model alone has other keys."""
+    kept = directory / "config.json"
+    return read_json(kept) if (directory / "tokenizer").is_dir() and kept.is_file() else {}
+
+
 def _is_policy_run(directory: Path) -> bool:
     """Whether it holds a run that trained a policy against a reward model."""
-    if not (directory / "tokenizer").is_dir() or not (directory / "config.json").is_file():
-        return False
-    values = read_json(directory / "config.json")
-    trained = values.get("training", {}).get("phases", [])
-    return values.get("computation", {}).get("method") == "rlhf" and "ppo" in trained
+    trained = _run_values(directory).get("training", {}).get("phases", [])
+    return _method_of(directory) == "rlhf" and "ppo" in trained
 
 
 def _evaluated_policy(directory: Path, data: str) -> dict[str, Any]:

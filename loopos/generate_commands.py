@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,14 @@ import typer
 
 from loopos.commands import _as_utf8, _standard_input
 from loopos.display import plain, say, write
-from loopos.errors import ConfigError, DataError, InputError, MissingFileError, nearest
+from loopos.errors import (
+    ConfigError,
+    DataError,
+    InputError,
+    LooposError,
+    MissingFileError,
+    nearest,
+)
 
 if TYPE_CHECKING:
     from loopos.data.chat import ChatTemplate
@@ -131,10 +139,11 @@ def generate(
     with _computing(backend, threads):
         loaded = _load(model, chat=as_chat, solves=solves)
         options, wanted = _for_template(loaded, given, options)
-        if len(wanted) == 1 and num_samples == 1 and not as_json and sys.stdout.isatty():
-            _stream(loaded, wanted[0], options, weights)
-            return
-        _generate(loaded, given, wanted, options, batch_size, weights, as_json)
+        with _as_asked():
+            if len(wanted) == 1 and num_samples == 1 and not as_json and sys.stdout.isatty():
+                _stream(loaded, wanted[0], options, weights)
+                return
+            _generate(loaded, given, wanted, options, batch_size, weights, as_json)
 
 
 def _solves(name: str) -> bool:
@@ -181,6 +190,8 @@ def _prompts(given: Sequence[str] | None, file: Path | None) -> list[str]:
 def _prompts_of(file: Path) -> list[str]:
     from loopos.data.readers import read_texts
 
+    if file.is_dir():
+        raise InputError(f"{file}: is a directory, expected a file of prompts")
     if file.suffix.lower() in _ROWS:
         read = read_texts(file, "prompt")
         if read.dropped:
@@ -189,7 +200,7 @@ def _prompts_of(file: Path) -> list[str]:
         return list(read.texts)
     from loopos.files import read_text
 
-    if not file.is_file():
+    if not file.exists():
         raise MissingFileError(f"{file}: no such file")
     lines = read_text(file, DataError).split("\n")
     return [line.rstrip("\r") for line in lines if line.strip()]
@@ -207,6 +218,21 @@ def _computing(backend: str, threads: int | None) -> Iterator[None]:
             stack.enter_context(use_backend(backend))
         stack.enter_context(thread_limit(threads))
         yield
+
+
+@contextmanager
+def _as_asked() -> Iterator[None]:
+    """Say what is wrong in the words of the command line: its options, prompts counted from 1."""
+    try:
+        yield
+    except LooposError as error:
+        name, colon, message = str(error).partition(": ")
+        if colon and name in ("weights", "batch_size"):
+            raise InputError(f"--{name.replace('_', '-')}: {message}") from error
+        counted = re.sub(
+            r"\bprompt (\d+)\b", lambda m: f"prompt {int(m[1]) + 1}", str(error), count=1
+        )
+        raise type(error)(counted) from error
 
 
 def _load(name: str, *, chat: bool | None, solves: bool = False) -> _Loaded:
@@ -375,7 +401,8 @@ def chat(
     with _computing(backend, threads):
         loaded = _load(model, chat=True)
         assert loaded.template is not None
-        talk = _Talk(loaded, loaded.template, options, system, weights)
+        with _as_asked():
+            talk = _Talk(loaded, loaded.template, options, system, weights)
         if sys.stdin.isatty():
             _note(f"{'; '.join(f'{name}: {what}' for name, what in _COMMANDS.items())}")
         for line in _messages():

@@ -30,6 +30,9 @@ FORMS = {
     "B)": "b",
     "vitamin A": "vitamin a", "twenty-one": "twenty one", "It's": "its", "STRASSE": "strasse",
     "Straße": "strasse", "": "", "...": "", "-": "-", "$": "$", "10:30": "10:30", "3:4": "3:4",
+    "(1, 2)": "(1,2)", "1, 3, 5": "1,3,5", "(0, 5]": "(0,5]", "x = 1, 2": "x = 1,2",
+    "1, 200": "1, 200", "(1,200)": "(1, 200)", "1,200, 3": "1200,3", "1,200,3": "1, 200,3",
+    "(1,000, 2,000)": "(1000,2000)", "1, 1/2": "1,1/2", "May 5, 2021": "may 5 2021",
     "5-6": "5-6", "5 and 6": "5 and 6", "3,5": "3,5", "1,23": "1,23", "1,2,3": "1,2,3",
     "x = 5": "x = 5", "3x": "3x", "3 x": "3 x", "5 feet 6 inches": "5 feet 6 inches",
     "3/0": "3/0", "1 2/0": "1 2/0", "0/0": "0/0", "5²": "5^2", "1e999999": "1e999999",
@@ -46,12 +49,15 @@ SAME = [
     ("50%", "50"), ("50 %", "50 percent"), ("7 pm", "7 P.M."), ("0.5", "1/2"), ("1.50", "1 1/2"),
     ("1e2", "100"), ("3/0", "3/0"), ("1e999999", "1E999999"), (LONG, LONG), ("The cat", "cat."),
     ("5 apples left", "5 apples in total"), ("5 of the apples", "5 apples"),
+    ("(1, 2)", "(1,2)"), ("1, 3, 5", "1,3,5"), ("(0, 5]", "(0,5]"), ("-1, 2", "-1,2"),
+    ("1,200, 3", "1200, 3"), ("1, 200", "1 , 200"), ("(1, 200)", "(1,200)"), ("1,200", "1200"),
 ]  # fmt: skip
 DIFFERENT = [
     ("5 apples", "5 pears"), ("1 km", "1000 m"), ("$5", "5 cents"), ("50%", "0.5"), ("50%", "$50"),
     ("7 am", "7 pm"), ("0.1", "0.10000000000000001"), ("1/3", "0.3333333333333333"), ("3/0", "3"),
     ("1e999999", "1e999998"), (LONG, LONG + "1"), ("cat", "dog"), ("5", "five"), ("5", ""),
     ("3x", "3"), ("10:30", "1030"), ("1,2", "12"), ("-5", "5"), ("5-6", "5"), ("a", ""),
+    ("1, 200", "1200"), ("1, 1/2", "1.5"), ("1, 3, 5", "135"), ("(1, 2)", "(2, 1)"),
 ]  # fmt: skip
 FOUND = {
     "6 * 7 = 42\n#### 42\n": "42", "#### 1\n#### 2": "2", "#### -3 apples \nmore 7": "-3 apples",
@@ -62,6 +68,9 @@ FOUND = {
     "it is -5 degrees": "-5", "1,234, and 1,234,567, so": "1,234,567",
     "costs $1,200.50.": "$1,200.50",
     "3 1/2 cups": "3 1/2", "1½ cups": "1½", "about 10%": "10%", "1.5e3 m": "1.5e3", "v2.": "2",
+    "Final Answer: The final answer is $5$. I hope it is correct.": "$5$",
+    "Answer: The answer is 42.": "42", r"#### \boxed{7}": "7", r"The answer is \boxed{5}.": "5",
+    "Answer: the answer is": "the answer is", "Answer: all of the above": "all of the above",
     "none": None, "": None, "Answer:": None,
 }  # fmt: skip
 
@@ -96,6 +105,7 @@ def test_found_behind_a_marker():
     assert extract_answer("Answer: 3\nanswer: 4 \r\n5", "Answer:") == "4"
     assert extract_answer("Result> x\nResult>", "Result>") is None
     assert extract_answer("the answer is 5", "####") is None
+    assert extract_answer("Answer: The answer is 42.", "Answer:") == "42"
     assert extract_answer("a.b c 7 a+b 8", "a.b c") == "7 a+b 8"
     with pytest.raises(DataError, match=r"^the marker of an answer is empty$"):
         extract_answer("5", "")

@@ -15,7 +15,7 @@ from loopos.data.batch import Batch
 from loopos.data.problems import make_problems
 from loopos.data.reasoning import ReasoningExample, ReasoningExamples, read_reasoning
 from loopos.data.solutions import SolutionTemplate
-from loopos.data.tokenizer import train_bpe
+from loopos.data.tokenizer import Tokenizer, train_bpe
 from loopos.errors import ConfigError, DataError
 from loopos.generation import Generation
 from loopos.methods import solving
@@ -120,6 +120,16 @@ def test_examples_that_are_too_long_are_left_out_and_named():
         trainer().fit(data, max_steps=1, max_length=200, overflow="error")
     with pytest.raises(DataError, match="neither this example nor any other fits max_length 5"):
         trainer().fit(data, max_steps=1, max_length=5)
+
+
+def test_solutions_without_an_end_are_reported():
+    words = Tokenizer(TOKENIZER._backend, "<no such token>")
+    report = ChainOfThought(model(), words).report(DATA)
+    assert [w for w in report.warnings if "nothing marks the end" in w] == [
+        "nothing marks the end of a solution, so that the model does not learn to stop: the "
+        "tokenizer names no token that ends a text (eos_token in tokenizer_config.json)"
+    ]
+    assert "nothing marks" not in "".join(trainer().report(DATA).warnings)
 
 
 def test_an_example_in_which_nothing_counts_is_never_trained_as_nothing():
@@ -399,7 +409,7 @@ def project(tmp_path, monkeypatch):
 
 
 def test_a_run_from_a_configuration(project):
-    summary = run(load_config("c.json"))
+    summary = run(load_config("c.json", ["training.eval_samples=2", "training.answer_weight=3"]))
     assert summary.evaluation.keys() >= {"loss", "accuracy", "asked", "format_errors"}
     assert summary.evaluation["asked"] == 2
     saved = json.loads((project / "out" / "model" / "reasoning.json").read_text())
@@ -412,6 +422,9 @@ def test_a_run_from_a_configuration(project):
     )  # fmt: skip
     figures = json.loads(done.stdout)
     assert figures["asked"] == 8
+    # With the options of the run: its length, its votes and its weights.
+    assert figures["tokens_per_solution"] <= 8
+    assert "accuracy_voted" in figures
     assert figures["loss"] == pytest.approx(summary.evaluation["loss"], rel=1e-5)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loopos.data.chat import ChatTemplate
+from loopos.data.solutions import SolutionTemplate, SolutionWriter
 from loopos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from loopos.errors import ConfigError, DataError, ModelFormatError
 
@@ -237,6 +238,26 @@ def test_a_turn_that_changes_when_others_follow_is_named():
     assert own.tokenizer.decode(ids[trained]) == (
         f"<think>\n\n</think>\n\n{TURNS[3]['content']}<|im_end|>"
     )
+
+
+#: DeepSeek-R1-Distill's way: an answer is prompted with a thought that history does not show.
+PROMPTED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+
+
+def test_a_turn_is_closed_alike_whatever_an_answer_is_prompted_with():
+    found = tokenizer()
+    found.chat_template = PROMPTED
+    own = ChatTemplate(found)
+    end = found.token_to_id("<|im_end|>")
+    assert own.stop_ids == (end,)
+    assert SolutionWriter(found, SolutionTemplate()).stop_ids == (end,)
+    # What is trained on cannot be told there.
+    assert "its tokens cannot be told" in message_of(DataError, own.encode, TURNS[:2])
+    found.chat_template = PROMPTED.replace("<|im_end|>", "")
+    assert ChatTemplate(found).stop_ids == ()
 
 
 def test_offsets_are_places_in_the_text():

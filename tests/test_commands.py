@@ -180,6 +180,28 @@ def test_a_language_model_is_evaluated_by_perplexity(tmp_path):
     assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
 
 
+@pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
+def test_a_supervised_run_is_evaluated_on_its_own_kind_of_rows(tmp_path, kind):
+    rows = [{"prompt": f"{word}?", "completion": f" {word}!"} for word in WORDS]
+    train_bpe(["warm fine"], 270).save(tmp_path / "words")
+    if kind == "messages":
+        rows = [{"messages": [{"role": "user", "content": row["prompt"]},
+                              {"role": "assistant", "content": row["completion"]}]}
+                for row in rows]  # fmt: skip
+        template = "{% for m in messages %}{{ m['content'] }}<|endoftext|>{% endfor %}"
+        (tmp_path / "words" / "chat_template.jinja").write_text(template)
+    trained(
+        tmp_path, rows, computation={"method": "sft"}, training={"train_on": "all"},
+        data={"tokenizer": str(tmp_path / "words"), "validation_data": str(tmp_path / "t.jsonl")},
+    )  # fmt: skip
+    expected = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    figures = json.loads(loopos("evaluate", "out", "t.jsonl", "--json", cwd=tmp_path))
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert figures.keys() == {"loss", "perplexity"}
+    (tmp_path / "out" / "model").rename(tmp_path / "moved")
+    assert "this run has not finished" in loopos("evaluate", "out", "t.jsonl", cwd=tmp_path, code=2)
+
+
 def test_info_tells_what_there_is(tmp_path):
     facts = json.loads(loopos("info", "--json", cwd=tmp_path))
     assert {"gpt2", "llama", "qwen2", "qwen3", "mistral", "bert"} <= set(facts["families"])

@@ -185,6 +185,9 @@ def test_prompts_come_from_files_and_standard_input(project):
         ([], "red?\nblue?\n"),
     ):
         assert loopos(*greedy, *arguments, cwd=project, stdin=stdin)[0] == expected
+    if Path("/dev/stdin").exists():  # a pipe, as <(command) of a shell is
+        arguments = [*greedy, "--prompts", "/dev/stdin"]
+        assert loopos(*arguments, cwd=project, stdin="red?\nblue?\n")[0] == expected
 
 
 def test_texts_are_gone_on_with_without_a_template(project):
@@ -220,12 +223,17 @@ def test_smaller_weights_say_the_same(project, kind):
          "give either --prompt or --prompts, not both"),
         (["out"], "there is no prompt"),
         (["out", "--prompts", "none.txt"], "none.txt: no such file"),
+        (["out", "--prompts", "base"], "base: is a directory, expected a file of prompts"),
+        (["out", "--prompt", "a", "--batch-size", "0"],
+         "--batch-size: expected a whole number from 1, found 0"),
+        (["out", "--prompt", "a", "--weights", "int9"],
+         "--weights: expected one of float32, bfloat16, int8, found 'int9'; did you mean 'int8'?"),
         (["plain", "--prompt", "a", "--chat"],
          "plain: the model has no chat template, so it cannot chat; "
          "'loopos generate plain --no-chat' goes on with a text"),
         (["nothing", "--prompt", "a"], "nothing: no such directory"),
-        (["out", "--prompt", "a " * 200],
-         "prompt 0 has "),
+        (["out", "--prompt", "a", "--prompt", "a " * 200],
+         "prompt 2 has "),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_one_sentence(project, arguments, message):

@@ -118,6 +118,22 @@ def test_stop_strings_cut_the_text(stop, text, tokenizer, monkeypatch):
     assert "" not in pieces
 
 
+@pytest.mark.parametrize("special", [True, False])
+def test_a_stop_string_can_be_a_token_of_its_own(special, tokenizer, monkeypatch):
+    from tokenizers import AddedToken
+
+    found = Tokenizer(tokenizer._backend.__class__.from_str(tokenizer._backend.to_str()))
+    found._backend.add_tokens([AddedToken("<|im_end|>", special=special)])
+    how = {"max_new_tokens": 30, "temperature": 0, "ignore_eos": True}
+    for end in ("<|im_end|>", "<|endoftext|>"):
+        model, ids = says(found, f"the cat{end} sat", monkeypatch, 301)
+        (result,) = generate(model, ["x"], tokenizer=found, stop=("zzz", end), **how)
+        assert (result.text, result.stop_reason) == ("the cat", "stop_token")
+        assert result.ids.tolist() == ids[: ids.index(found.token_to_id(end)) + 1]
+        model, _ = says(found, f"the cat{end} sat", monkeypatch, 301)
+        assert "".join(stream(model, "x", tokenizer=found, stop=(end,), **how)) == "the cat"
+
+
 def test_a_tokenizer_that_closes_texts_does_not_close_prompts(tokenizer, speaker):
     from tokenizers.processors import TemplateProcessing
 

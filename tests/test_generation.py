@@ -1,5 +1,6 @@
 """Generation: tokens of transformers, rows by themselves, each option, text as it comes."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -141,6 +142,47 @@ def test_greedy_tokens_are_those_of_transformers(name, tmp_path):
             )  # fmt: skip
             assert result.ids.tolist() == expected[0, len(prompt) :].tolist()
             assert result.stop_reason == ("stop_token" if result.ids[-1] == 0 else "length")
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+def test_ends_are_those_of_transformers(file, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    tokenizer = train_bpe(["the cat sat"] * 3, 270)
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        hidden_size=12, intermediate_size=9, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=tokenizer.vocab_size, bos_token_id=None, eos_token_id=tokenizer.eos_id,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    ours, prompt = loopos.load_model(tmp_path), [5, 6, 7]
+    (free,) = generate(ours, [prompt], temperature=0, max_new_tokens=12)
+    last = next(i for i in range(2, 12) if free.ids[i] not in free.ids[:i])
+    ends = [tokenizer.eos_id, int(free.ids[last])]
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    values = json.loads((tmp_path / file).read_text()) if file == "config.json" else {}
+    (tmp_path / file).write_text(json.dumps(values | {"eos_token_id": ends}))
+
+    loopos.load_model(tmp_path).save(tmp_path / "saved", loopos.load_tokenizer(tmp_path))
+    for directory in (tmp_path, tmp_path / "saved"):
+        own, words = loopos.load_model(directory), loopos.load_tokenizer(directory)
+        (found,) = generate(own, [prompt], tokenizer=words, temperature=0, max_new_tokens=12)
+        their = transformers.LlamaForCausalLM.from_pretrained(directory)
+        given = torch.tensor([prompt])
+        expected = their.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=12,
+            pad_token_id=0,
+        )  # fmt: skip
+        assert found.ids.tolist() == expected[0, 3:].tolist() == free.ids[: last + 1].tolist()
+        assert found.stop_reason == "stop_token"
+        (passed,) = generate(own, [prompt], tokenizer=words, temperature=0, max_new_tokens=12,
+                             ignore_eos=True)  # fmt: skip
+        assert passed.ids.tolist() == free.ids.tolist()
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])

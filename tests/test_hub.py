@@ -120,6 +120,7 @@ def test_only_the_files_that_are_read_are_fetched_and_nothing_is_printed(monkeyp
         files = ["config.json", "pytorch_model.bin", "model.safetensors", "tokenizer.json",
                  "model.safetensors.index.json", "model-00001-of-00002.safetensors", "merges.txt",
                  "tokenizer_config.json", "vocab.json", "vocab.txt", "chat_template.jinja",
+                 "generation_config.json",
                  "onnx/model.onnx", "consolidated.safetensors", "training_args.bin", "tf_model.h5",
                  "onnx/config.json", "model.gguf", "pytorch_model-00001-of-00002.bin"]  # fmt: skip
         asked.append(sorted(filter_repo_objects(files, allow_patterns=allow_patterns)))
@@ -134,8 +135,8 @@ def test_only_the_files_that_are_read_are_fetched_and_nothing_is_printed(monkeyp
     assert asked == [
         ["config.json", "model-00001-of-00002.safetensors", "model.safetensors",
          "model.safetensors.index.json"],
-        ["chat_template.jinja", "merges.txt", "tokenizer.json", "tokenizer_config.json",
-         "vocab.json", "vocab.txt"],
+        ["chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
+         "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt"],
         ["config.json"],
     ]  # fmt: skip
     assert capfd.readouterr() == ("", "")

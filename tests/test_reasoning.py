@@ -1,6 +1,7 @@
 """Reading problems with their steps and answers: what a row means, and what is refused."""
 
 import json
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -50,10 +51,33 @@ def test_the_last_line_of_an_assistant_is_the_answer_without_its_mark(last):
 
 
 @pytest.mark.parametrize(
+    "rest",
+    [
+        "Thus \\boxed{5}.\nI hope that helps!", "\\[\n\\boxed{5}\n\\]", "\\[\n\\boxed{\n5\n}\n\\]",
+        "Answer: 5\n\nThat was easy.", "The answer is 5.\nDoes that help?",
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_marked_in_an_earlier_line_is_found(rest):
+    said = [{"role": "user", "content": TOM.problem},
+            {"role": "assistant", "content": f"{TOM.steps[0]}\n{rest}"}]  # fmt: skip
+    assert list(read_reasoning([{"messages": said}])) == [TOM]
+
+
+def test_the_last_answer_belongs_to_the_question_right_before():
+    said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "s\n1"},
+            {"role": "user", "content": TOM.problem},
+            {"role": "assistant", "content": TOM.steps[0] + "\n5"},
+            {"role": "user", "content": "And 3 + 3?"}]  # fmt: skip
+    assert list(read_reasoning([{"messages": said}])) == [TOM]
+
+
+@pytest.mark.parametrize(
     ("answer", "expected"),
     [
         (1234567.0, "1234567"), (0.1234567, "0.1234567"), (1e6, "1000000"), (-2.5, "-2.5"),
         (12345678901, "12345678901"), (np.int64(7), "7"), (np.float32(0.5), "0.5"),
+        (Decimal("5.00"), "5"), (Decimal("-0.50"), "-0.5"), (Decimal("1E+3"), "1000"),
+        (Decimal("12345678901234567890.125"), "12345678901234567890.125"), (Decimal(100), "100"),
         ("5 pens\nand 2 more", "5 pens and 2 more"),
     ],
 )  # fmt: skip
@@ -104,6 +128,34 @@ def test_parquet_and_arrays(tmp_path):
         ({"question": "a", "answer": "#### 5"}, "there is no step in 'reasoning'"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
         ({"messages": "a"}, "'messages' to be a list of messages"),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "content": "s\n1"},
+                    {"role": "user", "content": "a"},
+                ]
+            },
+            "the user right before the last one of the assistant, found none",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "tool", "content": "a"},
+                    {"role": "assistant", "content": "s\n1"},
+                ]
+            },
+            "the user right before the last one of the assistant, found 'tool'",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "s\n---"},
+                ]
+            },
+            "to end in an answer, found '---'",
+        ),
         ({"problem": "a\ud800", "reasoning": ["s"], "answer": "b"}, "surrogate"),
     ],
 )

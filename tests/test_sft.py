@@ -11,7 +11,7 @@ from loopos.config import load_config
 from loopos.data.batch import Batch
 from loopos.data.conversations import read_conversations
 from loopos.data.readers import Texts
-from loopos.data.tokenizer import train_bpe
+from loopos.data.tokenizer import Tokenizer, train_bpe
 from loopos.errors import CheckpointError, ConfigError, DataError, ModelFormatError
 from loopos.methods.language_model import weighted_pieces
 from loopos.methods.pretraining import Pretrainer
@@ -195,6 +195,21 @@ def test_only_the_completion_of_messages_is_trained_on():
 
 def lengths():
     return [len(TOKENIZER.encode(written(row)[0])) for row in ROWS]
+
+
+def test_answers_without_an_end_are_reported():
+    def warned(found, rows):
+        report = tuner(found).report(read_conversations(rows))
+        return [w.partition(": ") for w in report.warnings if "nothing marks the end" in w]
+
+    assert not warned(TOKENIZER, ROWS)
+    open_ended = tokenizer(TEMPLATE.replace("<|im_end|>", ""))
+    said = "nothing marks the end of an answer, so that the model does not learn to stop"
+    why = "the chat template closes no turn with a special token"
+    assert warned(open_ended, ROWS) == [(said, ": ", why)]
+    assert not warned(tokenizer(None), PLAIN)
+    ((_, _, why),) = warned(Tokenizer(TOKENIZER._backend, "<no such token>"), PLAIN)
+    assert why.startswith("the tokenizer names no token that ends a text")
 
 
 def test_long_conversations_are_left_out_and_reported():

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from loopos.config import load_config
+from loopos.data.conversations import read_conversations
 from loopos.data.readers import iter_rows, read_labelled, read_rows, read_texts
+from loopos.data.reasoning import read_reasoning
 from loopos.errors import ConfigError, DataError, MissingFileError
 from loopos.runner import prepare
 
@@ -319,8 +321,23 @@ def test_pandas_kinds_of_columns():
     assert read_labelled(frame).label_names == ["x", "y"]
     frame = pandas.DataFrame({"text": ["a", "b"], "label": pandas.array([0, None], dtype="Int64")})
     assert message_of(read_labelled, frame) == (
-        "row 2: expected 'label' to be an integer or text, found <NA>"
+        "row 2: expected 'label' to be an integer or text, found None"
     )
+    frame = pandas.DataFrame([{"problem": "a", "reasoning": ["s"], "answer": "1"},
+                              {"problem": "b", "answer": "2"},
+                              {"question": "c", "answer": "s\n#### 3"}])  # fmt: skip
+    found = read_reasoning(frame, need_steps=False)
+    assert [(e.problem, e.steps) for e in found] == [("a", ("s",)), ("b", ()), ("c", ("s",))]
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    frame = pandas.DataFrame([{"messages": said, "tools": [{"name": "f"}]}, {"messages": said},
+                              {"prompt": "a", "completion": pandas.NaT},
+                              {"prompt": "a", "completion": "b"}])  # fmt: skip
+    assert message_of(read_conversations, frame).startswith("row 3: ")
+    assert [c.tools is None for c in read_conversations(frame.drop(2)).conversations] == [
+        False,
+        True,
+        True,
+    ]
     # Rows are counted, whatever the index calls them.
     frame = pandas.DataFrame({"text": ["a", "b"]}, index=[10, 20])
     assert read_texts(frame).where == ["row 1", "row 2"]

@@ -415,6 +415,32 @@ def test_a_configured_end_of_text_is_used(tmp_path, small):
         assert load_tokenizer(tmp_path).eos_id == (0 if value is None else None)
 
 
+def test_further_ends_are_those_of_the_model_directory(tmp_path, small):
+    def read(generation=None, config=None):
+        small.save(tmp_path)
+        for name, value in (("generation_config.json", generation), ("config.json", config)):
+            (tmp_path / name).unlink(missing_ok=True)
+            if value is not None:
+                (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+        return load_tokenizer(tmp_path)
+
+    assert read().end_ids == read(0).end_ids == read(config=5).end_ids == (0,)
+    assert read([7, 0, 9]).end_ids == read(config=[0, 7, 9]).end_ids == (0, 7, 9)
+    found = read(7, [5, 6])
+    assert (found.eos_id, found.further_ends, found.end_ids) == (0, (7,), (0, 7))
+    found.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").end_ids == (0, 7)
+    file = tmp_path / "again" / "generation_config.json"
+    file.write_text('{"eos_token_id": [9], "top_k": 5}')
+    small.save(tmp_path / "again")  # knows nothing of the model there
+    assert load_tokenizer(tmp_path / "again").end_ids == (0, 9)
+    found.save(tmp_path / "again")
+    assert json.loads(file.read_text()) == {"eos_token_id": [0, 7], "top_k": 5}
+    for value in ("</s>", [0, -1], True, [[1]], 2**40):
+        with pytest.raises(ModelFormatError, match=r"generation_config.json: key 'eos_token_id'"):
+            read(value)
+
+
 def test_padding_that_was_switched_on_is_switched_off(small):
     from tokenizers import Tokenizer as Backend
 

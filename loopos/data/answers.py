@@ -22,7 +22,7 @@ from fractions import Fraction
 
 from loopos.errors import DataError
 
-__all__ = ["extract_answer", "normal_answer", "same_answer", "stated_answer"]
+__all__ = ["extract_answer", "marked_answer", "normal_answer", "same_answer"]
 
 #: Digits of a number, and its largest exponent. Python's own limit for text to int can be as low
 #: as 640 in a program that embeds this library.
@@ -107,24 +107,27 @@ def extract_answer(text: str, marker: str | None = None) -> str | None:
         occurrence up to the end of the line, and there is none where nothing follows.
         Without it the first of these that is there: what follows ``####``, ``Answer:``,
         ``the answer is`` (to the end of the sentence), the contents of ``\boxed{...}``, the last
-        number in the text.
+        number in the text. Where another mark stands in what a mark stands before, as in
+        ``Answer: The answer is 42.``, the answer is what follows that one.
     """
     _require_text(text)
     if marker is not None:
         if not marker:
             raise DataError("the marker of an answer is empty")
-        return _behind(re.compile(re.escape(marker), re.IGNORECASE), text, False)
-    found = _marked(text)
+        found = _behind(re.compile(re.escape(marker), re.IGNORECASE), text, False)
+        return None if found is None else _first_marked(found) or found
+    found = marked_answer(text)
     if found is not None:
         return found
     last = _last(_IN_TEXT, text)
     return None if last is None else last[0].strip()
 
 
-def stated_answer(text: str) -> str:
-    """Return the answer of a text that is one: what a mark in it stands before, else all of it."""
+def marked_answer(text: str) -> str | None:
+    """Return the answer that something in the text marks as such, None where nothing does."""
     _require_text(text)
-    return _marked(text) or text.strip()
+    found = _first_marked(text)
+    return None if found is None else _first_marked(found) or found
 
 
 def normal_answer(text: str) -> str:
@@ -133,7 +136,8 @@ def normal_answer(text: str) -> str:
     Numbers lose currency, unit, thousands separators and needless zeros, and are written as a
     whole number, a decimal of at most 20 places, or else a reduced fraction: ``"$1,200.50"`` gives
     ``"1200.5"``, ``"1 1/2 hours"`` ``"1.5"``, ``"2/6"`` ``"1/3"``. Text loses case, articles,
-    punctuation and repeated spaces. The form of a form is itself.
+    punctuation and repeated spaces, lists of numbers the spaces at their commas: ``"(1, 2)"`` gives
+    ``"(1,2)"``. The form of a form is itself.
     """
     return _settled(text)[0]
 
@@ -159,8 +163,8 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
     return last[0] if last else None
 
 
-def _marked(text: str) -> str | None:
-    """Return the answer that something in the text marks as such."""
+def _first_marked(text: str) -> str | None:
+    """Return what stands behind the first kind of mark that there is, other marks included."""
     for pattern, sentence in _MARKERS:
         found = _behind(pattern, text, sentence)
         if found is not None:
@@ -332,6 +336,9 @@ def _plain_text(text: str) -> str:
     """Return a text without case, articles, punctuation and repeated spaces."""
     text = unicodedata.normalize("NFKC", _simplified(text).casefold())
     text = re.sub(r"['\"`“”‘’]", "", text)
+    is_list = not re.search(r"[^\W\d_]{2}", text)  # a comma in words is punctuation
+    if is_list:
+        text = _without_spaces_at_commas(text)
     # Between digits these mean something: 10:30, 3.5.1, 1,2.
     text = re.sub(r"(?<!\d)[.,;:](?=\d)|[.,;:](?!\d)|[!?\\]", " ", text)
     text = re.sub(r"(?<=[^\W\d])-(?=[^\W\d])", " ", text)
@@ -340,4 +347,18 @@ def _plain_text(text: str) -> str:
         if word in ("a", "an", "the") and kept and (len(kept[-1]) > 1 or kept[-1].isdigit()):
             continue
         kept.append(word)
-    return " ".join(reversed(kept))
+    form = " ".join(reversed(kept))
+    # A space keeps what is no thousands separator from being read as one: 1, 200.
+    return re.sub(r"(?<=\d),(?=\d{3}(?!\d))", ", ", form) if is_list else form
+
+
+def _without_spaces_at_commas(text: str) -> str:
+    """Write a list of numbers with bare commas, and its numbers without thousands separators.
+
+    Between brackets a bare comma divides a list, unless others have a space: then it is a
+    separator, as it is outside of brackets.
+    """
+    if re.search(r"\d,\s", text) or not re.search(r"[(\[{]", text):
+        thousands = r"(?<![\d.,])\d{1,3}(?:,\d{3}){1,200}(?!,?\d)"
+        text = re.sub(thousands, lambda m: m[0].replace(",", ""), text)
+    return re.sub(r"(?<=\d)\s?,\s?(?=\d)", ",", text)

@@ -160,11 +160,14 @@ class ChatTemplate:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids of the token that closes an assistant's turn, where that is a token of its own."""
+        """Ids of the token that closes an assistant's turn, where that is a token of its own.
+
+        It is the last one of an exchange, whatever an answer is prompted with: some templates end
+        their prompt in an open ``<think>`` that they never write of turns that were.
+        """
         exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        ids, trained = self.encode(exchange)
-        last = ids[trained][-1:].tolist()
-        return tuple(id_ for id_ in last if id_ in self._added)
+        last = self._closing(self.render(exchange).rstrip())
+        return () if last is None else (last,)
 
     def _span(
         self, messages: list[dict[str, Any]], index: int, text: str, tools: Any
@@ -185,9 +188,15 @@ class ChatTemplate:
     def _without_tail(self, turn: str) -> str:
         """Return a turn without white space after its closing token: nobody asks a model for it."""
         stripped = turn.rstrip()
-        ids, offsets = self.tokenizer.encode_with_offsets(stripped[-64:])
-        closed = ids.size and offsets[-1, 1] == len(stripped[-64:])
-        return stripped if closed and int(ids[-1]) in self._added else turn
+        return turn if self._closing(stripped) is None else stripped
+
+    def _closing(self, text: str) -> int | None:
+        """Return the token at the very end of a text if it is one that stands for itself."""
+        end = text[-64:]
+        ids, offsets = self.tokenizer.encode_with_offsets(end)
+        if not ids.size or offsets[-1, 1] != len(end) or int(ids[-1]) not in self._added:
+            return None
+        return int(ids[-1])
 
     def _encoded(self, text: str, spans: list[tuple[int, int]]) -> tuple[Array, Array]:
         ids, offsets = self.tokenizer.encode_with_offsets(text)

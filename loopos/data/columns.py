@@ -154,5 +154,11 @@ def columns_of(
 def _pandas(frame: Any, fields: Sequence[str] | None) -> Iterator[Mapping[Any, Any]]:
     names = list(frame.columns)
     picked = _columns(names, fields, "the data") or names
-    for cells in zip(*(frame[name] for name in picked), strict=True):
+    for cells in zip(*(_cells(frame[name]) for name in picked), strict=True):
         yield dict(zip(picked, cells, strict=True))
+
+
+def _cells(column: Any) -> Iterator[Any]:
+    """Yield the cells of a column, None where it has nothing: pandas has NaN, NA and NaT there."""
+    for cell, missing in zip(column, column.isna(), strict=True):
+        yield None if missing else cell

@@ -2,8 +2,8 @@
 
 Rows have ``problem``, ``reasoning`` (a list of steps, or a text with one step a line) and
 ``answer``; or, as GSM8K has them, ``question`` and ``answer`` with the steps first and the answer
-behind ``####``; or ``messages``, whose last user asks and whose last assistant answers so, or with
-the answer alone in the last line, perhaps marked as ``Answer: 5`` is.
+behind ``####``; or ``messages``, whose last assistant answers the user right before so, or with the
+answer in a line that marks it as ``Answer: 5`` does, or else alone in the last line.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 
-from loopos.data.answers import stated_answer
+from loopos.data.answers import marked_answer
 from loopos.data.labels import check_unicode, field_of, first_few
 from loopos.data.readers import Texts
 from loopos.data.rows import Row, Source, iter_rows, name_of
@@ -165,6 +166,9 @@ def _text(row: Row, name: str) -> str:
 
 def _number_as_text(value: Any) -> Any:
     """Return a number as text, to its last digit; 5.0, as tables have it, as 5."""
+    if isinstance(value, Decimal) and value.is_finite():
+        digits = format(value, "f")  # never an exponent
+        return digits.rstrip("0").rstrip(".") if "." in digits else digits
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.number)):
         return value
     if not np.isfinite(value):
@@ -221,14 +225,43 @@ def _of_messages(row: Row, need_steps: bool) -> ReasoningExample:
             f"{row.where}: expected 'messages' to be a list of messages, "
             f"found {reprlib.repr(messages)}"
         )
-    said = {role: [m.get("content") for m in messages if m.get("role") == role]
-            for role in ("user", "assistant")}  # fmt: skip
-    for role, contents in said.items():
-        if not contents:
+    roles = [m.get("role") for m in messages]
+    for role in ("user", "assistant"):
+        if role not in roles:
             raise DataError(f"{row.where}: no message of the {role}")
-    problem = _checked(row, "messages (user)", said["user"][-1])
-    text = _checked(row, "messages (assistant)", said["assistant"][-1])
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    if last == 0 or roles[last - 1] != "user":
+        raise DataError(
+            f"{row.where}: expected a message of the user right before the last one of the "
+            f"assistant, found {repr(roles[last - 1]) if last else 'none'}"
+        )
+    problem = _checked(row, "messages (user)", messages[last - 1].get("content"))
+    text = _checked(row, "messages (assistant)", messages[last].get("content"))
     if _MARK in text:
-        return _marked(row, problem, text, "messages (assistant)", need_steps)
-    *steps, answer = [line for line in text.splitlines() if line.strip()]
-    return ReasoningExample(problem, _steps(row, steps, need_steps), stated_answer(answer))
+        found = _marked(row, problem, text, "messages (assistant)", need_steps)
+    else:
+        steps, answer = _told_apart([line for line in text.splitlines() if line.strip()])
+        found = ReasoningExample(problem, _steps(row, steps, need_steps), answer)
+    if not any(map(str.isalnum, found.answer)):
+        raise DataError(
+            f"{row.where}: expected the last message of the assistant to end in an answer, "
+            f"found {reprlib.repr(found.answer)}"
+        )
+    return found
+
+
+def _told_apart(lines: list[str]) -> tuple[list[str], str]:
+    """Return the steps before the last line that marks an answer, else before the last, and it."""
+    marked = marked_answer("\n".join(lines))
+    if marked is None:
+        return lines[:-1], lines[-1].strip()
+    for at in reversed(range(len(lines))):
+        answer = marked_answer(lines[at])
+        if answer is not None:
+            break
+    else:  # in a box of several lines
+        answer, at = marked, max(i for i, line in enumerate(lines) if "\\boxed{" in line)
+    steps = lines[:at]
+    while at < len(lines) - 1 and steps and not any(map(str.isalnum, steps[-1])):
+        steps.pop()  # what opens a formula
+    return steps, _one_line(answer)

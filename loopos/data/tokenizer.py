@@ -23,10 +23,12 @@ _END_CANDIDATES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>"
 
 
 _TEMPLATE_FILE = "chat_template.jinja"
+#: Where a model says which tokens end what it generates: the first file counts.
+_GENERATION_FILE, _MODEL_FILE = "generation_config.json", "config.json"
 #: What is fetched of a model on the Hub.
 _HUB_FILES = (
     "tokenizer.json", "tokenizer_config.json", _TEMPLATE_FILE,
-    "vocab.json", "merges.txt", "vocab.txt",
+    "vocab.json", "merges.txt", "vocab.txt", _GENERATION_FILE, _MODEL_FILE,
 )  # fmt: skip
 
 
@@ -47,6 +49,9 @@ class Tokenizer:
     chat_template : str or None
         The Jinja template that writes messages as one text, from `config`; may be set, and is
         saved.
+    further_ends : tuple of int
+        Tokens that end what the model generates, beside the one that closes a text; may be set,
+        and is saved.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class Tokenizer:
         self.chat_template = _chat_template(self._config)
         candidates = [eos_token] if eos_token else _END_CANDIDATES
         self.eos_token = next((t for t in candidates if backend.token_to_id(t) is not None), None)
+        self.further_ends: tuple[int, ...] = ()
 
     @property
     def vocab_size(self) -> int:
@@ -69,6 +75,12 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         """Id of the token that closes a text, if there is one."""
         return None if self.eos_token is None else self.token_to_id(self.eos_token)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of all tokens that end what the model generates, first the one that closes a text."""
+        first = () if self.eos_id is None else (self.eos_id,)
+        return tuple(dict.fromkeys([*first, *self.further_ends]))
 
     @property
     def special_tokens(self) -> dict[str, str]:
@@ -190,7 +202,12 @@ class Tokenizer:
         return text
 
     def save(self, directory: str | Path) -> None:
-        """Write ``tokenizer.json`` and ``tokenizer_config.json`` (raises OutputError)."""
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` (raises OutputError).
+
+        Further tokens that end a text go into ``generation_config.json``, where transformers looks
+        for them and where all else that it says stays. Without such tokens it is not touched: it
+        may be of the model that lies there.
+        """
         directory = Path(directory)
         atomic_write_text(directory / "tokenizer.json", self._backend.to_str(pretty=True))
         config = {"tokenizer_class": "PreTrainedTokenizerFast"} | self._config
@@ -200,6 +217,10 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
         (directory / _TEMPLATE_FILE).unlink(missing_ok=True)  # it would override what is saved
         write_json(directory / "tokenizer_config.json", config)
+        if self.further_ends:
+            file = directory / _GENERATION_FILE
+            known = read_json(file, ModelFormatError) if file.is_file() else {}
+            write_json(file, known | {"eos_token_id": list(self.end_ids)})
 
 
 def _checked(texts: Iterable[Any]) -> Iterator[str]:
@@ -218,7 +239,7 @@ def _checked(texts: Iterable[Any]) -> Iterator[str]:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Read the tokenizer of a model, and its chat template.
+    """Read the tokenizer of a model, its chat template, and which tokens end a text.
 
     Parameters
     ----------
@@ -235,6 +256,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         If there is no tokenizer.
     ModelFormatError
         If its files are damaged.
+
+    Notes
+    -----
+    Beside the token that closes a text, those end one that ``generation_config.json`` names as
+    ``eos_token_id``, or, where it names none, a list in ``config.json``.
     """
     path = local_path(path, _HUB_FILES)
     if not path.exists():
@@ -244,6 +270,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
         return load_gguf_tokenizer(path)
     directory = path if path.is_dir() else path.parent
+    found = _read(path, directory)
+    found.further_ends = tuple(id_ for id_ in _ends(directory) if id_ != found.eos_id)
+    return found
+
+
+def _read(path: Path, directory: Path) -> Tokenizer:
     config_file = directory / "tokenizer_config.json"
     config = _settings(config_file) if config_file.exists() else {}
     template = directory / _TEMPLATE_FILE
@@ -275,6 +307,27 @@ def _settings(path: Path) -> dict[str, Any]:
     except UnicodeEncodeError as error:
         raise ModelFormatError(f"{path}: has half a surrogate pair, so no text") from error
     return values
+
+
+def _ends(directory: Path) -> list[int]:
+    """Return the tokens that end what a model generates, as its own files say."""
+    for name in (_GENERATION_FILE, _MODEL_FILE):
+        path = directory / name
+        if not path.is_file():
+            continue
+        given = read_json(path, ModelFormatError).get("eos_token_id")
+        if name == _MODEL_FILE and not isinstance(given, list):
+            continue  # one token is what the tokenizer's own configuration names
+        if given is None:
+            continue
+        ends = given if isinstance(given, list) else [given]
+        for id_ in ends:
+            if isinstance(id_, bool) or not isinstance(id_, int) or not 0 <= id_ < 2**31:
+                raise ModelFormatError(
+                    f"{path}: key 'eos_token_id' is {given!r}, expected a token id or a list"
+                )
+        return ends
+    return []
 
 
 def _is_tokenizer_json(path: Path) -> bool:

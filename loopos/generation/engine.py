@@ -118,8 +118,12 @@ class Engine:
         self.model, self.tokenizer, self.cache, self.options = model, tokenizer, cache, options
         self._share, self._streaming = share_prefix, streaming
         self._stops = set(options.stop_ids)
-        if tokenizer is not None and tokenizer.eos_id is not None and not options.ignore_eos:
-            self._stops.add(tokenizer.eos_id)
+        if tokenizer is not None and not options.ignore_eos:
+            self._stops.update(tokenizer.end_ids)
+        if tokenizer is not None:  # special tokens are not in the text that is searched
+            named = map(tokenizer.token_to_id, options.stop)
+            added = tokenizer.added_ids
+            self._stops.update(id_ for id_ in named if id_ is not None and id_ in added)
         slots = cache.slots
         self._numbers = RowNumbers(slots) if options.temperature > 0 else None
         penalty = options.repetition_penalty

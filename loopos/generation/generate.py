@@ -54,7 +54,7 @@ def generate(
         Texts, which need a tokenizer, or token ids.
     options : SamplingOptions, optional
     tokenizer : Tokenizer, optional
-        Also names the token that ends a text.
+        Also names the tokens that end a text, ``end_ids``.
     batch_size : int
         Rows at once.
     weights : {"float32", "bfloat16", "int8"}

@@ -38,11 +38,11 @@ class SamplingOptions:
         multiplies the negative ones (Keskar et al. 2019); 1: nothing.
     stop : tuple of str
         Texts that end a row. The text is cut before them; the tokens up to the one that completes
-        them are kept.
+        them are kept. One that is a special token, such as ``<|im_end|>``, is a stop token.
     stop_ids : tuple of int
-        Tokens that end a row, beside the tokenizer's end of text.
+        Tokens that end a row, beside the tokenizer's ends of text.
     ignore_eos : bool
-        Let the tokenizer's end of text pass as any other token.
+        Let the tokenizer's ends of text pass as any other token.
     num_samples : int
         Rows of each prompt.
     seed : int

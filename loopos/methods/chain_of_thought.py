@@ -285,12 +285,16 @@ class ChainOfThought:
         validation: ReasoningExamples | None = None,
         options: Options | None = None,
     ) -> DataReport:
-        """Return what the data holds, which examples are too long, and answers from nowhere."""
+        """Return what the data holds, which examples are too long, and answers from nowhere.
+
+        It warns where no token ends a solution, so that the model would not learn to stop.
+        """
         options = options or Options()
         self._take_templates(options)
         sets = [data for data in (training, validation) if data is not None]
         samples = [self._samples(data, options) for data in sets]
-        return reasoning_report(sets, samples, self._limit(options), options.with_steps)
+        ends = bool(self._write.stop_ids)
+        return reasoning_report(sets, samples, self._limit(options), options.with_steps, ends)
 
     def preview(
         self, training: ReasoningExamples, options: Options | None = None, rows: int = 3

@@ -67,6 +67,16 @@ def require_same_vocabulary(network: Transformer, policy: Transformer, name: str
         raise ConfigError(f"{name} has a vocab_size of {size}, the policy has {expected}")
 
 
+def endless(what: str, templated: bool) -> str:
+    """Return the warning that nothing which is trained on marks the end of an answer."""
+    why = (
+        "the chat template closes no turn with a special token"
+        if templated
+        else "the tokenizer names no token that ends a text (eos_token in tokenizer_config.json)"
+    )
+    return f"nothing marks the end of {what}, so that the model does not learn to stop: {why}"
+
+
 class SpanWeights(Sequence[Array]):
     """How much each token of each sample counts, by the kind of span that it stands in.
 

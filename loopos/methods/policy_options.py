@@ -55,7 +55,7 @@ class PolicyOptions(TrainingOptions):
     max_new_tokens : int
         Tokens of a response at the most.
     stop_ids : tuple of int
-        Tokens that end a response, beside the tokenizer's end of text.
+        Tokens that end a response, beside the tokenizer's ends of text.
     missing_eos_penalty : float or None
         For responses without a stop token.
     missing_eos_mode : {"subtract", "replace"}

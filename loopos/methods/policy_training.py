@@ -118,8 +118,8 @@ class PolicyTrainer(PolicyUpdates):
 
     @property
     def _stops(self) -> set[int]:
-        eos = None if self.tokenizer is None else self.tokenizer.eos_id
-        return {*self.options.stop_ids, *(() if eos is None else (eos,))}
+        ends = () if self.tokenizer is None else self.tokenizer.end_ids
+        return {*self.options.stop_ids, *ends}
 
     def _first_state(self) -> LearnerState:
         normaliser = Normaliser(self.options.reward_normalisation)

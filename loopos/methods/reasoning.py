@@ -16,7 +16,7 @@ from loopos.data.solutions import ANSWER, PROMPT, STEPS, SolutionTemplate, Solut
 from loopos.data.store import TextStore, TokenStore, TokenStoreBuilder
 from loopos.errors import ConfigError, DataError, ModelFormatError
 from loopos.files import read_json, write_json
-from loopos.methods.language_model import SpanWeights
+from loopos.methods.language_model import SpanWeights, endless
 from loopos.training.loop import TrainingOptions
 
 __all__ = ["Options", "Samples", "encode_examples", "keep_template", "kept_template",
@@ -208,12 +208,16 @@ def encode_examples(
 
 
 def reasoning_report(
-    sets: Sequence[ReasoningExamples], samples: Sequence[Samples], limit: int, steps_count: bool
+    sets: Sequence[ReasoningExamples],
+    samples: Sequence[Samples],
+    limit: int,
+    steps_count: bool,
+    ends: bool = True,
 ) -> DataReport:
     """Return what a training set and perhaps a validation set hold.
 
-    Beside what every report has: which examples are longer than `limit`, and where `steps_count`
-    whose answers are not in their last step.
+    Beside what every report has: which examples are longer than `limit`, where `steps_count`
+    whose answers are not in their last step, and that no token `ends` a solution.
     """
     lengths = [found.lengths for found in samples]
     validation = sets[1] if len(sets) > 1 else None
@@ -234,6 +238,8 @@ def reasoning_report(
         warnings.append(
             f"the answers of {len(absent)} examples are not in their last step ({_few(absent)})"
         )
+    if not ends:
+        warnings.append(endless("a solution", templated=False))
     return replace(report, warnings=warnings, dropped=dropped)
 
 

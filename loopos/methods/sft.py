@@ -26,6 +26,7 @@ from loopos.methods.language_model import (
     NextTokenObjective,
     Piece,
     SpanWeights,
+    endless,
     next_token_evaluator,
     require_language_model,
     weighted_pieces,
@@ -180,7 +181,10 @@ class SupervisedFineTuner:
         validation: Conversations | None = None,
         options: Options | None = None,
     ) -> DataReport:
-        """Return what the data holds, and which conversations are too long."""
+        """Return what the data holds, and which conversations are too long.
+
+        It warns where no token ends an answer, so that the model would not learn to stop.
+        """
         options = options or Options()
         limit, cut = self._limit(options), options.overflow == "truncate"
         found = [(data, self._samples(data, options)) for data in (training, validation)
@@ -192,6 +196,8 @@ class SupervisedFineTuner:
             limit if cut else None,
             found[1][1].lengths if validation is not None else None,
         )
+        if not self._ends():
+            report.warnings.append(endless("an answer", self._template is not None))
         places = [data.where[i] for data, samples in found for i in samples.left_out]
         if not places:
             return report
@@ -229,6 +235,15 @@ class SupervisedFineTuner:
     def save(self, directory: str | Path) -> None:
         """Write model and tokenizer; transformers loads them back."""
         self.model.save(directory, self.tokenizer)
+
+    def _ends(self) -> bool:
+        """Whether a token ends what is trained on."""
+        if self._template is None:
+            return self.tokenizer.eos_id is not None
+        try:
+            return bool(self._template.stop_ids)
+        except (DataError, ModelFormatError):  # it may want more than a question and an answer
+            return True
 
     def _limit(self, options: Options) -> int:
         limit = self.model.config.max_seq_len
