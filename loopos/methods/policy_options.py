@@ -45,7 +45,8 @@ class PolicyOptions(TrainingOptions):
         The updates of a step end before the one whose ``approx_kl`` is above this.
     kl_budget : float or None
         The run ends when the mean KL of a response, in nats, is above this. The best evaluation
-        within it is kept, or else the last weights whose samples were.
+        within it is kept, or else the last weights whose samples were, since the run was begun or
+        resumed: a copy of what is trained.
     ppo_epochs : int
         Passes over the samples of a step.
     minibatches : int
