@@ -144,6 +144,12 @@ def test_a_tokenizer_that_closes_texts_does_not_close_prompts(tokenizer, speaker
     )
     closing = Tokenizer(backend, end)
     assert closing.encode("the cat")[-1] == closing.eos_id
+    texts = ["the cat", f"the cat{end}", "sat"]
+    for each in (tokenizer, closing):
+        assert [ids.tolist() for ids in each.encode_open(texts)] == [
+            tokenizer.encode(text) for text in texts
+        ]
+    assert [ids.size for ids in tokenizer.encode_open([f"{end}", ""])] == [1, 0]
     how = {"temperature": 0, "max_new_tokens": 12}
     for text, ids in (
         ("the cat", tokenizer.encode("the cat")),

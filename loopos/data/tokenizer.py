@@ -138,14 +138,15 @@ class Tokenizer:
         An end of text that a text itself writes out stays; errors as :meth:`encode`.
         """
         found, end = self.encode_batch(texts), self.eos_id
-        if end is None or not any(ids[-1:].tolist() == [end] for ids in found):
+        closed = [end is not None and ids[-1:].tolist() == [end] for ids in found]
+        if not any(closed):
             return found
         bare = self.encode_batch(texts, special_tokens=False)
-        return [
-            ids[:-1] if ids[-1] == end and n and np.array_equal(ids[-1 - n : -1], written) else ids
-            for ids, written in zip(found, bare, strict=True)
-            for n in [len(written)]
-        ]
+        for index, (ids, written) in enumerate(zip(found, bare, strict=True)):
+            ends_in = ids[:-1][-len(written) :]  # what was written, if the end was added
+            if closed[index] and len(written) and np.array_equal(ends_in, written):
+                found[index] = ids[:-1]
+        return found
 
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = False
