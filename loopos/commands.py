@@ -467,6 +467,8 @@ def merge(
         body = load_model(inner)
         merge_lora(body)
         body.save(output, load_tokenizer(inner))
+        if (inner / "reasoning.json").is_file():  # it is asked problems still
+            write_json(output / "reasoning.json", read_json(inner / "reasoning.json"))
     say(f"saved in {output}")
 
 

@@ -287,10 +287,15 @@ def _stages(options: TrainingOptions) -> dict[str, TrainingOptions]:
 def _shortened(options: Any) -> Any:
     """Return options of a run whose stages have one epoch each."""
     if not hasattr(options, "with_stage"):
-        return dataclasses.replace(options, **_SHORT)
-    for name in options.stages():
-        options = options.with_stage(name, **_SHORT)
+        return dataclasses.replace(options, **_SHORT, **_unbudgeted(options))
+    for name, stage in options.stages().items():
+        options = options.with_stage(name, **_SHORT, **_unbudgeted(stage))
     return options
+
+
+def _unbudgeted(options: Any) -> dict[str, float]:
+    """Return a budget of KL that ends no run, where there is one: what it needs is needed yet."""
+    return {} if getattr(options, "kl_budget", None) is None else {"kl_budget": sys.float_info.max}
 
 
 def _share_of(options: TrainingOptions, part: int, whole: int, share: float) -> float:

@@ -15,6 +15,7 @@ from loopos.data.tokenizer import load_tokenizer, train_bpe
 from loopos.errors import ConfigError
 from loopos.methods.fine_tuning import FineTuner
 from loopos.models import load_model
+from loopos.models.lora import add_lora
 from loopos.runner import run
 
 LOOPOS = str(Path(sys.executable).with_name("loopos"))
@@ -144,6 +145,16 @@ def test_adapters_are_merged_into_a_whole_model(tmp_path):
     assert "no adapters to merge" in loopos("merge", "whole", "again", cwd=tmp_path, code=2)
     assert not (tmp_path / "again").exists()
     assert "nothing: no such directory" in loopos("merge", "nothing", "x", cwd=tmp_path, code=2)
+
+
+def test_what_is_merged_is_asked_problems_as_before(tmp_path):
+    tokenizer = train_bpe([row["text"] for row in CLASSES], 300)
+    sizes = library.TransformerConfig(**SIZES | {"vocab_size": tokenizer.vocab_size})
+    library.Transformer(sizes, seed=1).save(tmp_path / "base")
+    add_lora(load_model(tmp_path / "base")).save(tmp_path / "solver", tokenizer)
+    (tmp_path / "solver" / "reasoning.json").write_text('{"chat": false}')
+    loopos("merge", "solver", "whole", cwd=tmp_path)
+    assert json.loads((tmp_path / "whole" / "reasoning.json").read_text()) == {"chat": False}
 
 
 def test_a_tokenizer_is_trained_and_shown(tmp_path):

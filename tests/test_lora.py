@@ -8,9 +8,10 @@ import pytest
 
 import loopos
 from loopos.data.batch import Batch
-from loopos.errors import ConfigError, ModelFormatError, NumericalError
+from loopos.errors import ConfigError, ModelFormatError, NumericalError, OutputError
 from loopos.models import TransformerConfig, load_config, load_model
 from loopos.models.lora import LoraConfig, add_lora, linear_modules, merge_lora, unmerge_lora
+from loopos.models.peft_files import read_adapter_config
 from loopos.models.tensor_file import TensorFile
 from loopos.ops import DropoutKeys
 from loopos.training.optim import AdamW
@@ -272,6 +273,34 @@ def test_a_merged_model_saves_whole(tmp_path):
     assert not load_model(tmp_path / "merged").adapters
 
 
+def test_adapters_and_a_whole_model_do_not_share_a_directory(tmp_path):
+    """What is found there when it is read would be a mixture."""
+    base = loopos.Transformer(GPT2, seed=3)
+    base.save(tmp_path / "base")
+    model = fill(add_lora(load_model(tmp_path / "base")))
+    with pytest.raises(OutputError, match="not saved, it holds a whole model"):
+        model.save(tmp_path / "base")
+    model.save(tmp_path / "adapter")
+    model.save(tmp_path / "adapter")
+    with pytest.raises(OutputError, match="not saved, it holds adapters"):
+        base.save(tmp_path / "adapter")
+    assert np.array_equal(states(load_model(tmp_path / "adapter")), states(model))
+
+
+def test_a_base_on_the_hub_has_its_revision_apart(tmp_path):
+    path = saved(tmp_path) / "adapter_config.json"
+    values = json.loads(path.read_text())
+    assert values["revision"] is None
+    change = {"base_model_name_or_path": "org/name", "revision": "v1.0"}
+    path.write_text(json.dumps(values | change))
+    assert read_adapter_config(path.parent)[1] == "org/name@v1.0"
+    model = fill(add_lora(load_model(tmp_path / "base"), LoraConfig(rank=2)))
+    model.origin = replace(model.origin, source="org/name@v1.0")
+    model.save(tmp_path / "again")
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert {key: written[key] for key in change} == change
+
+
 def saved(tmp_path, config=GPT2):
     loopos.Transformer(config, seed=3).save(tmp_path / "base")
     fill(add_lora(load_model(tmp_path / "base"), LoraConfig(rank=2))).save(tmp_path / "adapter")
@@ -292,6 +321,8 @@ def saved(tmp_path, config=GPT2):
         ({"lora_alpha": 10**400}, "alpha: expected a positive number"),
         ({"r": "x"}, "rank: expected a whole number"),
         ({"base_model_name_or_path": None}, "expected where the base model is"),
+        ({"init_lora_weights": "pissa_niter_4"}, "expected one that leaves the base as it is"),
+        ({"init_lora_weights": "olora"}, "expected one that leaves the base as it is"),
     ],
 )
 def test_configurations_that_are_not_computed_are_refused(tmp_path, change, message):

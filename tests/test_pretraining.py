@@ -9,6 +9,7 @@ from loopos.data.tokenizer import Tokenizer, train_bpe
 from loopos.errors import ConfigError, DataError, MissingFileError
 from loopos.methods.pretraining import Options, Pretrainer
 from loopos.models import Transformer, TransformerConfig, load_model
+from loopos.models.adapter import LoraConfig
 
 DOCUMENTS = [
     "The cat sat on the mat and looked at the dog, who sat on the log.",
@@ -246,6 +247,17 @@ def test_options_that_do_not_fit_are_named(tokenizer, overrides, message):
 
 
 # -- keeping ---------------------------------------------------------------------------------------
+
+
+def test_what_is_evaluated_has_its_adapters(tokenizer, tmp_path):
+    model().save(tmp_path)
+    trainer = Pretrainer(load_model(tmp_path), tokenizer)
+    before = trainer.evaluate(TEXTS)["loss"]
+    result = trainer.fit(TEXTS, TEXTS, learning_rate=1e-2, max_steps=8, eval_steps=4,
+                         lora=LoraConfig(rank=2))  # fmt: skip
+    first, last = (e["eval"]["loss"] for e in result.evaluations)
+    assert last < first < before
+    assert trainer.evaluate(TEXTS)["loss"] == last
 
 
 def test_the_best_weights_are_in_place_at_the_end(tokenizer, tmp_path):

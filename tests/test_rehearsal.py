@@ -10,7 +10,8 @@ import pytest
 
 from loopos.config import load_config
 from loopos.errors import ConfigError, InputError
-from loopos.rehearsal import Estimate, _due, _Few, _line, rehearse
+from loopos.methods import rlhf
+from loopos.rehearsal import Estimate, _due, _Few, _line, _shortened, rehearse
 from loopos.training.options import TrainingOptions
 
 RUN = """
@@ -120,3 +121,12 @@ def test_what_is_wrong_is_said_as_the_run_would_say_it(tmp_path):
     given = [f"data.output_dir={json.dumps(str(tmp_path / 'run'))}", "training.max_length=4096"]
     with pytest.raises(InputError, match=r"training\.max_length: 4096 is more than"):
         rehearse(load_config("fine_tuning", given), given)
+
+
+def test_no_budget_of_divergence_ends_a_rehearsal():
+    """But what it needs, a reference and a copy of the weights, is there."""
+    options = rlhf.Options(kl_coefficient=0.0, kl_budget=1e-4, phases=("ppo",))
+    short = _shortened(options)
+    assert short.kl_budget == sys.float_info.max
+    assert short.needs_reference
+    assert _shortened(rlhf.Options(phases=("ppo",))).kl_budget is None

@@ -374,6 +374,17 @@ def test_what_was_saved_scores_the_same(tokenizer, tmp_path, changes, lora):
     np.testing.assert_array_equal(twice.score(*texts), again.score(*texts))
 
 
+def test_what_was_saved_reads_conversations(tokenizer, tmp_path, monkeypatch):
+    """As the run that saved it did: `loopos evaluate` asks it so."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    trainer_of(tokenizer).save(tmp_path)
+    turn = [{"role": "user", "content": "old"}]
+    pairs = [{"prompt": turn, "chosen": [{"role": "assistant", "content": "new"}],
+              "rejected": [{"role": "assistant", "content": "odd"}]}]  # fmt: skip
+    assert RewardTrainer.load(tmp_path).evaluate(pairs)["count"] == 1
+
+
 @pytest.mark.parametrize("changes", [{}, LLAMA], ids=["gpt2", "llama"])
 def test_transformers_gives_the_same_scores(tokenizer, tmp_path, changes):
     torch = pytest.importorskip("torch")

@@ -422,8 +422,12 @@ def test_adapters_are_trained_alone(tmp_path):
             np.testing.assert_array_equal(parameter.data, base[name].data)
     trainer = tuner()
     before = trainer.evaluate(DATA)["loss"]
-    trainer.fit(DATA, learning_rate=1e-2, max_steps=20, lora=LoraConfig(rank=4))
-    assert trainer.evaluate(DATA)["loss"] < before
+    result = trainer.fit(
+        DATA, DATA, learning_rate=1e-2, max_steps=20, eval_steps=5, lora=LoraConfig(rank=4)
+    )
+    found = [e["eval"]["loss"] for e in result.evaluations]
+    assert found[-1] < found[0] < before
+    assert trainer.evaluate(DATA)["loss"] == found[-1]
 
 
 def test_classes_make_no_sense(tmp_path):

@@ -120,10 +120,10 @@ class Pretrainer:
         if validation is None and validation_fraction:
             training, validation = split(training, validation_fraction, self.seed)
         pieces = self._pieces(training, options)
+        self.model = with_adapters(self.model, options, self.seed)
         evaluate = None
         if validation is not None:
             evaluate = next_token_evaluator(self.model, self._pieces(validation, options))
-        self.model = with_adapters(self.model, options, self.seed)
         train_only(self.model.parameters(), trained_body(self.model))
         return fit(
             self.model,

@@ -347,7 +347,9 @@ class RewardTrainer:
     @classmethod
     def load(cls, directory: str | Path) -> RewardTrainer:
         """Read what :meth:`save` wrote."""
-        return cls(load_reward_model(directory), load_tokenizer(directory))
+        tokenizer = load_tokenizer(directory)
+        chat = ChatTemplate(tokenizer).render if tokenizer.chat_template else None
+        return cls(load_reward_model(directory), tokenizer, chat=chat)
 
     # -- inside --------------------------------------------------------------------------------
 

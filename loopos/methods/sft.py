@@ -151,11 +151,11 @@ class SupervisedFineTuner:
         """
         options = with_overrides(options or Options(), overrides)
         samples = self._samples(_conversations(training_data), options)
+        self.model = with_adapters(self.model, options, self.seed)
         evaluate = None
         if validation_data is not None:
             held_out = self._samples(_conversations(validation_data), options)
             evaluate = next_token_evaluator(self.model, held_out.tokens, held_out.weights)
-        self.model = with_adapters(self.model, options, self.seed)
         train_only(self.model.parameters(), trained_body(self.model))
         return fit(
             self.model,

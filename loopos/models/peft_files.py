@@ -14,6 +14,7 @@ import numpy as np
 from loopos.autograd import Array
 from loopos.errors import ConfigError, ModelFormatError, NumericalError, nearest
 from loopos.files import read_json, write_json
+from loopos.hub import is_hub_name
 from loopos.models.adapter import LoraConfig
 from loopos.models.families import family_for
 from loopos.models.lora import add_lora, linear_modules
@@ -38,6 +39,8 @@ _HARMLESS = {
     "peft_version", "qalora_group_size", "r", "lora_alpha", "lora_dropout", "revision",
     "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+#: Values of ``init_lora_weights`` with which PEFT takes something off the base's weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapters(model: Transformer, directory: str | Path) -> None:
@@ -72,8 +75,11 @@ def save_adapters(model: Transformer, directory: str | Path) -> None:
         if not np.isfinite(array).all():
             raise NumericalError(f"{directory}: not saved, tensor '{name}' is not finite")
     rules = family_for(model.config).rules(model.config)
+    base, revision = _absolute(model.origin.source), None
+    if is_hub_name(base):
+        base, _, revision = base.partition("@")
     values = {
-        "base_model_name_or_path": _absolute(model.origin.source),
+        "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": any(rule.transposed for rule in rules),
         "inference_mode": True,
@@ -83,6 +89,7 @@ def save_adapters(model: Transformer, directory: str | Path) -> None:
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": config.rank,
+        "revision": revision or None,
         "target_modules": _target_modules(model),
         "task_type": "CAUSAL_LM" if model.config.lm_head else "FEATURE_EXTRACTION",
         "use_rslora": config.rslora,
@@ -166,6 +173,12 @@ def read_adapter_config(directory: str | Path) -> tuple[LoraConfig, str]:
     base = values.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise fail("base_model_name_or_path", "where the base model is")
+    start = values.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise fail("init_lora_weights", "one that leaves the base as it is; PEFT can convert them")
+    revision = values.get("revision")
+    if isinstance(revision, str) and revision and "@" not in base and is_hub_name(base):
+        base = f"{base}@{revision}"
     return config, base
 
 

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Array
-from loopos.errors import InputError, MissingFileError, ModelFormatError, NumericalError, nearest
+from loopos.errors import (
+    InputError,
+    MissingFileError,
+    ModelFormatError,
+    NumericalError,
+    OutputError,
+    nearest,
+)
 from loopos.files import is_gguf, read_json, write_json
 from loopos.hub import local_path, nearest_path
 from loopos.models.config import TransformerConfig
@@ -167,10 +174,17 @@ def save_model(
     NumericalError
         If a parameter is not finite; nothing is written.
     OutputError
-        If the directory cannot be written.
+        If the directory cannot be written, or holds adapters where a whole model is to be written,
+        or the other way round.
     """
     directory = Path(directory)
-    if model.adapters and not model.unmerged:
+    whole = not model.adapters or bool(model.unmerged)
+    other, what = (ADAPTER_CONFIG, "adapters") if whole else (_CONFIG, "a whole model")
+    if (directory / other).exists():
+        raise OutputError(
+            f"{directory}: not saved, it holds {what}, which would be mixed up with it"
+        )
+    if not whole:
         save_adapters(model, directory)
         if tokenizer is not None:
             tokenizer.save(directory)
