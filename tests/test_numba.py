@@ -509,3 +509,11 @@ def test_offsets_that_lead_outside_are_refused(offsets):
             call()
     with pytest.raises(ValueError, match=rf"lengths: expected shape \[{count}\], found \[9\]"):
         NUMBA.attention_cached(x, x, x, cache, cache, offsets, slots, np.ones(9, "i4"), 1.0)
+
+
+def test_a_parameter_that_may_not_be_written_is_named():
+    p, other = np.ones(4, np.float32), np.ones(4, np.float32)
+    p.flags.writeable = False
+    for backend in (NUMBA, NUMPY):
+        with pytest.raises(ValueError, match="p: expected an array that may be written"):
+            backend.adamw(p, other, other.copy(), other.copy(), 0.1, 0.9, 0.999, 1e-8, 0.0, 1)
