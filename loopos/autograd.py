@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loopos.backends.lasting import lasting
 from loopos.errors import LooposError
 
 Array = np.ndarray[Any, Any]
@@ -171,7 +172,7 @@ class Tensor:
         held, self._has_grad = self._has_grad, True
         self._rows = None
         if self._buffer is None:
-            self._buffer = np.empty_like(self.data, order="C")
+            self._buffer = lasting(self.shape, self.dtype)
         return self._buffer, held
 
     def grad_rows_target(self, rows: Array) -> Array:
@@ -182,7 +183,7 @@ class Tensor:
         """
         held, self._has_grad = self._has_grad, True
         if self._buffer is None:
-            self._buffer = np.zeros(self.shape, self.dtype)
+            self._buffer = lasting(self.shape, self.dtype)
             self._rows = np.zeros(len(self.data), bool)
         elif not held:
             if self._rows is None:

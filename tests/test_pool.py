@@ -391,6 +391,31 @@ def test_what_is_trimmed_goes_back_to_the_system():
     assert full - _resident() > 120e6
 
 
+@LINUX
+def test_small_blocks_share_memory_and_what_is_trimmed_of_it_goes_back():
+    kernels.arena_trim()
+    before = _resident()
+    sizes = [20_000, 100_000, 400_000, 31_000]  # floats: side by side in the same memory
+    arrays = [kernels.empty((size,)) for _ in range(40) for size in sizes]
+    for value, array in enumerate(arrays):
+        assert array.ctypes.data % 64 == 0
+        array[:] = value
+    assert all((array == value).all() for value, array in enumerate(arrays))
+    stays = arrays[1::4]  # a quarter of all blocks, 16 of 88 MB
+    del array
+    arrays.clear()
+    kernels.arena_trim()  # their neighbours' pages go back
+    left = _resident() - before
+    assert left < 30e6, left
+    assert all((array == 4 * i + 1).all() for i, array in enumerate(stays))
+    stays.clear()
+    kernels.arena_trim()
+    assert _resident() - before < 8e6
+    again = kernels.empty((100_000,))
+    again[:] = 1
+    assert again.sum() == 100_000
+
+
 def test_what_is_kept_is_bounded():
     kernels.arena_trim()
     for size in range(1_000_000, 12_000_000, 250_000):  # of many sizes, one at a time

@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from loopos.autograd import Array, Parameter, Tensor
+from loopos.backends.lasting import lasting_copy
 from loopos.data.chat import ChatTemplate
 from loopos.data.preferences import (
     Judgements,
@@ -200,7 +201,7 @@ class DPOTrainer:
         if self.reference is None:
             base = without_adapters(self.model)  # the same arrays
             if not self.model.adapters:
-                arrays = {name: p.data.copy() for name, p in base.parameters().items()}
+                arrays = {name: lasting_copy(p.data) for name, p in base.parameters().items()}
                 base = Transformer(base.config, dtype=base.dtype, arrays=arrays)
             self.reference = base
         return self.reference

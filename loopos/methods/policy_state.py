@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loopos.autograd import Array
+from loopos.backends.lasting import lasting_copy
 from loopos.methods.rewards import Normaliser
 from loopos.models.lora import without_adapters
 from loopos.models.transformer import Transformer
@@ -33,9 +34,9 @@ class Scored:
 
 def copy_of(model: Transformer) -> Transformer:
     """Return a frozen copy of a model, adapters merged or left out as they are in it."""
-    arrays = {n: p.data.copy() for n, p in without_adapters(model).parameters().items()}
+    arrays = {n: lasting_copy(p.data) for n, p in without_adapters(model).parameters().items()}
     if model.unmerged:
-        arrays |= {n: model.parameters()[n].data.copy() for n in model.unmerged}
+        arrays |= {n: lasting_copy(model.parameters()[n].data) for n in model.unmerged}
     copy = Transformer(model.config, dtype=model.dtype, arrays=arrays)
     for parameter in copy.parameters().values():
         parameter.requires_grad = False

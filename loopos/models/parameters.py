@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Array
+from loopos.backends.lasting import lasting
 from loopos.models.config import TransformerConfig
 
 _INIT_STD = 0.02  # GPT-2 (Radford et al. 2019) and BERT (Devlin et al. 2019)
@@ -100,7 +101,7 @@ def _normal(
     rng: np.random.Generator, shape: tuple[int, ...], std: float, dtype: np.dtype[Any]
 ) -> Array:
     """Draw N(0, std), in float64 for either dtype, so that a seed names one model."""
-    array = np.empty(shape, dtype)
+    array = lasting(shape, dtype)
     flat = array.reshape(-1)
     draws = np.empty(min(flat.size, _DRAWN_AT_ONCE))
     for start in range(0, flat.size, _DRAWN_AT_ONCE):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Array
+from loopos.backends.lasting import lasting_copy
 from loopos.errors import (
     InputError,
     MissingFileError,
@@ -307,12 +308,8 @@ def _read_rule(
     sizes = [shapes[name][0] for name in rule.names]
     expected = (sum(sizes), *shapes[rule.names[0]][1:])
     array = read_finite(file, name, expected[::-1] if rule.transposed else expected, dtype)
-    if rule.transposed:
-        array = np.ascontiguousarray(array.T)
-    if len(sizes) == 1:
-        return {rule.names[0]: array}
-    parts = np.split(array, np.cumsum(sizes)[:-1])
-    return {part: piece.copy() for part, piece in zip(rule.names, parts, strict=True)}
+    parts = np.split(array.T if rule.transposed else array, np.cumsum(sizes)[:-1])
+    return {part: lasting_copy(piece) for part, piece in zip(rule.names, parts, strict=True)}
 
 
 def _read_others(

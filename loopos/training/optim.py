@@ -14,6 +14,7 @@ import numpy as np
 
 from loopos.autograd import Array, Parameter
 from loopos.backends import get_backend
+from loopos.backends.lasting import lasting
 from loopos.backends.numpy_updates import AdamwTensor
 from loopos.errors import CheckpointError, ConfigError
 
@@ -129,7 +130,7 @@ class Optimizer(ABC):
     def _slot(self, slot: str, name: str, like: Array) -> Array:
         arrays = self._state[slot]
         if name not in arrays:
-            arrays[name] = np.zeros_like(like, order="C")
+            arrays[name] = lasting(like.shape, like.dtype)
         return arrays[name]
 
     def zero_grad(self) -> None:

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 #if defined(__GLIBC__)
 #include <malloc.h>
@@ -29,13 +30,28 @@
 #define SMALLEST 256
 #define CLASSES (40 * STEPS)
 #define HUGE_PAGE ((size_t)2 << 20)
+/* Blocks from this size to that of a huge page lie side by side in slabs, so that they have huge pages
+   too. Not under the sanitizer: it watches what lies between blocks. */
+#define SLAB_LEAST ((size_t)64 << 10)
+#define SLAB_BYTES ((size_t)16 << 20)
+#if defined(__linux__) && defined(MADV_HUGEPAGE) && !defined(__SANITIZE_ADDRESS__)
+#define IN_SLABS(size) ((size) >= SLAB_LEAST && (size) < HUGE_PAGE)
+#else
+#define IN_SLABS(size) 0
+#endif
 /* What may be kept beyond the most that was in use at once, as a share of that and in bytes. */
 #define SLACK_SHARE 8
 #define SLACK_BYTES ((size_t)8 << 20)
 
+typedef struct { /* the first 64 bytes of its memory */
+    size_t used; /* bytes from the start that blocks have taken, dead ones too */
+    long blocks; /* that are not dead */
+} slab_t;
+
 typedef struct block {
     size_t size; /* usable bytes */
     int class;
+    slab_t *slab; /* NULL: has memory of its own */
     unsigned long given; /* when it was given back */
     struct block *older, *newer;
 } block_t; /* lies in the 64 bytes before the memory */
@@ -43,6 +59,7 @@ typedef struct block {
 static struct {
     pthread_mutex_t lock;
     block_t *newest[CLASSES], *oldest[CLASSES];
+    slab_t *slab; /* where the next small block will lie */
     size_t used, kept, peak;
     unsigned long clock;
 } arena = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -78,6 +95,27 @@ static void unlink_block(block_t *block) {
     arena.kept -= block->size;
 }
 
+/* Hand a block to the system: of a slab its pages, and the slab when none is left in it. */
+static void release(block_t *block) {
+    slab_t *slab = block->slab;
+    ASAN_UNPOISON_MEMORY_REGION((char *)block + 64, block->size);
+    if (!slab) {
+        free(block);
+        return;
+    }
+    if (--slab->blocks == 0 && slab != arena.slab) {
+        free(slab);
+        return;
+    }
+    if (slab->blocks == 0) slab->used = 64;
+#if defined(__linux__)
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)block + 64;
+    uintptr_t end = (begin + block->size) / page * page;
+    begin = (begin + page - 1) / page * page;
+    madvise((void *)begin, end - begin, MADV_DONTNEED);
+#endif
+}
+
 /* Hand the blocks that waited longest to the system until so much is kept at most. */
 static void keep_at_most(size_t bytes) {
     while (arena.kept > bytes) {
@@ -87,21 +125,44 @@ static void keep_at_most(size_t bytes) {
             if (block && (!first || block->given < first->given)) first = block;
         }
         unlink_block(first);
-        ASAN_UNPOISON_MEMORY_REGION((char *)first + 64, first->size);
-        free(first);
+        release(first);
     }
 }
 
-static block_t *fresh(size_t size, int class) {
+/* Memory that huge pages are asked for where it is large. */
+static void *new_memory(size_t bytes) {
     void *memory = NULL;
-    size_t total = size + 64, alignment = size >= HUGE_PAGE ? HUGE_PAGE : 64;
-    if (posix_memalign(&memory, alignment, total)) return NULL;
+    size_t alignment = bytes > HUGE_PAGE ? HUGE_PAGE : 64;
+    if (posix_memalign(&memory, alignment, bytes)) return NULL;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    if (alignment == HUGE_PAGE) madvise(memory, total & ~(HUGE_PAGE - 1), MADV_HUGEPAGE);
+    if (alignment == HUGE_PAGE) madvise(memory, bytes & ~(HUGE_PAGE - 1), MADV_HUGEPAGE);
 #endif
-    block_t *block = memory;
+    return memory;
+}
+
+static block_t *fresh(size_t size, int class) {
+    size_t total = (size + 64 + 63) / 64 * 64;
+    slab_t *slab = NULL;
+    block_t *block;
+    if (IN_SLABS(size)) {
+        slab = arena.slab;
+        if (!slab || SLAB_BYTES - slab->used < total) {
+            slab = new_memory(SLAB_BYTES);
+            if (!slab) return NULL;
+            if (arena.slab && arena.slab->blocks == 0) free(arena.slab);
+            *slab = (slab_t){64, 0};
+            arena.slab = slab;
+        }
+        block = (block_t *)((char *)slab + slab->used);
+        slab->used += total;
+        slab->blocks++;
+    } else {
+        block = new_memory(total);
+        if (!block) return NULL;
+    }
     block->size = size;
     block->class = class;
+    block->slab = slab;
     return block;
 }
 
@@ -162,6 +223,10 @@ void loopos_arena_state(size_t *used, size_t *kept, size_t *peak) {
 void loopos_arena_trim(void) {
     pthread_mutex_lock(&arena.lock);
     keep_at_most(0);
+    if (arena.slab && arena.slab->blocks == 0) {
+        free(arena.slab);
+        arena.slab = NULL;
+    }
     arena.peak = arena.used;
     pthread_mutex_unlock(&arena.lock);
 #if defined(__GLIBC__)
