@@ -1,6 +1,7 @@
 """Fine-tuning: what is learned, what each option changes, and what is refused."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -255,13 +256,22 @@ def test_label_smoothing_spreads_the_target(tokenizer):
     assert first_loss(tokenizer, label_smoothing=0.3)[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_max_length_cuts_the_texts(tokenizer):
+def test_max_length_cuts_the_texts_and_is_kept(tokenizer, tmp_path):
     losses = negative_logs(tokenizer, max_length=3)[np.arange(len(ROWS)), LABELS]
     found, tuner = first_loss(tokenizer, max_length=3)
     assert found == pytest.approx(losses.mean(), rel=1e-5)
     assert found != pytest.approx(first_loss(tokenizer)[0], rel=1e-5)
-    whole, cut = tuner.evaluate(ROWS), tuner.evaluate(ROWS, Options(max_length=3))
+    whole, cut = tuner.evaluate(ROWS, Options()), tuner.evaluate(ROWS)
     assert whole["loss"] != cut["loss"]
+    tuner.save(tmp_path)
+    loaded = FineTuner.load(tmp_path)
+    assert loaded.evaluate(ROWS) == cut == tuner.evaluate(ROWS, Options(max_length=3))
+    # Files from before have no such key, and mean all that the body takes.
+    path = tmp_path / "classifier.json"
+    values = json.loads(path.read_text())
+    assert values.pop("max_length") == 3
+    path.write_text(json.dumps(values))
+    assert FineTuner.load(tmp_path).evaluate(ROWS) == whole
 
 
 def test_pooling_is_taken_kept_and_saved(tokenizer, tmp_path):

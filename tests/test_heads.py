@@ -109,6 +109,8 @@ def test_transformers_loads_the_body(saved):
         ({"problem": "regresion"}, "key 'problem' is 'regresion', .*did you mean 'regression'"),
         ({"num_classes": 4}, "expected 4 labels"),
         ({"pools": "mean"}, "key 'pools' is unknown"),
+        ({"max_length": 0}, "key 'max_length' is 0, expected null or 1 to"),
+        ({"max_length": True}, "key 'max_length' is True, expected null or 1 to"),
     ],
 )
 def test_a_wrong_head_configuration_is_named(saved, change, text):

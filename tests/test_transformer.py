@@ -540,6 +540,41 @@ def test_recomputing_layers_changes_no_byte(placement, frozen):
         assert grad is None or np.array_equal(grad, runs[1][2][name]), name
 
 
+@pytest.mark.parametrize(
+    ("placement", "again"),
+    # With the norm first, a layer ends with that of the next, which is trained.
+    [("pre", ["layers.3", "layers.2"]), ("post", ["layers.3"])],
+)
+def test_frozen_layers_are_not_computed_again(placement, again, monkeypatch):
+    config = TransformerConfig(
+        d_model=12, num_heads=3, num_layers=4, d_ff=20, vocab_size=31, max_seq_len=16,
+        norm_placement=placement, tied=False,
+    )  # fmt: skip
+    batch = Batch.from_sequences([[3, 1, 4, 1, 5], [9], [2, 6, 5, 30]])
+    computed: list[str] = []
+    whole = Transformer._mlp
+
+    def mlp(self, name, x, batch, dropout):
+        computed.append(name)
+        return whole(self, name, x, batch, dropout)
+
+    monkeypatch.setattr(Transformer, "_mlp", mlp)
+    found = []
+    for recompute in (False, True):
+        model = Transformer(config, seed=1)
+        model.gradient_checkpointing = recompute
+        for name, parameter in model.parameters().items():
+            parameter.requires_grad = name.startswith(("layers.3.", "final_norm."))
+        loss, _ = model.next_token_loss(batch)
+        computed.clear()
+        loss.backward()
+        assert computed == (again if recompute else [])
+        found.append({n: p.grad for n, p in model.parameters().items() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() > {"layers.3.mlp.up.weight"}
+    for name, gradient in found[0].items():
+        assert np.array_equal(gradient, found[1][name]), name
+
+
 def test_recomputing_keeps_what_enters_a_layer_only():
     import tracemalloc
 

@@ -7,7 +7,7 @@ up to it has beyond the conversation before it with the prompt to answer.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import ConfigError, DataError
 
-__all__ = ["ChatTemplate", "TrainOn"]
+__all__ = ["ChatTemplate", "TrainOn", "chat_template", "renderer"]
 
 Array = np.ndarray[Any, Any]
 Message = Mapping[str, Any]
@@ -217,6 +217,17 @@ class ChatTemplate:
             found.append(ids)
             marks.append(np.full(ids.size, number % 2 == 1))
         return np.concatenate(found), np.concatenate(marks)
+
+
+def chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """Return the template of a tokenizer; None where it has none."""
+    return ChatTemplate(tokenizer) if tokenizer.chat_template else None
+
+
+def renderer(tokenizer: Tokenizer) -> Callable[..., str] | None:
+    """Return what writes conversations as one text; None where the tokenizer has no template."""
+    template = chat_template(tokenizer)
+    return None if template is None else template.render
 
 
 def _message(message: Message) -> dict[str, Any]:

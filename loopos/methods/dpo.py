@@ -19,7 +19,7 @@ import numpy as np
 
 from loopos.autograd import Array, Parameter, Tensor
 from loopos.backends.lasting import lasting_copy
-from loopos.data.chat import ChatTemplate
+from loopos.data.chat import renderer
 from loopos.data.preferences import (
     Judgements,
     Preferences,
@@ -371,5 +371,5 @@ def make(
     seed: int = 0,
 ) -> DPOTrainer:
     """Make the trainer of a run."""
-    chat = ChatTemplate(tokenizer).render if tokenizer.chat_template else None
+    chat = renderer(tokenizer)
     return DPOTrainer(model, tokenizer, chat=chat, seed=seed)

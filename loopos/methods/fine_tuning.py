@@ -230,18 +230,19 @@ class FineTuner:
         training = self._labelled(training_data, options.problem)
         model = self._head_for(training)
         model.pooling = options.pooling or model.pooling
+        limit = self._max_length(options)
+        model.max_length = options.max_length
         classes = model.problem == "classification"
         if classes and np.unique(training.labels).size < 2:
             raise DataError(
                 f"{training.where[0]}: every row has the class "
                 f"'{training.label_names[training.labels[0]]}', expected two classes at least"
             )
-        encoded = encode(self.tokenizer, training.texts, self._max_length(options), training.where)
+        encoded = encode(self.tokenizer, training.texts, limit, training.where)
         validation = None if validation_data is None else self._labelled(validation_data)
         evaluate = None
         if validation is not None:
             self._check_labels(validation)
-            limit = self._max_length(options)
             held_out = encode(self.tokenizer, validation.texts, limit, validation.where)
             evaluate = self._evaluator(held_out, validation.labels)
         self.body = model.body = with_adapters(self.body, options, self.seed)
@@ -285,11 +286,11 @@ class FineTuner:
 
         See :mod:`loopos.training.metrics`.
 
-        Of `options` only ``max_length`` matters.
+        Of `options` only ``max_length`` matters; None cuts texts as those of the training were.
         """
         labelled = self._labelled(data)
         self._check_labels(labelled)
-        limit = self._max_length(options or Options())
+        limit = self._max_length(options or self._as_trained())
         encoded = encode(self.tokenizer, labelled.texts, limit, labelled.where)
         return self._evaluator(encoded, labelled.labels)()
 
@@ -314,7 +315,7 @@ class FineTuner:
                 raise DataError(f"text {index}: expected a string, found {type(text).__name__}")
             if not text.strip():
                 raise DataError(f"text {index}: there is nothing in it")
-        encoded = encode(self.tokenizer, texts, self._max_length(Options()))
+        encoded = encode(self.tokenizer, texts, self._max_length(self._as_trained()))
         names = self.label_names or [str(i) for i in range(self.classifier.num_classes)]
         return OUTPUTS[self.classifier.problem]().predictions(
             self._logits(encoded, batch_tokens), names
@@ -417,6 +418,9 @@ class FineTuner:
             if getattr(options, name):
                 raise ConfigError(f"training.{name}: only for classification, the data is {kind}")
         return OUTPUTS[kind]()
+
+    def _as_trained(self) -> Options:
+        return Options(max_length=self.classifier.max_length)
 
     def _max_length(self, options: Options) -> int:
         limit = self.body.config.max_seq_len

@@ -19,7 +19,7 @@ import numpy as np
 
 from loopos.autograd import Array, Tensor, no_grad
 from loopos.data.batch import Batch
-from loopos.data.chat import ChatTemplate
+from loopos.data.chat import renderer
 from loopos.data.preferences import Judgements, Preferences, Render, read_preferences
 from loopos.data.readers import Source
 from loopos.data.responses import Overflow, PreferenceReport, Responses, encode_responses
@@ -348,7 +348,7 @@ class RewardTrainer:
     def load(cls, directory: str | Path) -> RewardTrainer:
         """Read what :meth:`save` wrote."""
         tokenizer = load_tokenizer(directory)
-        chat = ChatTemplate(tokenizer).render if tokenizer.chat_template else None
+        chat = renderer(tokenizer)
         return cls(load_reward_model(directory), tokenizer, chat=chat)
 
     # -- inside --------------------------------------------------------------------------------
@@ -429,5 +429,5 @@ def make(
     seed: int = 0,
 ) -> RewardTrainer:
     """Make the trainer of a run."""
-    chat = ChatTemplate(tokenizer).render if tokenizer.chat_template else None
+    chat = renderer(tokenizer)
     return RewardTrainer(model, tokenizer, chat=chat, seed=seed)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from loopos.autograd import Array, Parameter
-from loopos.data.chat import ChatTemplate
+from loopos.data.chat import ChatTemplate, chat_template
 from loopos.data.preferences import Preferences, Render, read_preferences
 from loopos.data.readers import Source
 from loopos.data.responses import PreferenceReport, Responses, encode_responses
@@ -477,6 +477,6 @@ def make(
     MissingFileError, ModelFormatError
         As :func:`loopos.models.reward.load_reward_model`.
     """
-    chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+    chat = chat_template(tokenizer)
     judge = None if reward_model is None else load_judge(Path(reward_model), tokenizer, training)
     return RLHF(model, tokenizer, chat=chat, reward_model=judge, seed=seed)

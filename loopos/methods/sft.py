@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from loopos.data.chat import ChatTemplate, TrainOn
+from loopos.data.chat import ChatTemplate, TrainOn, chat_template
 from loopos.data.conversations import Conversation, Conversations, read_conversations
 from loopos.data.readers import Texts
 from loopos.data.report import DataReport, Finding
@@ -123,7 +123,7 @@ class SupervisedFineTuner:
     def __init__(self, model: Transformer, tokenizer: Tokenizer, *, seed: int = 0):
         require_language_model(model, tokenizer, "supervised fine-tuning")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self._template = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+        self._template = chat_template(tokenizer)
 
     def fit(
         self,

@@ -79,6 +79,8 @@ class SequenceClassifier:
         The name of each class.
     problem : str
         What the outputs mean: "classification", "regression" or "multi_label".
+    max_length : int or None
+        Of its training texts the first so many tokens were seen; None: all that the body takes.
 
     Raises
     ------
@@ -92,6 +94,7 @@ class SequenceClassifier:
         _require_head(num_classes, pooling)
         self.body, self.num_classes, self.pooling = body, num_classes, pooling
         self.labels: list[str] | None = None
+        self.max_length: int | None = None
         self.problem: Problem = "regression" if num_classes == 1 else "classification"
         draws = np.random.default_rng(seed).standard_normal((num_classes, body.config.d_model))
         weight = (draws * _INIT_STD).astype(body.dtype)
@@ -155,6 +158,7 @@ class SequenceClassifier:
             "pooling": self.pooling,
             "labels": labels,
             "problem": self.problem,
+            "max_length": self.max_length,
         }
         write_json(directory / _HEAD_CONFIG, values)
 
@@ -178,8 +182,9 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceCl
     """
     directory = Path(directory)
     values = read_json(directory / _HEAD_CONFIG, ModelFormatError)
-    values.setdefault("problem", "classification")  # what older files mean
-    expected = ["num_classes", "pooling", "labels", "problem"]
+    # What older files mean.
+    values = {"problem": "classification", "max_length": None} | values
+    expected = ["num_classes", "pooling", "labels", "problem", "max_length"]
     for key in [*expected, *values]:
         if key not in values or key not in expected:
             what = "unknown" if key in values else "missing"
@@ -202,12 +207,15 @@ def load_classifier(directory: str | Path, dtype: str = "float32") -> SequenceCl
     if labels is not None and not (named and len(labels) == count):
         raise fail(f"expected {count} labels")
     body = load_model(directory, dtype)
+    longest, length = body.config.max_seq_len, values["max_length"]
+    if length is not None and (type(length) is not int or not 1 <= length <= longest):
+        raise fail(f"key 'max_length' is {length!r}, expected null or 1 to {longest}")
     file = TensorFile(directory / _HEAD_FILE)
     # Read first: only what the file holds is worth making room for.
     weight = read_finite(file, "classifier.weight", (count, body.config.d_model), body.dtype)
     bias = read_finite(file, "classifier.bias", (count,), body.dtype)
     file.refuse_others(["classifier.weight", "classifier.bias"])
     classifier = SequenceClassifier(body, count, values["pooling"])
-    classifier.problem, classifier.labels = problem, labels
+    classifier.problem, classifier.labels, classifier.max_length = problem, labels, length
     classifier.weight.data, classifier.bias.data = weight, bias
     return classifier

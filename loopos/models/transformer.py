@@ -235,7 +235,7 @@ class Transformer:
             of_layer = early if index + 1 == self.config.num_layers else None
             if self.gradient_checkpointing:
                 run = partial(layer, index, cache=cache, rows=of_layer)
-                states = self._recomputed(run, states, batch, dropout)
+                states = self._recomputed(index, run, states, batch, dropout)
             else:
                 states = layer(index, states, batch, dropout, cache, of_layer)
         return states[0] if rows is None or rows is early else ops.gather_rows(states[0], rows)
@@ -302,8 +302,14 @@ class Transformer:
         rates = [self.config.dropout, *(adapter.dropout for adapter in self.adapters.values())]
         return dropout is None or not any(rates)
 
+    def _norm_after(self, index: int) -> str:
+        """Return the name of the norm at the end of a pre-norm layer: the one of what follows."""
+        last = index + 1 == self.config.num_layers
+        return "final_norm" if last else f"layers.{index + 1}.attention_norm"
+
     def _recomputed(
         self,
+        index: int,
         layer: Callable[..., States],
         states: States,
         batch: Batch,
@@ -312,9 +318,12 @@ class Transformer:
         """Run a layer so that its backward computes it again, with the same dropout keys."""
         again = None if dropout is None else dropout.copy()
         keys = iter((dropout, again))
-        return ops.recompute(
-            lambda *given: layer(given, batch, next(keys)), states, self.parameters().values()
-        )
+        names = [f"layers.{index}."]
+        if self.config.norm_placement == "pre":
+            names.append(f"{self._norm_after(index)}.")
+        # Only what the layer uses: where all of it is frozen, it has no backward.
+        used = [p for name, p in self.parameters().items() if name.startswith(tuple(names))]
+        return ops.recompute(lambda *given: layer(given, batch, next(keys)), states, used)
 
     def _pre_norm_layer(
         self,
@@ -326,14 +335,13 @@ class Transformer:
         rows: Array | None = None,
     ) -> States:
         x, stream = states
-        name, last = f"layers.{index}", index + 1 == self.config.num_layers
+        name = f"layers.{index}"
         branch = self._attention(index, x, batch, dropout, cache, rows)
         if rows is not None:
             stream = ops.gather_rows(stream, rows)
         x, stream = self._add_norm(f"{name}.mlp_norm", branch, stream)
         branch = self._mlp(name, x, batch, dropout)
-        following = "final_norm" if last else f"layers.{index + 1}.attention_norm"
-        return self._add_norm(following, branch, stream)
+        return self._add_norm(self._norm_after(index), branch, stream)
 
     def _post_norm_layer(
         self,
