@@ -1,12 +1,15 @@
 """Arrays that stay: zeros of any shape, side by side, that nobody else writes to."""
 
+import os
 import threading
+import time
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopos.backends import lasting as module
 from loopos.backends.lasting import lasting, lasting_copy
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -77,3 +80,22 @@ def test_threads_never_get_the_same_memory():
     places = sorted(array.ctypes.data for array in made)
     assert len(places) == 320
     assert (np.diff(places) >= 120_000).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_does_not_wait_for_a_thread_that_it_does_not_have():
+    with module._lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if not lasting((30_000,), np.float32).any() else 1)
+    for _ in range(200):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.05)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child waits")
+    assert os.waitstatus_to_exitcode(status) == 0

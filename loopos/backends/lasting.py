@@ -8,6 +8,7 @@ large ones, where NumPy asks it to, to arrays of some MiB; smaller ones lie side
 from __future__ import annotations
 
 import math
+import os
 import threading
 from typing import Any
 
@@ -22,6 +23,16 @@ _LINE = 64
 
 _lock = threading.Lock()
 _block = np.empty(0, np.uint8)
+
+
+def _after_fork() -> None:
+    """Let a child go on where the lock was held by a thread that it does not have."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def lasting(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
