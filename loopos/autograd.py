@@ -172,8 +172,12 @@ class Tensor:
         held, self._has_grad = self._has_grad, True
         self._rows = None
         if self._buffer is None:
-            self._buffer = lasting(self.shape, self.dtype)
+            self._buffer = self._new_buffer()
         return self._buffer, held
+
+    def _new_buffer(self) -> Array:
+        """Return an array for the gradient, whatever it holds."""
+        return np.empty_like(self.data, order="C")
 
     def grad_rows_target(self, rows: Array) -> Array:
         """Return the gradient's buffer for adding into these rows, and no others.
@@ -183,7 +187,7 @@ class Tensor:
         """
         held, self._has_grad = self._has_grad, True
         if self._buffer is None:
-            self._buffer = lasting(self.shape, self.dtype)
+            self._buffer = np.zeros(self.shape, self.dtype)
             self._rows = np.zeros(len(self.data), bool)
         elif not held:
             if self._rows is None:
@@ -259,6 +263,10 @@ class Parameter(Tensor):
     def __init__(self, data: Any, name: str = "", requires_grad: bool = True):
         super().__init__(data, requires_grad)
         self.name = name
+
+    def _new_buffer(self) -> Array:
+        """Return an array that stays, beside those of other parameters."""
+        return lasting(self.shape, self.dtype)
 
     def update(self, learning_rate: float) -> None:
         """Take one step of plain gradient descent in place: ``data -= learning_rate * grad``.

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loopos.autograd import Parameter, Tensor
 from loopos.backends import lasting as module
 from loopos.backends.lasting import lasting, lasting_copy
 
@@ -80,6 +81,16 @@ def test_threads_never_get_the_same_memory():
     places = sorted(array.ctypes.data for array in made)
     assert len(places) == 320
     assert (np.diff(places) >= 120_000).all()
+
+
+def test_gradients_of_parameters_stay_and_others_share_nothing():
+    # What comes and goes would keep the memory of what lies beside it.
+    data = np.zeros((300, 401), np.float32)
+    kept, _ = Parameter(data).grad_target()
+    passing, _ = Tensor(data, requires_grad=True).grad_target()
+    assert kept.base is not None
+    assert passing.base is None
+    assert kept.shape == passing.shape == data.shape
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")

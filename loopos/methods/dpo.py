@@ -371,5 +371,4 @@ def make(
     seed: int = 0,
 ) -> DPOTrainer:
     """Make the trainer of a run."""
-    chat = renderer(tokenizer)
-    return DPOTrainer(model, tokenizer, chat=chat, seed=seed)
+    return DPOTrainer(model, tokenizer, chat=renderer(tokenizer), seed=seed)

@@ -286,7 +286,7 @@ class FineTuner:
 
         See :mod:`loopos.training.metrics`.
 
-        Of `options` only ``max_length`` matters; None cuts texts as those of the training were.
+        Of `options` only ``max_length`` matters; without them texts are cut as in the training.
         """
         labelled = self._labelled(data)
         self._check_labels(labelled)

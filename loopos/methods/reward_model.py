@@ -348,8 +348,7 @@ class RewardTrainer:
     def load(cls, directory: str | Path) -> RewardTrainer:
         """Read what :meth:`save` wrote."""
         tokenizer = load_tokenizer(directory)
-        chat = renderer(tokenizer)
-        return cls(load_reward_model(directory), tokenizer, chat=chat)
+        return cls(load_reward_model(directory), tokenizer, chat=renderer(tokenizer))
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -429,5 +428,4 @@ def make(
     seed: int = 0,
 ) -> RewardTrainer:
     """Make the trainer of a run."""
-    chat = renderer(tokenizer)
-    return RewardTrainer(model, tokenizer, chat=chat, seed=seed)
+    return RewardTrainer(model, tokenizer, chat=renderer(tokenizer), seed=seed)

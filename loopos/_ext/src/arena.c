@@ -103,11 +103,13 @@ static void release(block_t *block) {
         free(block);
         return;
     }
-    if (--slab->blocks == 0 && slab != arena.slab) {
-        free(slab);
-        return;
+    if (--slab->blocks == 0) {
+        if (slab != arena.slab) {
+            free(slab);
+            return;
+        }
+        slab->used = 64;
     }
-    if (slab->blocks == 0) slab->used = 64;
 #if defined(__linux__)
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)block + 64;
     uintptr_t end = (begin + block->size) / page * page;
@@ -149,7 +151,6 @@ static block_t *fresh(size_t size, int class) {
         if (!slab || SLAB_BYTES - slab->used < total) {
             slab = new_memory(SLAB_BYTES);
             if (!slab) return NULL;
-            if (arena.slab && arena.slab->blocks == 0) free(arena.slab);
             *slab = (slab_t){64, 0};
             arena.slab = slab;
         }
