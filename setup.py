@@ -7,7 +7,7 @@ so the reason is stored beside the kernels' place, where ``loopos info`` finds i
 ``LOOPOS_REQUIRE=cython`` makes a build without the kernels a failure, ``LOOPOS_SANITIZE=1`` builds
 them with the sanitizers for addresses and undefined behaviour, ``LOOPOS_LEVELS=v2,v3`` builds those
 of the levels alone (v2 always), for this machine and a shorter wait. ``LOOPOS_LOWERED=1`` builds
-level v4 of instructions of v3, slow, so that its sizes can be tested where AVX-512 is missing.
+levels v4 and amx of instructions of v3, slow, so that they can be tested where those are missing.
 """
 
 import os
@@ -41,9 +41,11 @@ X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+    "amx": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16"],
 }
 if os.environ.get("LOOPOS_LOWERED"):
-    X86_LEVELS["v4"] = [*X86_LEVELS["v3"], "-include", "tests/lowered_v4.h", "-Wno-psabi"]
+    for _level in ("v4", "amx"):
+        X86_LEVELS[_level] = [*X86_LEVELS["v3"], "-include", "tests/lowered_v4.h", "-Wno-psabi"]
     FLAGS += ["-DLOOPOS_LOWERED", "-O1"]
 
 
@@ -64,7 +66,8 @@ def levels() -> dict[str, list[str]]:
         asked = (os.environ.get("LOOPOS_LEVELS") or ",".join(X86_LEVELS)).split(",")
         if not set(asked) <= set(X86_LEVELS):
             raise SystemExit(f"LOOPOS_LEVELS: expected some of {', '.join(X86_LEVELS)}")
-        return {level: flags for level, flags in X86_LEVELS.items() if level in ("v2", *asked)}
+        asked += ["v2"] + ["v4"] * ("amx" in asked)  # all but its products are those of v4
+        return {level: flags for level, flags in X86_LEVELS.items() if level in asked}
     chosen = {
         level: [part for flag in flags for part in ("-Xarch_x86_64", flag)]
         for level, flags in X86_LEVELS.items()
@@ -127,6 +130,8 @@ class BuildKernels(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             results = dict(zip(levels(), threads.map(compiled, levels()), strict=True))
+        if isinstance(results.get("v4"), Exception) and "amx" in results:
+            results["amx"] = results["v4"]
         for level, made in results.items():
             if not isinstance(made, Exception):
                 ext.extra_objects += made

@@ -1,6 +1,8 @@
-/* Level v4 for processors without AVX-512: its sizes and its vectors, which the compiler splits, in
-   instructions of v3. `LOOPOS_LOWERED=1` includes this before the kernels; only tests build that. */
+/* Levels v4 and amx for processors without AVX-512 or AMX: their sizes, vectors, which the compiler
+   splits, and tile registers, in instructions of v3. `LOOPOS_LOWERED=1` includes this before the kernels;
+   only tests build that. */
 #include <immintrin.h>
+#include <string.h>
 
 #define __AVX512F__ 1
 
@@ -22,4 +24,46 @@ LOWERED unsigned lowered_sign_bits(__m512i lanes) {
     unsigned bits = 0;
     for (int i = 0; i < 16; i++) bits |= (unsigned)(((__v16si)lanes)[i] < 0) << i;
     return bits;
+}
+
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbf16ps
+#define _tile_loadconfig(sizes) ((void)(sizes))
+#define _tile_release() ((void)0)
+#define _tile_zero(tile) memset(lowered_tiles[tile], 0, sizeof lowered_tiles[tile])
+#define _tile_loadd(tile, from, stride) lowered_load(tile, from, stride)
+#define _tile_stored(tile, to, stride) lowered_store(tile, to, stride)
+#define _tile_dpbf16ps(sums, a, b) lowered_multiply(sums, a, b)
+
+static _Thread_local __v16sf lowered_tiles[8][16];
+__attribute__((unused)) static void lowered_load(int tile, const void *from, long stride) {
+    for (int row = 0; row < 16; row++)
+        memcpy(&lowered_tiles[tile][row], (const char *)from + row * stride, 64);
+}
+__attribute__((unused)) static void lowered_store(int tile, void *to, long stride) {
+    for (int row = 0; row < 16; row++)
+        memcpy((char *)to + row * stride, &lowered_tiles[tile][row], 64);
+}
+/* Subnormal numbers are zeros to the unit. */
+LOWERED __v16sf lowered_flush(__v16sf x) {
+    __v16su size = (__v16su)x & 0x7fffffffu;
+    return (__v16sf)((__v16su)x & (~(__v16su)(size < 0x00800000u) | 0x80000000u));
+}
+__attribute__((unused)) static void lowered_multiply(int sums, int a, int b) {
+    for (int row = 0; row < 16; row++) {
+        __v16sf first = {0}, second = {0};
+        for (int pair = 0; pair < 16; pair++) {
+            unsigned left = ((__v16su)lowered_tiles[a][row])[pair];
+            __v16su right = (__v16su)lowered_tiles[b][pair], both = left - (__v16su){0};
+            first += lowered_flush((__v16sf)(both << 16)) * lowered_flush((__v16sf)(right << 16));
+            second += lowered_flush((__v16sf)(both & 0xffff0000u)) *
+                      lowered_flush((__v16sf)(right & 0xffff0000u));
+            first = lowered_flush(first), second = lowered_flush(second);
+        }
+        lowered_tiles[sums][row] = lowered_flush(lowered_tiles[sums][row] + lowered_flush(first + second));
+    }
 }

@@ -55,6 +55,60 @@ def test_the_three_products_of_a_linear_layer(backend, shape):
     close(db, wide[2].sum(axis=0), n)
 
 
+def exact(left, right):
+    """The product in float64, and the sum of what it is made of without signs."""
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    return left @ right, np.abs(left) @ np.abs(right)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 40), (20, 40, 33), (50, 700, 60), (400, 64, 70)])
+def test_products_have_the_precision_of_float32(backend, shape):
+    """Rows, columns and single numbers of very different sizes: each product is rounded to 24 bits."""
+    n, c, o = shape
+    rng = np.random.default_rng(5)
+
+    def numbers(rows, columns):
+        powers = rng.integers(-12, 12, (rows, 1)) + rng.integers(-6, 6, (rows, columns))
+        return np.ldexp(array(rows, columns, seed=int(powers.sum()) % 100 + 100), powers)
+
+    x, w, dy = numbers(n, c), numbers(o, c), numbers(n, o)
+    dw = np.zeros_like(w)
+    dx = backend.linear_backward(dy, x, w, dw=dw)
+    for found, left, right in ((backend.linear(x, w)[0], x, w.T), (dx, dy, w), (dw, dy.T, x)):
+        expected, size = exact(left, right)
+        limit = (0.5 + 1.5 * left.shape[1] ** 0.5) * 2.0**-24
+        assert (np.abs(found - expected) <= limit * size).all()
+
+
+def test_a_row_of_numbers_at_the_ends_of_the_range_changes_no_other(backend):
+    x, w, dy = array(70, 500), array(75, 500, seed=1), array(70, 75, seed=2)
+    dw = np.zeros_like(w)
+    plain = backend.linear(x, w)[0], backend.linear_backward(dy, x, w, dw=dw)
+    extreme = [3, 7, 11, 20, 25, 30, 44]
+    others = np.delete(np.arange(70), extreme)
+    for of, other in ((x, w.T), (dy, w)):
+        of[3] *= 1e-25
+        of[7] *= 1e20
+        of[11, 5], of[20, 9], of[30, 2] = np.inf, np.nan, 3.4e38
+        of[25] = 1e-42
+        of[44] = 0
+        found = backend.linear(x, w)[0] if of is x else backend.linear_backward(dy, x, w, dw=dw)
+        assert found[others].tobytes() == plain[of is dy][others].tobytes()
+        expected, size = exact(of, other)
+        for row in (3, 7, 30):
+            in_range = np.abs(expected[row]) < np.finfo(np.float32).max
+            assert (np.abs(found[row] - expected[row]) <= 2e-6 * size[row])[in_range].all()
+            assert (found[row] == np.sign(expected[row]) * np.inf)[~in_range].all()
+        assert (found[11] == np.sign(other[5]) * np.inf).all()
+        assert np.isnan(found[20]).all()
+        assert (np.abs(found[25] - expected[25]) <= 1e-37).all()
+        assert (found[44] == 0).all()
+        for row in extreme:  # alone it is what it is among others
+            part = of[row : row + 1]
+            alone = backend.linear(part, w)[0] if of is x else backend.linear_backward(part, x[:1], w)
+            assert alone.tobytes() == found[row : row + 1].tobytes()
+
+
 @given(st.integers(1, 70), st.integers(1, 500), st.integers(1, 90), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_any_shape(n, c, o, threads):

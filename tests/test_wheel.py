@@ -166,18 +166,20 @@ def test_universal_binaries_get_each_half_its_own_flags(build, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setenv("ARCHFLAGS", "-arch arm64 -arch x86_64")
     levels = build.levels()
-    assert list(levels) == ["generic", "v2", "v3", "v4"]
+    assert list(levels) == ["generic", "v2", "v3", "v4", "amx"]
     assert levels["v3"] == ["-Xarch_x86_64", "-march=x86-64-v3"]
     monkeypatch.setenv("ARCHFLAGS", "-arch arm64")
     assert build.levels() == {"generic": []}
     monkeypatch.setenv("ARCHFLAGS", "-arch x86_64")
-    assert list(build.levels()) == ["v2", "v3", "v4"]
+    assert list(build.levels()) == ["v2", "v3", "v4", "amx"]
+    monkeypatch.setenv("LOOPOS_LEVELS", "amx")  # its other kernels are those of v4
+    assert list(build.levels()) == ["v2", "v4", "amx"]
     monkeypatch.setenv("LOOPOS_LEVELS", "v3,v2")
     assert list(build.levels()) == ["v2", "v3"]
     monkeypatch.setenv("LOOPOS_LEVELS", "v3")  # without v2 nothing would be left to fall back to
     assert list(build.levels()) == ["v2", "v3"]
     monkeypatch.setenv("LOOPOS_LEVELS", "v2,v5")
-    with pytest.raises(SystemExit, match="LOOPOS_LEVELS: expected some of v2, v3, v4"):
+    with pytest.raises(SystemExit, match="LOOPOS_LEVELS: expected some of v2, v3, v4, amx$"):
         build.levels()
 
 

@@ -5,8 +5,16 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if !defined(LOOPOS_HAVE_V4) /* whose kernels serve for all but products */
+#undef LOOPOS_HAVE_AMX
+#endif
+#if defined(LOOPOS_HAVE_AMX)
+#include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
-#define MOST 4
+#define MOST 5
 
 #if defined(__x86_64__)
 extern const loopos_table loopos_table_v2;
@@ -15,6 +23,9 @@ extern const loopos_table loopos_table_v3;
 #endif
 #if defined(LOOPOS_HAVE_V4)
 extern const loopos_table loopos_table_v4;
+#endif
+#if defined(LOOPOS_HAVE_AMX)
+extern const loopos_table loopos_table_amx; /* products alone */
 #endif
 #else
 extern const loopos_table loopos_table_generic;
@@ -55,12 +66,51 @@ static int has_v4(void) {
            __builtin_cpu_supports("avx512vl");
 }
 #endif
+#if defined(LOOPOS_HAVE_AMX)
+#if defined(LOOPOS_LOWERED)
+#define has_amx has_v3
+#else
+/* Linux saves tile registers for processes that ask for it. Another system would need its own way. */
+static int permitted(void) {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+
+static int has_amx(void) {
+    enum { BFLOAT16 = 1 << 22, TILES = 1 << 24 };
+    unsigned a, b, c, d = 0;
+    if (!has_v4() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d & BFLOAT16) && (d & TILES) && permitted();
+}
+#endif
+
+static loopos_table table_amx;
+static int amx_serves;
+static pthread_once_t amx_once = PTHREAD_ONCE_INIT;
+/* The table of v4 with AMX's products. */
+static void look_for_amx(void) {
+    if (!has_amx()) return;
+    table_amx = loopos_table_v4;
+    table_amx.name = loopos_table_amx.name;
+    table_amx.product = loopos_table_amx.product;
+    table_amx.products = loopos_table_amx.products;
+    amx_serves = 1;
+}
+#endif
 #endif
 
 int loopos_levels(const loopos_table **levels, int capacity) {
     const loopos_table *found[MOST];
     int count = 0;
 #if defined(__x86_64__)
+#if defined(LOOPOS_HAVE_AMX)
+    pthread_once(&amx_once, look_for_amx);
+    if (amx_serves) found[count++] = &table_amx;
+#endif
 #if defined(LOOPOS_HAVE_V4)
     if (has_v4()) found[count++] = &loopos_table_v4;
 #endif

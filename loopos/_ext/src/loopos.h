@@ -64,7 +64,7 @@ typedef struct {
 
 /* y [m, n] = act(x W^T scales + bias) for x [m, k] and a weight of `bits` 16 (bfloat16) or 8 (int8)
    in panels [ceil(n / 32)][k][32], with zeros beyond n. `scales` and `bias` (n) may be NULL. Sums
-   are ordered as those of loopos_product. */
+   are ordered as those of loopos_product, at level amx as those of v4. */
 typedef struct {
     long m, n, k;
     const float *x;

@@ -19,8 +19,8 @@ typedef struct {
 #define AHEAD_DEPTH 32
 #define AHEAD_LINES 8
 
-INLINE void look_ahead(lines_ahead *lines) {
-    for (int i = 0; i < AHEAD_LINES && lines->rows > 0; i++) {
+INLINE void look_ahead(lines_ahead *lines, long count) {
+    for (long i = 0; i < count && lines->rows > 0; i++) {
         __builtin_prefetch(lines->row + lines->at, 0, 2);
         lines->at += 64;
         if (lines->at >= lines->row_bytes) {
@@ -66,7 +66,7 @@ INLINE void tile_multiply_ahead(int rows, int vectors, long k, const float *REST
                 __builtin_prefetch(c + fetched * c_row + TILE_COLUMNS - 1, 1, 3);
             }
         else
-            look_ahead(lines);
+            look_ahead(lines, AHEAD_LINES);
         tile_multiply(rows, vectors, depth, a + p * a_col, a_row, a_col, b + p * b_row, b_row, acc);
     }
 }

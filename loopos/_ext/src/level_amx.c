@@ -1,0 +1,27 @@
+/* AMX beside AVX-512: products of float32, all else is that of v4. Nothing for the other half of a universal
+   binary. */
+#if defined(__x86_64__)
+#define LOOPOS_SPLIT
+#include "product.c.inc"
+
+extern const loopos_table loopos_table_v4;
+
+/* A sum over fewer tokens than this, into a gradient that is much larger than what is read for it, waits
+   for memory: splitting numbers and registers that hold 32 x 32 sums gain nothing. */
+#define LEAST_TOKENS 128
+
+static int products_amx(int threads, long count, const loopos_product *p) {
+    if (count == 1 && p->a_row == 1 && p->a_col != 1 && p->k < LEAST_TOKENS)
+        return loopos_table_v4.product(threads, p);
+    return products(threads, count, p);
+}
+static int product_amx(int threads, const loopos_product *p) { return products_amx(threads, 1, p); }
+
+extern const loopos_table loopos_table_amx;
+const loopos_table loopos_table_amx = {
+    .name = "amx",
+    .vector_floats = LANES,
+    .product = product_amx,
+    .products = products_amx,
+};
+#endif
