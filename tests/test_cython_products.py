@@ -61,9 +61,11 @@ def exact(left, right):
     return left @ right, np.abs(left) @ np.abs(right)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 40), (20, 40, 33), (50, 700, 60), (400, 64, 70)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 1, 40), (20, 40, 33), (50, 700, 60), (400, 64, 70)]
+)
 def test_products_have_the_precision_of_float32(backend, shape):
-    """Rows, columns and single numbers of very different sizes: each product is rounded to 24 bits."""
+    """With rows, columns and single numbers of very different sizes."""
     n, c, o = shape
     rng = np.random.default_rng(5)
 
@@ -105,7 +107,9 @@ def test_a_row_of_numbers_at_the_ends_of_the_range_changes_no_other(backend):
         assert (found[44] == 0).all()
         for row in extreme:  # alone it is what it is among others
             part = of[row : row + 1]
-            alone = backend.linear(part, w)[0] if of is x else backend.linear_backward(part, x[:1], w)
+            alone = (
+                backend.linear(part, w)[0] if of is x else backend.linear_backward(part, x[:1], w)
+            )
             assert alone.tobytes() == found[row : row + 1].tobytes()
 
 

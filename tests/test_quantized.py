@@ -167,7 +167,8 @@ def test_a_float32_product_with_the_codes_has_the_same_bytes(compiled, kind):
     for n in (1, 4, 40):
         found = compiled.linear_quantized(x[:n], plain)
         if compiled.describe()["isa"] == "amx":  # float32 has another order there
-            np.testing.assert_allclose(found, expected[:n], rtol=0, atol=1e-6 * np.abs(expected).max())
+            limit = 1e-6 * np.abs(expected).max()
+            np.testing.assert_allclose(found, expected[:n], rtol=0, atol=limit)
         else:
             np.testing.assert_array_equal(found, expected[:n])
 
