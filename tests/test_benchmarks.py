@@ -318,9 +318,12 @@ def test_products_are_the_same_by_both_sides(load, form):
 @pytest.mark.parametrize("name", loopos.available_backends())
 def test_subnormal_numbers_are_those_that_are_timed(load, name):
     works, tiny = load("suite.works"), np.finfo(np.float32).tiny
-    with loopos.use_backend(name):
+    with loopos.use_backend(name) as backend:
         y, _ = works.subnormal_op("linear", 1e-40)()
-        assert 0 < np.abs(y).max() < tiny
+        if backend.describe()["isa"] == "amx":  # its products take them for 0
+            assert not y.any()
+        else:
+            assert 0 < np.abs(y).max() < tiny
         found = works.subnormal_op("activation", 1e-40)()
         assert 0 < np.abs(found).max() < tiny
         timed = load("suite.kernels").Subnormals()

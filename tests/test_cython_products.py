@@ -113,6 +113,25 @@ def test_a_row_of_numbers_at_the_ends_of_the_range_changes_no_other(backend):
             assert alone.tobytes() == found[row : row + 1].tobytes()
 
 
+def test_tiny_numbers_among_others(backend):
+    """Such as probabilities that are nearly 0: they add nothing, and change nothing."""
+    rng = np.random.default_rng(6)
+    logits = 20 * rng.standard_normal((150, 700))
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    dy = (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
+    assert ((dy > 0) & (dy < 1e-33)).mean() > 0.05
+    x, w = array(150, 90), array(700, 90, seed=1)
+    for of in (x, w):
+        tiny = rng.random(of.shape) < 0.3
+        of[tiny] = np.ldexp(of[tiny], rng.integers(-150, -95, tiny.sum()))
+    dw = np.zeros_like(w)
+    dx = backend.linear_backward(dy, x, w, dw=dw)
+    for found, left, right in ((backend.linear(x, w)[0], x, w.T), (dx, dy, w), (dw, dy.T, x)):
+        expected, size = exact(left, right)
+        limit = (0.5 + 1.5 * left.shape[1] ** 0.5) * 2.0**-24
+        assert (np.abs(found - expected) <= limit * size + 1e-36).all()
+
+
 @given(st.integers(1, 70), st.integers(1, 500), st.integers(1, 90), st.integers(1, 4))
 @settings(max_examples=60, deadline=None)
 def test_any_shape(n, c, o, threads):

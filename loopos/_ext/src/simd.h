@@ -128,47 +128,37 @@ INLINE float max_lanes(vec v) {
 #endif
 #define LOW_LANE(e, s) ((e) & (s) ? LANES + (e) - (s) : (e))
 #define HIGH_LANE(e, s) ((e) & (s) ? LANES + (e) : (e) + (s))
-#define EXCHANGE(i, s) \
-    do { \
-        vec low = rows[i], high = rows[(i) + (s)]; \
+#define EXCHANGE(s) \
+    UNROLL(16) for (int i = 0; i < LANES; i++) { \
+        if (i & (s)) continue; \
+        vec low = rows[i], high = rows[i + (s)]; \
         rows[i] = SHUFFLE(low, high, LOW_LANE, s); \
-        rows[(i) + (s)] = SHUFFLE(low, high, HIGH_LANE, s); \
-    } while (0)
-
-/* Exchange the blocks of four lanes of every fourth of LANES rows. */
-INLINE void transpose_blocks(vec *rows) {
-    (void)rows;
-#if LANES >= 16
-    EXCHANGE(0, 8);
-    EXCHANGE(4, 8);
-    EXCHANGE(8, 4);
-#endif
-#if LANES >= 8
-    EXCHANGE(0, 4);
-#endif
-}
+        rows[i + (s)] = SHUFFLE(low, high, HIGH_LANE, s); \
+    }
 
 /* Interleave the lower or the upper halves of each four lanes: one instruction, so better than the
    last two exchanges. */
 #define LOW_HALVES(e, s) (((e) & ~3) + ((e) >> 1 & 1) + ((e) & 1) * LANES)
 #define HIGH_HALVES(e, s) (LOW_HALVES(e, s) + 2)
 
-/* Transpose the squares of four rows by four lanes. */
-INLINE void transpose_squares(vec *rows) {
-    vec even_low = SHUFFLE(rows[0], rows[2], LOW_HALVES, 0);
-    vec even_high = SHUFFLE(rows[0], rows[2], HIGH_HALVES, 0);
-    vec odd_low = SHUFFLE(rows[1], rows[3], LOW_HALVES, 0);
-    vec odd_high = SHUFFLE(rows[1], rows[3], HIGH_HALVES, 0);
-    rows[0] = SHUFFLE(even_low, odd_low, LOW_HALVES, 0);
-    rows[1] = SHUFFLE(even_low, odd_low, HIGH_HALVES, 0);
-    rows[2] = SHUFFLE(even_high, odd_high, LOW_HALVES, 0);
-    rows[3] = SHUFFLE(even_high, odd_high, HIGH_HALVES, 0);
-}
-
 /* Transpose a square of vectors in registers. */
 INLINE void transpose(vec rows[LANES]) {
-    UNROLL(4) for (int i = 0; i < 4; i++) transpose_blocks(rows + i);
-    UNROLL(4) for (int i = 0; i < LANES; i += 4) transpose_squares(rows + i);
+#if LANES >= 16
+    EXCHANGE(8)
+#endif
+#if LANES >= 8
+    EXCHANGE(4)
+#endif
+    UNROLL(4) for (int i = 0; i < LANES; i += 4) {
+        vec even_low = SHUFFLE(rows[i], rows[i + 2], LOW_HALVES, 0);
+        vec even_high = SHUFFLE(rows[i], rows[i + 2], HIGH_HALVES, 0);
+        vec odd_low = SHUFFLE(rows[i + 1], rows[i + 3], LOW_HALVES, 0);
+        vec odd_high = SHUFFLE(rows[i + 1], rows[i + 3], HIGH_HALVES, 0);
+        rows[i] = SHUFFLE(even_low, odd_low, LOW_HALVES, 0);
+        rows[i + 1] = SHUFFLE(even_low, odd_low, HIGH_HALVES, 0);
+        rows[i + 2] = SHUFFLE(even_high, odd_high, LOW_HALVES, 0);
+        rows[i + 3] = SHUFFLE(even_high, odd_high, HIGH_HALVES, 0);
+    }
 }
 
 #endif
