@@ -30,6 +30,7 @@ __all__ = [
     "attention_cached",
     "binary_cross_entropy",
     "cross_entropy",
+    "decode_linears",
     "dropout",
     "embedding",
     "gather_rows",
@@ -171,6 +172,20 @@ def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[
     parameters = [tensor for layer in layers for tensor in layer]
     results: tuple[Tensor, ...] = record(outputs, (x, *parameters), backward)
     return results
+
+
+def decode_linears(
+    x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], activation: str | None = None
+) -> list[Tensor]:
+    """:func:`linear` of one input by each of `layers`, in a step of decoding.
+
+    Made for few rows: a backend may sum in another order than for :func:`linear`, the same for one
+    row and for many. LooposError where a gradient is wanted.
+    """
+    if recording(x, *(tensor for layer in layers for tensor in layer)):
+        raise LooposError("decode_linears has no gradient: call it under no_grad()")
+    pairs = [(w.data, _data(b)) for w, b in layers]
+    return [Tensor(y) for y in get_backend().decode_linears(x.data, pairs, activation)]
 
 
 def embedding(ids: Array, table: Tensor) -> Tensor:

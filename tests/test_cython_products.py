@@ -161,6 +161,26 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation)
         assert backend.linear_backward(dys[part], None, w).tobytes() == dx[part].tobytes()
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_a_row_that_is_decoded_has_the_same_bytes_whatever_stands_beside_it(backend, activation):
+    layers = [(array(o, 800, seed=o), array(o, seed=1)) for o in (130, 7)]
+    rows = array(100, 800)
+    whole = backend.decode_linears(rows, layers, activation)
+    for part in (slice(0, 1), slice(7, 8), slice(3, 20), slice(30, 96)):
+        for threads in (1, 2, 5):
+            with thread_limit(threads):
+                found = backend.decode_linears(rows[part], layers, activation)
+            assert [y.tobytes() for y in found] == [y[part].tobytes() for y in whole]
+
+
+def test_decoding_sums_as_the_best_set_without_amx_does(backend):
+    x, layers = array(3, 800), [(array(130, 800, seed=1), array(130, seed=2))]
+    (found,) = backend.decode_linears(x, layers)
+    if kernels.level() == "amx":
+        backend.use_level("v4")
+    assert found.tobytes() == backend.linear(x, *layers[0])[0].tobytes()
+
+
 @pytest.mark.parametrize("rows", [30, 200, 800])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "tanh"])
 def test_a_deep_product_ends_once_with_bias_and_activation(backend, rows, activation):

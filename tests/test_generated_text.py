@@ -79,7 +79,7 @@ def says(tokenizer, text, monkeypatch, vocab_size=300):
     model = scrambled(replace(GPT2, vocab_size=vocab_size, max_seq_len=256))
     plan = iter(ids)
 
-    def logits(hidden):
+    def logits(hidden, decoding=False):
         rows = np.full((hidden.shape[0], vocab_size), -50.0, np.float32)
         rows[:, next(plan, 0)] = 50.0
         return Tensor(rows)

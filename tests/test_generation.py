@@ -13,7 +13,7 @@ from loopos.backends import available_backends, use_backend
 from loopos.backends.threads import get_num_threads, set_num_threads
 from loopos.data.batch import Batch
 from loopos.data.tokenizer import train_bpe
-from loopos.errors import ConfigError, DataError, NumericalError
+from loopos.errors import ConfigError, DataError, LooposError, NumericalError
 from loopos.generation import SamplingOptions, generate, stream
 from loopos.generation.sampling import RowNumbers
 from loopos.models import TransformerConfig
@@ -251,6 +251,28 @@ def test_long_prompts_in_several_passes_have_the_same_bytes(monkeypatch):
         for tokens in (7, 16, 41, 100):
             monkeypatch.setattr("loopos.generation.engine.PASS_TOKENS", tokens)
             assert_same(generate(model, PROMPTS, options), expected)
+
+
+@pytest.mark.parametrize("model", [scrambled(LLAMA), adapted(LLAMA)], ids=["plain", "adapted"])
+def test_each_step_and_nothing_else_is_a_step_of_decoding(model, monkeypatch):
+    rows, inner = [], ops.decode_linears
+
+    def counted(x, layers, activation=None):
+        rows.append(x.shape[0])
+        return inner(x, layers, activation)
+
+    monkeypatch.setattr(ops, "decode_linears", counted)
+    generate(model, PROMPTS[:3], temperature=0, max_new_tokens=5)
+    assert rows == [3] * 4 * (4 * model.config.num_layers + 1)
+
+
+def test_a_step_of_decoding_has_no_gradient():
+    x, w = Tensor(np.ones((2, 5), np.float32), requires_grad=True), Tensor(np.ones((3, 5), "f"))
+    with pytest.raises(LooposError, match=r"decode_linears has no gradient: call it under no_grad"):
+        ops.decode_linears(x, [(w, None)])
+    with no_grad():
+        (y,) = ops.decode_linears(x, [(w, None)])
+    np.testing.assert_array_equal(y.data, np.full((2, 3), 5.0))
 
 
 def test_a_common_prefix_is_computed_once(monkeypatch):

@@ -266,6 +266,7 @@ cdef extern from "loopos.h" nogil:
         int (*kl_rows)(int threads, const loopos_kl_rows *p) noexcept nogil
         int (*kl_rows_gradient)(int threads, const loopos_kl_rows *p) noexcept nogil
         int (*sgd)(int threads, const loopos_sgd *p) noexcept nogil
+        int (*decode_products)(int threads, long count, const loopos_product *p) noexcept nogil
 
 cdef const loopos_table *kernels() noexcept nogil
 cdef int parallel(int threads, long count, size_t scratch_bytes, loopos_task task,

@@ -30,18 +30,22 @@ def linear(x, w, b, activation, int threads):
     return y, pre
 
 
-def linears(x, layers, int threads):
-    """Return ``x w^T + b`` for each ``(w, b)`` of some layers."""
+def linears(x, layers, activation, bint decoding, int threads):
+    """Return ``act(x w^T + b)`` for each ``(w, b)`` of some layers."""
     cdef loopos_product[8] p
     cdef long count = 0
     cdef int status = 0
     outputs = []
     for w, b in layers:
         outputs.append(forward_product(&p[count], x, w, b))
+        p[count].activation = ACTIVATION_CODES[activation]
         count += 1
         if count == 8 or len(outputs) == len(layers):
             with nogil:
-                status = loopos_kernels().products(threads, count, p)
+                if decoding:
+                    status = loopos_kernels().decode_products(threads, count, p)
+                else:
+                    status = loopos_kernels().products(threads, count, p)
             done(status)
             count = 0
     return outputs

@@ -107,11 +107,38 @@ class CythonBackend(
 
     def linears(self, x: Array, layers: Sequence[tuple[Array, Array | None]]) -> list[Array]:
         """``x w^T + b`` for each layer; see :meth:`NumpyBackend.linears`."""
-        if not all(self._kernels.single(x=x, w=w) for w, _ in layers):
+        if not self._all_single(x, layers):
             return super().linears(x, layers)
+        return self._linears(x, layers, None, decoding=False)
+
+    def decode_linears(
+        self,
+        x: Array,
+        layers: Sequence[tuple[Array, Array | None]],
+        activation: str | None = None,
+    ) -> list[Array]:
+        """``act(x w^T + b)`` for each layer; see :meth:`NumpyBackend.decode_linears`."""
+        if not self._all_single(x, layers) or activation not in (None, *ACTIVATIONS):
+            return super().decode_linears(x, layers, activation)
+        return self._linears(x, layers, activation, decoding=True)
+
+    def _all_single(self, x: Array, layers: Sequence[tuple[Array, Array | None]]) -> bool:
+        return all(self._kernels.single(x=x, w=w) for w, _ in layers)
+
+    def _linears(
+        self,
+        x: Array,
+        layers: Sequence[tuple[Array, Array | None]],
+        activation: str | None,
+        decoding: bool,
+    ) -> list[Array]:
         contiguous = self._kernels.contiguous
         outputs: list[Array] = self._kernels.linears(
-            contiguous(x), [(contiguous(w), contiguous(b)) for w, b in layers], get_num_threads()
+            contiguous(x),
+            [(contiguous(w), contiguous(b)) for w, b in layers],
+            activation,
+            decoding,
+            get_num_threads(),
         )
         return outputs
 

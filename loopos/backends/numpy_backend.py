@@ -102,6 +102,19 @@ class DenseOps:
         """``x w^T + b`` for each ``(w, b)`` of some layers with one input; see :meth:`linear`."""
         return [self.linear(x, w, b)[0] for w, b in layers]
 
+    def decode_linears(
+        self,
+        x: Array,
+        layers: Sequence[tuple[Array, Array | None]],
+        activation: str | None = None,
+    ) -> list[Array]:
+        """``act(x w^T + b)`` for each layer in a step of decoding: few rows, no gradient.
+
+        A backend may compute these in another order of summation than :meth:`linears`, the same
+        for one row and for many.
+        """
+        return [self.linear(x, w, b, activation)[0] for w, b in layers]
+
     def linear_backward(
         self,
         dy: Array,

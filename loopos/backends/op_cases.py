@@ -107,6 +107,18 @@ def linears(n: int, c: int, sizes: Sequence[int]) -> OpCase:
     return OpCase("linears", f"{n}x{c}x{list(sizes)}", inputs, forward)
 
 
+def decode_linears(n: int, c: int, sizes: Sequence[int], activation: str | None) -> OpCase:
+    """The same with an activation, without gradients."""
+    case = linears(n, c, sizes)
+
+    def forward(be: NumpyBackend, a: Inputs) -> Sequence[Any]:
+        layers = [(a[f"w{i}"], a.get(f"b{i}")) for i in range(len(sizes))]
+        return be.decode_linears(a["x"], layers, activation)
+
+    label = case.label + (f",{activation}" if activation else "")
+    return OpCase("decode_linears", label, case.inputs, forward)
+
+
 def quantize(o: int, c: int, kind: str) -> OpCase:
     """A weight in fewer bits, with values of every size."""
 
@@ -586,6 +598,9 @@ CASES: list[OpCase] = [
     *(linear(9, 7, 13, kind) for kind in ACTIVATIONS),
     *(linears(n, 50, (17, 8, 33, 1, 40, 9, 24, 7, 30)) for n in (0, 1, 3, 7, 33, 70)),
     linears(2, 400, (64, 0, 32)),
+    *(decode_linears(n, 50, (17, 8, 33), kind) for n, kind in (
+        (0, None), (1, None), (3, "gelu_tanh"), (33, "silu"), (70, "gelu"))),
+    decode_linears(2, 400, (64, 0, 32), "relu"),
     *(quantize(o, c, kind) for kind in KINDS for o, c in ((33, 21), (1, 1), (64, 50), (0, 3))),
     *(linear_quantized(*shape, kind) for kind in KINDS for shape in (
         (1, 13, 35), (1, 401, 300), (2, 50, 97), (3, 401, 300), (16, 50, 97), (25, 385, 33),

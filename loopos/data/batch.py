@@ -31,6 +31,8 @@ class Batch:
         How much each token counts as a target, 0 where the mask is False; None counts each as 1.
     labels : ndarray [B] or None
     token_types : ndarray int32 [N] or None
+    decoding : bool
+        True: a step of generation, each sequence the one token that follows those of a cache.
     """
 
     tokens: Array
@@ -40,6 +42,7 @@ class Batch:
     labels: Array | None = None
     token_types: Array | None = None
     loss_weights: Array | None = None
+    decoding: bool = False
 
     @classmethod
     def from_sequences(

@@ -243,11 +243,12 @@ class Engine:
     def step(self) -> list[Row]:
         """Add one token to every running row, and return these rows."""
         slots, count = self._slots, self._slots.size
-        batch = Batch(self._tokens, self._offsets[: count + 1], slots, self._mask[:count])
+        offsets, mask = self._offsets[: count + 1], self._mask[:count]
+        batch = Batch(self._tokens, offsets, slots, mask, decoding=True)
         with no_grad():
             self.cache.begin(slots)
             hidden = self.model.get_hidden_states(batch, cache=self.cache)
-            logits = self.model.logits(hidden).data
+            logits = self.model.logits(hidden, decoding=True).data
         self.cache.commit()
         return self.choose(self._rows, logits, slots)
 

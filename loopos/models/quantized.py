@@ -151,10 +151,10 @@ class QuantizedTransformer(Transformer):
             raise self._not_trained()
         return super().get_hidden_states(batch, None, cache, rows)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, decoding: bool = False) -> Tensor:
         """Return the head's scores of some rows; see :meth:`Transformer.logits`."""
         if self._head is None:
-            return super().logits(hidden)  # which says what is missing
+            return super().logits(hidden, decoding)  # which says what is missing
         return ops.linear_quantized(hidden, self._head, None, None)
 
     def next_token_loss(
@@ -191,14 +191,5 @@ class QuantizedTransformer(Transformer):
             y = ops.linear_quantized(x, weight, bias, activation)
             return [y] if len(parts) == 1 else [Tensor(y.data[:, part]) for part in parts]
         y = ops.linear_quantized(x, weight, bias, None)
-        outputs = []
-        low: dict[Adapter, Tensor] = {}
-        for name, part in zip(names, parts, strict=True):
-            own = Tensor(y.data[:, part])
-            adapter = self.adapters.get(name)
-            if adapter is not None:
-                if adapter not in low:
-                    low[adapter] = adapter.down(x, batch, dropout)
-                own = adapter.add_to(name, own, low[adapter])
-            outputs.append(own if activation is None else ops.activation(own, activation))
-        return outputs
+        outputs = [Tensor(y.data[:, part]) for part in parts]
+        return self._adapted(names, outputs, x, batch, dropout, activation)

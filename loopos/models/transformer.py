@@ -254,14 +254,22 @@ class Transformer:
         """
         return self.logits(self.get_hidden_states(batch, dropout))
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, decoding: bool = False) -> Tensor:
         """Return the head's scores ``[rows, V]`` of some rows of the hidden states.
+
+        Parameters
+        ----------
+        hidden : Tensor [rows, d_model]
+        decoding : bool
+            As of a :class:`~loopos.Batch`, the one that the states are of.
 
         Raises
         ------
         ConfigError
             If the model has no language-model head.
         """
+        if decoding:
+            return ops.decode_linears(hidden, [(self.head_weight, None)])[0]
         return ops.linear(hidden, self.head_weight)
 
     def next_token_loss(
@@ -456,24 +464,40 @@ class Transformer:
         activation: str | None = None,
     ) -> list[Tensor]:
         """Apply linear layers that have one input, each with its low-rank update if it has one."""
-        low: dict[Adapter, Tensor] = {}
-        outputs = []
         layers = [
             (self._parameters[f"{name}.weight"], self._parameters.get(f"{name}.bias"))
             for name in names
         ]
-        if activation is None and (self.unmerged or self.adapters.keys().isdisjoint(names)):
-            return list(ops.linears(x, layers))
-        for name, (weight, bias) in zip(names, layers, strict=True):
-            adapter = None if self.unmerged else self.adapters.get(name)
-            if adapter is None:
-                outputs.append(ops.linear(x, weight, bias, activation=activation))
-                continue
-            if adapter not in low:
-                low[adapter] = adapter.down(x, batch, dropout)
-            y = adapter.add_to(name, ops.linear(x, weight, bias), low[adapter])
-            outputs.append(y if activation is None else ops.activation(y, activation))
-        return outputs
+        plain = bool(self.unmerged) or self.adapters.keys().isdisjoint(names)
+        fused = activation if plain else None
+        if batch.decoding:
+            outputs = ops.decode_linears(x, layers, fused)
+        elif fused is None:
+            outputs = list(ops.linears(x, layers))
+        else:
+            outputs = [ops.linear(x, weight, bias, fused) for weight, bias in layers]
+        return outputs if plain else self._adapted(names, outputs, x, batch, dropout, activation)
+
+    def _adapted(
+        self,
+        names: tuple[str, ...],
+        outputs: list[Tensor],
+        x: Tensor,
+        batch: Batch,
+        dropout: DropoutKeys | None,
+        activation: str | None,
+    ) -> list[Tensor]:
+        """Add the low-rank updates to the outputs of linear layers that have one input."""
+        low: dict[Adapter, Tensor] = {}
+        updated = []
+        for name, y in zip(names, outputs, strict=True):
+            adapter = self.adapters.get(name)
+            if adapter is not None:
+                if adapter not in low:
+                    low[adapter] = adapter.down(x, batch, dropout)
+                y = adapter.add_to(name, y, low[adapter])
+            updated.append(y if activation is None else ops.activation(y, activation))
+        return updated
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         gain, eps = self._parameters[f"{name}.weight"], self.config.norm_eps

@@ -270,6 +270,9 @@ typedef struct {
     int (*kl_rows)(int threads, const loopos_kl_rows *p);
     int (*kl_rows_gradient)(int threads, const loopos_kl_rows *p);
     int (*sgd)(int threads, const loopos_sgd *p);
+    /* The forward products of a step of decoding: as `products`, at level amx as those of v4, which take
+       less time for few rows and sum in another order. */
+    int (*decode_products)(int threads, long count, const loopos_product *p);
 } loopos_table;
 
 /* The table in use; NULL only on an x86-64 processor older than x86-64-v2. */
