@@ -436,9 +436,10 @@ def linear_logprobs(
 
     def backward(grads: Grads) -> Grads:
         dlogp = np.zeros_like(logp) if grads[0] is None else grads[0]
+        dw, accumulate = _target(w)
         dh = backend.linear_logprobs_backward(
-            dlogp, grads[1], h.data, w.data, targets, entropy, lse,
-            temperature, _data(b), dw=_into(w), db=_into(b), need_dh=h.requires_grad,
+            dlogp, grads[1], h.data, w.data, targets, entropy, lse, temperature, _data(b),
+            dw=dw, db=_into(b), accumulate=accumulate, need_dh=h.requires_grad,
         )  # fmt: skip
         return dh, None, None
 
@@ -461,9 +462,10 @@ def linear_kl(
     kl = backend.linear_kl(h.data, w.data, *fixed, _data(b), b_ref)
 
     def backward(grads: Grads) -> Grads:
+        dw, accumulate = _target(w)
         dh = backend.linear_kl_backward(
             _only(grads), kl, h.data, w.data, *fixed, _data(b), b_ref,
-            dw=_into(w), db=_into(b), need_dh=h.requires_grad,
+            dw=dw, db=_into(b), accumulate=accumulate, need_dh=h.requires_grad,
         )  # fmt: skip
         return dh, None, None
 

@@ -284,6 +284,27 @@ def test_a_token_of_probability_zero_adds_nothing_to_entropy_and_divergence(back
     assert np.isposinf(backend.linear_kl(h, w, h_ref, w_ref, 0.7, None, b)).all()
 
 
+@pytest.mark.parametrize("rows", [0, 3, 50])
+def test_gradients_of_a_head_overwrite_what_a_buffer_holds(backend, rows, monkeypatch):
+    for module in ("numpy_losses", "cython_losses"):  # several chunks
+        monkeypatch.setattr(f"loopos.backends.{module}._LOGIT_ELEMENTS", 20 * 41)
+    rng = np.random.default_rng(0)
+    h, h_ref = (rng.standard_normal((rows, 8)).astype("f") for _ in range(2))
+    w, w_ref = (rng.standard_normal((41, 8)).astype("f") for _ in range(2))
+    up, targets = rng.standard_normal(rows).astype("f"), rng.integers(0, 41, rows).astype(np.int32)
+    _, entropy, lse = backend.linear_logprobs(h, w, targets)
+    kl = backend.linear_kl(h, w, h_ref, w_ref)
+    for backward, given in (
+        (backend.linear_logprobs_backward, (up, up, h, w, targets, entropy, lse)),
+        (backend.linear_kl_backward, (up, kl, h, w, h_ref, w_ref)),
+    ):
+        added, written = np.zeros_like(w), np.full_like(w, np.nan)
+        backward(*given, dw=added)
+        backward(*given, dw=written, accumulate=False)
+        np.testing.assert_array_equal(written, added)
+        assert added.any() == (rows > 0)
+
+
 def test_thread_limit_holds_inside_the_block_only():
     before = threads.blas().num_threads
     with threads.thread_limit(1):

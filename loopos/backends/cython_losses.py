@@ -114,16 +114,19 @@ class CythonLosses(NumpyBackend):
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; see :meth:`NumpyBackend.linear_logprobs_backward`."""
         if not self._kernels.single(h=h, w=w, dlogp=dlogp):
             return super().linear_logprobs_backward(
                 dlogp, dentropy, h, w, targets, entropy, lse, temperature, b,
-                dw=dw, db=db, need_dh=need_dh,
+                dw=dw, db=db, accumulate=accumulate, need_dh=need_dh,
             )  # fmt: skip
         targets = self._targets(targets, len(h))
         dh = self._kernels.empty(h.shape) if need_dh else None
+        if dw is not None and not accumulate and not len(h):
+            dw.fill(0)
         for chunk in _chunks(len(h), w.shape[0]):
             z = self.linear(h[chunk], w, b)[0]
             self._kernels.loss_rows_gradient(
@@ -136,7 +139,10 @@ class CythonLosses(NumpyBackend):
                 self._kernels.contiguous(entropy[chunk]),
                 get_num_threads(),
             )
-            part = self.linear_backward(z, h[chunk], w, dw=dw, db=db, need_dx=need_dh)
+            part = self.linear_backward(
+                z, h[chunk], w, dw=dw, db=db, accumulate=accumulate, need_dx=need_dh
+            )
+            accumulate = True
             if dh is not None:
                 dh[chunk] = part
         return dh
@@ -174,14 +180,18 @@ class CythonLosses(NumpyBackend):
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; see :meth:`NumpyBackend.linear_kl_backward`."""
         if not self._kernels.single(dkl=dkl, kl=kl, h=h, w=w, h_ref=h_ref, w_ref=w_ref):
             return super().linear_kl_backward(
-                dkl, kl, h, w, h_ref, w_ref, temperature, b, b_ref, dw=dw, db=db, need_dh=need_dh
-            )
+                dkl, kl, h, w, h_ref, w_ref, temperature, b, b_ref,
+                dw=dw, db=db, accumulate=accumulate, need_dh=need_dh,
+            )  # fmt: skip
         dh = self._kernels.empty(h.shape) if need_dh else None
+        if dw is not None and not accumulate and not len(h):
+            dw.fill(0)
         for chunk in _chunks(len(h), 2 * w.shape[0]):
             z, z_ref = self.linear(h[chunk], w, b)[0], self.linear(h_ref[chunk], w_ref, b_ref)[0]
             self._kernels.kl_rows_gradient(
@@ -192,7 +202,10 @@ class CythonLosses(NumpyBackend):
                 self._kernels.contiguous(kl[chunk]),
                 get_num_threads(),
             )
-            part = self.linear_backward(z, h[chunk], w, dw=dw, db=db, need_dx=need_dh)
+            part = self.linear_backward(
+                z, h[chunk], w, dw=dw, db=db, accumulate=accumulate, need_dx=need_dh
+            )
+            accumulate = True
             if dh is not None:
                 dh[chunk] = part
         return dh

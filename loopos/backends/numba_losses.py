@@ -46,11 +46,11 @@ def _add_product(into: Array, left: Array, right: Array, fresh: bool = False) ->
 
 def _add_head_gradients(
     dz: Array, h: Array, w: Array, dw: Array | None, db: Array | None, need_dh: bool,
-    fresh: bool = False,
+    accumulate: bool = True,
 ) -> Array | None:  # fmt: skip
     """The backward of ``z = h w^T + b`` for one chunk."""
     if dw is not None:
-        _add_product(dw, dz, h, fresh)
+        _add_product(dw, dz, h, not accumulate)
     if db is not None:
         db += dz.sum(axis=0)
     return dz @ w if need_dh else None
@@ -118,8 +118,7 @@ class NumbaLosses(DenseOps, LossOps):
             POOL.run(kernels.cross_entropy_rows, at.size, z.size, *args)
             total -= float(np.sum(logp * scale, dtype=np.float64))
             if wanted:
-                fresh = chunk.start == 0
-                part = _add_head_gradients(z, states, w, dw, db, need_dh, fresh)
+                part = _add_head_gradients(z, states, w, dw, db, need_dh, chunk.start > 0)
                 if dh is not None and part is not None:
                     dh[at] = part
         return total, float(weight.sum(dtype=np.float64)), dh, dw, db
@@ -154,19 +153,22 @@ class NumbaLosses(DenseOps, LossOps):
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; logits are recomputed chunk by chunk."""
         if not one_of(dlogp, dentropy, h, w, entropy, lse, b):
             return super().linear_logprobs_backward(
                 dlogp, dentropy, h, w, targets, entropy, lse, temperature, b,
-                dw=dw, db=db, need_dh=need_dh,
+                dw=dw, db=db, accumulate=accumulate, need_dh=need_dh,
             )  # fmt: skip
         kernels, _ = numba_compile.compiled()
         columns = {"targets": targets, "dlogp": dlogp, "dentropy": dentropy}
         expect((len(h),), **columns, entropy=entropy, lse=lse)
         targets = _targets(targets, w.shape[0])
         dh = np.empty_like(h, order="C") if need_dh else None
+        if dw is not None and not accumulate and not len(h):
+            dw.fill(0)
         ups = [np.empty(0, h.dtype) if a is None else as_input(a) for a in (dlogp, dentropy)]
         entropy, lse = as_input(entropy), as_input(lse)
         inverse = h.dtype.type(1.0 / temperature)
@@ -176,7 +178,8 @@ class NumbaLosses(DenseOps, LossOps):
             POOL.run(
                 kernels.logprob_rows_backward, len(z), z.size, z, targets[chunk], *args
             )  # fmt: skip
-            part = _add_head_gradients(z, h[chunk], w, dw, db, need_dh)
+            add = accumulate or chunk.start > 0
+            part = _add_head_gradients(z, h[chunk], w, dw, db, need_dh, add)
             if dh is not None and part is not None:
                 dh[chunk] = part
         return dh
@@ -218,25 +221,30 @@ class NumbaLosses(DenseOps, LossOps):
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; the reference is fixed."""
         if not one_of(dkl, kl, h, w, h_ref, w_ref, b, b_ref):
             return super().linear_kl_backward(
-                dkl, kl, h, w, h_ref, w_ref, temperature, b, b_ref, dw=dw, db=db, need_dh=need_dh
-            )
+                dkl, kl, h, w, h_ref, w_ref, temperature, b, b_ref,
+                dw=dw, db=db, accumulate=accumulate, need_dh=need_dh,
+            )  # fmt: skip
         kernels, _ = numba_compile.compiled()
         expect((len(h), w_ref.shape[1]), h_ref=h_ref)
         expect((w.shape[0], h_ref.shape[1]), w_ref=w_ref)
         expect((len(h),), dkl=dkl, kl=kl)
         dh = np.empty_like(h, order="C") if need_dh else None
+        if dw is not None and not accumulate and not len(h):
+            dw.fill(0)
         kl, up = as_input(kl), as_input(dkl / h.dtype.type(temperature))
         for chunk in _chunks(len(h), w.shape[0]):
             z = _logits(h[chunk], w, b, temperature)
             z_ref = _logits(h_ref[chunk], w_ref, b_ref, temperature)
             args = (z, z_ref, kl[chunk], up[chunk])
             POOL.run(kernels.kl_rows_backward, len(z), 2 * z.size, *args)
-            part = _add_head_gradients(z, h[chunk], w, dw, db, need_dh)
+            add = accumulate or chunk.start > 0
+            part = _add_head_gradients(z, h[chunk], w, dw, db, need_dh, add)
             if dh is not None and part is not None:
                 dh[chunk] = part
         return dh

@@ -49,11 +49,14 @@ def _probabilities(z: Array, z_ref: Array) -> Array:
 
 
 def _add_head_gradients(
-    dz: Array, h: Array, w: Array, dw: Array | None, db: Array | None, need_dh: bool
-) -> Array | None:
+    dz: Array, h: Array, w: Array, dw: Array | None, db: Array | None, need_dh: bool,
+    accumulate: bool = True,
+) -> Array | None:  # fmt: skip
     """The backward of ``z = h w^T + b`` for one chunk."""
-    if dw is not None:
+    if dw is not None and accumulate:
         dw += dz.T @ h
+    elif dw is not None:
+        np.matmul(dz.T, h, out=dw)
     if db is not None:
         db += dz.sum(axis=0)
     return dz @ w if need_dh else None
@@ -158,14 +161,19 @@ class LossOps:
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``; logits are recomputed chunk by chunk.
+
+        Without `accumulate` what `dw` holds is overwritten.
 
         With z the scaled logits: ``d logp / dz = onehot - p`` and
         ``d entropy / dz = -p (log p + entropy)``, in the limit 0 where p is 0.
         """
         dh = np.empty_like(h, order="C") if need_dh else None
+        if dw is not None and not accumulate and not len(h):
+            dw.fill(0)
         for chunk in _chunks(len(h), w.shape[0]):
             logp = _logits(h[chunk], w, b, temperature)
             logp -= lse[chunk][:, None]
@@ -178,7 +186,8 @@ class LossOps:
                 dz -= dentropy[chunk][:, None] * logp
             dz[np.arange(len(dz)), targets[chunk]] += dlogp[chunk]
             dz /= dz.dtype.type(temperature)
-            part = _add_head_gradients(dz, h[chunk], w, dw, db, need_dh)
+            add = accumulate or chunk.start > 0
+            part = _add_head_gradients(dz, h[chunk], w, dw, db, need_dh, add)
             if dh is not None and part is not None:
                 dh[chunk] = part
         return dh
@@ -220,13 +229,16 @@ class LossOps:
         *,
         dw: Array | None = None,
         db: Array | None = None,
+        accumulate: bool = True,
         need_dh: bool = True,
     ) -> Array | None:
         """Gradient of ``h``: ``d KL / dz = p (log p - log p_ref - KL)``; the reference is fixed.
 
-        Where p is 0 it is the limit, 0.
+        Where p is 0 it is the limit, 0. Without `accumulate` what `dw` holds is overwritten.
         """
         dh = np.empty_like(h, order="C") if need_dh else None
+        if dw is not None and not accumulate and not len(h):
+            dw.fill(0)
         for chunk in _chunks(len(h), w.shape[0]):
             z = _logits(h[chunk], w, b, temperature)
             z_ref = _logits(h_ref[chunk], w_ref, b_ref, temperature)
@@ -235,7 +247,8 @@ class LossOps:
             np.copyto(dz, 0, where=p == 0)  # also where the divergence is infinite
             dz *= p
             dz *= (dkl[chunk] / z.dtype.type(temperature))[:, None]
-            part = _add_head_gradients(dz, h[chunk], w, dw, db, need_dh)
+            add = accumulate or chunk.start > 0
+            part = _add_head_gradients(dz, h[chunk], w, dw, db, need_dh, add)
             if dh is not None and part is not None:
                 dh[chunk] = part
         return dh
