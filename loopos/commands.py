@@ -19,6 +19,7 @@ from loopos.files import atomic_write_text, read_json, write_json
 from loopos.version import __version__
 
 if TYPE_CHECKING:
+    from loopos.data.readers import Texts
     from loopos.methods.fine_tuning import FineTuner
 
 _DIRECTORY = typer.Argument(metavar="DIRECTORY", help="A run directory, or a saved classifier.")
@@ -301,8 +302,8 @@ def evaluate(
     """Measure a model on other data.
 
     Prints the figures of a classifier, or loss and perplexity of a language model, or the scores of
-    a policy by the reward model of its run. A run of supervised fine-tuning or of chain of thought
-    is measured on rows as it was trained on, with its own options.
+    a policy by the reward model of its run. A run of pretraining, supervised fine-tuning or chain
+    of thought is measured on data as it was trained on, with its own options.
     """
     figures = _evaluated(model, data, text_field, label_field)
     if output is not None:
@@ -329,13 +330,7 @@ def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dic
 
         return RewardTrainer.load(_inner(model)).evaluate(data)
     if _is_language_model(model):
-        from loopos.data.tokenizer import load_tokenizer
-        from loopos.methods.pretraining import Pretrainer
-        from loopos.models.weights import load_model
-
-        inner = _inner(model)
-        trainer = Pretrainer(load_model(inner), load_tokenizer(inner))
-        return dict(trainer.evaluate(read_texts(data, text_field)))
+        return _evaluated_texts(model, read_texts(data, text_field))
     tuner = _load_tuner(model)
     head = tuner.classifier
     labelled = read_labelled(
@@ -347,6 +342,21 @@ def _evaluated(model: Path, data: str, text_field: str, label_field: str) -> dic
         head.problem,
     )
     return tuner.evaluate(labelled)
+
+
+def _evaluated_texts(directory: Path, texts: Texts) -> dict[str, Any]:
+    """Let a language model predict texts, cut into pieces as its run did if it is one."""
+    from loopos.config import load_config
+    from loopos.data.tokenizer import load_tokenizer
+    from loopos.methods.pretraining import Options, Pretrainer
+    from loopos.models.weights import load_model
+
+    inner, options = _inner(directory), Options()
+    if _run_values(directory):
+        given = load_config(directory / "config.json").training
+        options = given if isinstance(given, Options) else options
+    trainer = Pretrainer(load_model(inner), load_tokenizer(inner))
+    return dict(trainer.evaluate(texts, options))
 
 
 def _evaluated_solver(directory: Path, data: str) -> dict[str, Any]:

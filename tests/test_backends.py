@@ -305,6 +305,39 @@ def test_gradients_of_a_head_overwrite_what_a_buffer_holds(backend, rows, monkey
         assert added.any() == (rows > 0)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("window", "error", "words"),
+    [
+        (0, ValueError, "window: expected at least 1, found 0"),
+        (-3, ValueError, "window: expected at least 1, found -3"),
+        (2.5, TypeError, r"window: expected a whole number or None, found 2\.5"),
+        (True, TypeError, "window: expected a whole number or None, found True"),
+    ],
+)
+def test_a_window_that_is_none_is_refused(backend, dtype, window, error, words):
+    x, offsets = np.ones((3, 2, 4), dtype), np.array([0, 3], np.int32)
+    y, lse = backend.attention(x, x, x, offsets, True, 0.5, np.int64(2))
+    cache, slots, lengths = np.ones((1, 5, 2, 4), dtype), offsets[:1], offsets[1:]
+    for call in (
+        lambda: backend.attention(x, x, x, offsets, True, 0.5, window),
+        lambda: backend.attention_backward(x, x, x, x, y, lse, offsets, True, 0.5, window),
+        lambda: backend.attention_cached(
+            x, x, x, cache, cache, offsets, slots, lengths, 0.5, window
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_targets_that_are_no_integers_are_refused(backend, dtype):
+    h, w, targets = np.ones((2, 3), dtype), np.ones((5, 3), dtype), np.zeros(2, np.float64)
+    for call in (backend.linear_cross_entropy, backend.linear_logprobs):
+        with pytest.raises((TypeError, IndexError), match="integer"):
+            call(h, w, targets)
+
+
 def test_thread_limit_holds_inside_the_block_only():
     before = threads.blas().num_threads
     with threads.thread_limit(1):

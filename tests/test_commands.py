@@ -13,6 +13,7 @@ import loopos as library
 from loopos.config import load_config
 from loopos.data.tokenizer import load_tokenizer, train_bpe
 from loopos.errors import ConfigError
+from loopos.methods import pretraining
 from loopos.methods.fine_tuning import FineTuner
 from loopos.models import load_model
 from loopos.models.lora import add_lora
@@ -189,6 +190,20 @@ def test_a_language_model_is_evaluated_by_perplexity(tmp_path):
     expected = library.Pretrainer(model, tokenizer).evaluate(tmp_path / "t.txt")
     assert figures == expected
     assert figures["perplexity"] == pytest.approx(np.exp(figures["loss"]))
+
+
+def test_a_run_of_pretraining_is_evaluated_in_pieces_of_its_own_length(tmp_path):
+    (tmp_path / "words.txt").write_text("a warm film, a cold film, a warm evening")
+    trained(
+        tmp_path, CLASSES, computation={"mode": "pretraining", "method": "autoregressive"},
+        training={"sequence_length": 4, "batch_size": 8, "max_steps": 2},
+    )  # fmt: skip
+    figures = json.loads(loopos("evaluate", "out", "words.txt", "--json", cwd=tmp_path))
+    inner = tmp_path / "out" / "model"
+    trainer = library.Pretrainer(load_model(inner), load_tokenizer(inner))
+    pieces = pretraining.Options(sequence_length=4)
+    assert figures == trainer.evaluate(tmp_path / "words.txt", pieces)
+    assert figures != trainer.evaluate(tmp_path / "words.txt")
 
 
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion"])

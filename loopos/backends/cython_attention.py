@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from loopos.backends.cython_support import converted
+from loopos.backends.numpy_attention import check_window
 from loopos.backends.numpy_backend import Array, NumpyBackend
 from loopos.backends.threads import get_num_threads
 
@@ -65,6 +66,7 @@ class CythonAttention(NumpyBackend):
         options = (causal, scale, window, dropout_rate, key)
         if not self._kernels.single(q=q, k=k, v=v):
             return super().attention(q, k, v, offsets, *options, sample_ids)
+        check_window(window)
         y, lse = self._kernels.attention(
             self._kernels.contiguous(q),
             self._kernels.contiguous(k),
@@ -96,6 +98,7 @@ class CythonAttention(NumpyBackend):
         options = (causal, scale, window, dropout_rate, key)
         if not self._kernels.single(dy=dy, q=q, k=k, v=v, y=y, lse=lse):
             return super().attention_backward(dy, q, k, v, y, lse, offsets, *options, sample_ids)
+        check_window(window)
         dq, dk, dv = self._kernels.attention_backward(
             *self._kernels.all_contiguous(dy, q, k, v, y, lse),
             self._kernels.as_int32(offsets, "offsets"),
@@ -123,6 +126,7 @@ class CythonAttention(NumpyBackend):
             return super().attention_cached(
                 q, k, v, k_cache, v_cache, offsets, slots, lengths, scale, window
             )
+        check_window(window)
         y: Array = self._kernels.attention_cached(
             self._kernels.contiguous(q),
             self._kernels.contiguous(k),

@@ -20,6 +20,8 @@ Array = np.ndarray[Any, Any]
 
 def _targets(targets: Array, vocabulary: int) -> Array:
     """Return targets for compiled code, which checks no index and would write elsewhere."""
+    if targets.dtype.kind not in "iu":
+        raise TypeError(f"targets: expected an array of integers, found {targets.dtype}")
     if targets.size and (targets.min() < 0 or targets.max() >= vocabulary):
         worst = targets.min() if targets.min() < 0 else targets.max()
         raise IndexError(f"target {worst} is out of bounds for a vocabulary of {vocabulary}")

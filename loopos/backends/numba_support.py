@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from loopos.backends.numpy_attention import check_window
+
 Array = np.ndarray[Any, Any]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -82,7 +84,8 @@ def reach(window: int | None) -> int:
 
     It is added to positions, so it is far from the largest integer too.
     """
-    return 1 << 40 if window is None else window
+    check_window(window)
+    return 1 << 40 if window is None else min(int(window), 1 << 40)
 
 
 def groups_of_rows(ids: Array) -> tuple[Array, Array]:

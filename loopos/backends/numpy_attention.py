@@ -59,6 +59,15 @@ def _visible(queries: Array, keys: Array, causal: bool, window: int | None) -> A
     return mask
 
 
+def check_window(window: Any) -> None:
+    """Raise TypeError or ValueError unless `window` is None or a whole number from 1."""
+    whole = isinstance(window, (int, np.integer)) and not isinstance(window, bool)
+    if window is not None and not whole:
+        raise TypeError(f"window: expected a whole number or None, found {window!r}")
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, found {window}")
+
+
 class AttentionOps:
     """Rotary positions and attention."""
 
@@ -125,6 +134,7 @@ class AttentionOps:
         lse : ndarray [N, H]
             Log-sum-exp of the scaled scores, all that the backward needs.
         """
+        check_window(window)
         y = np.empty_like(q, order="C")
         lse = np.empty(q.shape[:2], dtype=q.dtype)
         kv_heads = k.shape[1]
@@ -168,6 +178,7 @@ class AttentionOps:
         sample_ids: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """Gradients of q, k, v; probabilities come again from `lse` (Dao et al. 2022, alg. 4)."""
+        check_window(window)
         dq, dk, dv = (
             np.empty_like(q, order="C"),
             np.empty_like(k, order="C"),
@@ -284,6 +295,7 @@ class AttentionOps:
         -------
         ndarray [N, H, D]
         """
+        check_window(window)
         self._keep(k, k_cache, offsets, slots, lengths)
         self._keep(v, v_cache, offsets, slots, lengths)
         y = np.empty_like(q, order="C")

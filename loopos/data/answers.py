@@ -50,6 +50,12 @@ _IN_TEXT = re.compile(
     rf"|(?:(?<!\d){_DIGITS}(?:\.\d{{1,600}})?|\.\d{{1,600}})"
     rf"(?:[eE][-+]?\d{{1,9}}\b|\s?[{_FRACTION_CHARACTERS}])?|[{_FRACTION_CHARACTERS}])\s?%?"
 )
+#: LaTeX's, where a single digit needs no braces.
+_FRAC = re.compile(
+    r"\\[dt]?frac\s?(?:\{([^{}]{1,600})\}|([0-9]))\s?(?:\{([^{}]{1,600})\}|([0-9]))"
+)
+#: An unknown that an answer names: x = 5.
+_NAMED = re.compile(r"([^\W\d_])\s?=\s?(?=\S)")
 _SIGNS = str.maketrans(dict.fromkeys("−–—‒‐‑﹣－", "-"))
 _CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
 _SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
@@ -208,7 +214,8 @@ def _simplified(text: str) -> str:
     text = re.sub(r"(?<=\w)(?=[²³¹⁰⁴-⁹⁻])(?<![²³¹⁰⁴-⁹⁻])", "^", text)
     text = unicodedata.normalize("NFKC", text).translate(_SIGNS).replace("⁄", "/")
     if "\\" in text or "{" in text:
-        text = re.sub(r"\\[dt]?frac\{([^{}]{1,600})\}\{([^{}]{1,600})\}", r" \1/\2 ", text)
+        text = _FRAC.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text)
+        text = re.sub(r"\^(?:\\circ(?![a-zA-Z])|\{\\circ\})", "°", text)
         text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|boxed)\{([^{}]{0,600})\}", r" \1", text)
         text = re.sub(r"\\times|\\cdot", "*", text).replace("{,}", ",")
         text = re.sub(r"\\[!,;]|\\left|\\right|\\[()\[\]]", "", text)
@@ -227,10 +234,15 @@ def _spelt(character: str) -> str:
 
 
 def _quantity(text: str) -> tuple[Fraction, str] | None:
-    """Return the number and the unit, "" where there is none, of an answer that is a number."""
+    """Return the number and the unit, "" where there is none, of an answer that is a number.
+
+    The name of an unknown in front, as in ``x = 5``, is left out.
+    """
     if len(text) > 8 * _MAX_DIGITS:
         return None
-    match = _QUANTITY.fullmatch(_simplified(text))
+    text = _simplified(text)
+    named = _NAMED.match(text)
+    match = _QUANTITY.fullmatch(text, 0 if named is None else named.end())
     if match is None or (match["sign"] and match["sign2"]):
         return None
     value = _value(match)
