@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -22,6 +23,7 @@ __all__ = [
     "open_standard_streams",
     "plain",
     "say",
+    "say_json",
     "show_figures",
     "show_place",
     "show_predictions",
@@ -36,6 +38,8 @@ __all__ = [
 
 #: Control characters would act on the terminal instead of being shown.
 _SHOWN = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+#: In JSON, which escapes the others itself.
+_ESCAPED = {code: f"\\u{code:04x}" for code in _SHOWN if code > 31}
 
 
 def plain(text: str) -> str:
@@ -54,6 +58,12 @@ def say(line: str = "") -> None:
         If its reader has left.
     """
     write(f"{line}\n")
+
+
+def say_json(value: Any) -> None:
+    """Print a value as one line of JSON; errors as :func:`say`."""
+    ascii_only = "utf" not in (sys.stdout.encoding or "").lower()
+    say(json.dumps(value, ensure_ascii=ascii_only).translate(_ESCAPED))
 
 
 def write(text: str) -> None:

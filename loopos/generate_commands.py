@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loopos.commands import _as_utf8, _standard_input
-from loopos.display import plain, say, write
+from loopos.display import plain, say, say_json, write
 from loopos.errors import (
     ConfigError,
     DataError,
@@ -330,8 +329,7 @@ def _generate(
     seconds = time.perf_counter() - begin
     for generation in found:
         if as_json:
-            escaped = "utf" not in (sys.stdout.encoding or "").lower()
-            say(json.dumps(_fields(loaded, generation, given), ensure_ascii=escaped))
+            say_json(_fields(loaded, generation, given))
             continue
         if len(found) > 1:
             sample = f", sample {generation.sample_index + 1}" if options.num_samples > 1 else ""

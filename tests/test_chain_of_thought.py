@@ -86,6 +86,11 @@ def test_preview_shows_what_counts():
         ("".join(step + "\n" for step in example.steps), 1.0),
         (f"Answer: {example.answer}<|endoftext|>", 2.0),
     ]
+    longest = ReasoningExample("word " * 200, ("so 3",), "3")
+    several = ReasoningExamples.of([longest, ReasoningExample("p", (), "3"), *DATA])
+    for data, options in ((several, Options(rounds=1)), (DATA, Options(rounds=1))):
+        shown = trainer().preview(data, options, rows=1)
+        assert shown == trainer().preview(DATA, Options(), rows=1)
     (pieces,) = trainer().preview(DATA, Options(with_steps=False), rows=1)
     assert [text for text, weight in pieces if weight] == [f"Answer: {example.answer}<|endoftext|>"]
 
@@ -353,6 +358,26 @@ def test_rounds_go_on_byte_for_byte(monkeypatch, tmp_path, stopped_after):
     again.fit(data, output_dir=tmp_path, resume=True, **common)
     for name, array in weights_of(whole).items():
         assert np.array_equal(array, weights_of(again)[name]), name
+
+
+def test_a_round_that_kept_nothing_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(solving, "generate", canned(["1 + 2 = 4\nAnswer: 4"]))
+    data = ReasoningExamples.of([*DATA, ReasoningExample("p", (), "3")])
+    common = {"max_steps": 3, "batch_size": 4, "rounds": 1, "samples": 1}
+    started = (tmp_path / "round-1" / "metrics.jsonl").exists
+    result = trainer().fit(data, output_dir=tmp_path, stop=started, **common)
+    assert result.stopped_reason == "interrupted"
+    assert (tmp_path / "round-1" / "kept.jsonl").read_bytes() == b""
+    again, whole = trainer(), trainer()
+    assert again.fit(data, output_dir=tmp_path, resume=True, **common).steps == 3
+    whole.fit(data, **common)
+    for name, array in weights_of(whole).items():
+        assert np.array_equal(array, weights_of(again)[name]), name
+
+
+def test_a_single_text_is_no_list_of_problems():
+    with pytest.raises(DataError, match="expected a list of problems, found a single text"):
+        trainer().solve("1+1")
 
 
 def test_rounds_need_some_reasoning():

@@ -181,6 +181,28 @@ def test_a_token_across_the_edge_is_cut():
     assert ids[: own.prompt(messages[:1]).size].tolist() == own.prompt(messages[:1]).tolist()
 
 
+@pytest.mark.parametrize("answer", ["hello world", "5"])
+@pytest.mark.parametrize("trimmed", [True, False])
+def test_spaces_before_a_token_are_its_own_whatever_its_offsets_say(trimmed, answer):
+    from tokenizers import processors
+
+    text = "user hello there ASSISTANT: hello world yes no"
+    found = train_bpe([text * 5, " hello world 1 2 3"] * 5, 320, individual_digits=True)
+    found._backend.post_processor = processors.ByteLevel(trim_offsets=trimmed)
+    found._backend.add_special_tokens(["<|im_end|>"])
+    found.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }}\n{% else %}"
+        "ASSISTANT: {{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
+    )
+    own = ChatTemplate(found)
+    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": answer}]
+    ids, trained = own.encode(messages)
+    prompt = own.prompt(messages[:1])
+    assert ids[: prompt.size].tolist() == prompt.tolist()
+    assert found.decode(ids[trained]) == f"{answer}<|im_end|>"
+
+
 def test_special_tokens_are_not_added_again():
     from tokenizers import processors
 

@@ -206,6 +206,20 @@ def test_a_run_of_pretraining_is_evaluated_in_pieces_of_its_own_length(tmp_path)
     assert figures != trainer.evaluate(tmp_path / "words.txt")
 
 
+def test_a_language_model_with_adapters_is_evaluated(tmp_path):
+    tokenizer = train_bpe(["warm film"], 300)
+    config = library.TransformerConfig(**SIZES)
+    library.Transformer(config, seed=1).save(tmp_path / "base", tokenizer)
+    add_lora(load_model(tmp_path / "base")).save(tmp_path / "adapters", tokenizer)
+    (tmp_path / "t.txt").write_text("a warm film, a cold film")
+    figures = [json.loads(loopos("evaluate", name, "t.txt", "--json", cwd=tmp_path))
+               for name in ("base", "adapters")]  # fmt: skip
+    assert figures[0] == figures[1]
+    assert "adapters: is no classifier (classifier.json is missing)" in loopos(
+        "predict", "adapters", "warm", cwd=tmp_path, code=2
+    )
+
+
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
 def test_a_supervised_run_is_evaluated_on_its_own_kind_of_rows(tmp_path, kind):
     rows = [{"prompt": f"{word}?", "completion": f" {word}!"} for word in WORDS]

@@ -64,13 +64,22 @@ def test_what_else_a_message_says_is_kept():
         ANSWER | {"thinking": "hm"},
     ]
     found = only({"messages": messages, "tools": [{"name": "add", "x": None}]})
-    assert found.messages[1] == {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}],
-    }
+    assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
     assert found.messages[3] == ANSWER | {"thinking": "hm"}
-    assert found.tools == [{"name": "add"}]
+    assert found.tools == [{"name": "add", "x": None}]
+
+
+def test_what_columns_leave_empty_is_not_said(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    calls = [{"function": {"name": name, "arguments": {name: 1}}} for name in ("a", "b")]
+    said = ANSWER | {"tool_calls": calls}
+    tools = [{"name": "a", "x": 1}, {"name": "b"}]
+    table = arrow.Table.from_pylist([{"messages": [USER, said], "tools": tools}])
+    parquet.write_table(table, tmp_path / "t.parquet")
+    for source in (table, tmp_path / "t.parquet"):
+        (found,) = read_conversations(source).conversations
+        assert found.messages == [USER, said]
+        assert found.tools == tools
 
 
 def test_conversations_are_texts_to_split_and_compare():

@@ -576,3 +576,24 @@ def test_the_command_line_validates_and_says_what_does_not_fit(configure, tmp_pa
         file.write('{"prompt": "a", "chosen": "b"}\n')
     code, said = loopos("run", "run.json", "--output-dir=other")
     assert (code, "p.jsonl:25: no field 'rejected'" in said) == (2, True), said
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo"])
+def test_what_is_trained_is_evaluated_with_its_own_options(kind, tokenizer):
+    trainer = DPOTrainer(model(), tokenizer)
+    given = Options(loss_type=kind, max_steps=12, batch_size=8, learning_rate=1e-2)
+    trainer.fit(ROWS, options=given)
+    figures = trainer.evaluate(ROWS)
+    assert figures == trainer.evaluate(ROWS, given)
+    assert figures["accuracy"] > 0.5
+    words = "training.loss_type: 'sigmoid' compares with a reference, but the policy was trained w"
+    with pytest.raises(ConfigError, match=words):
+        trainer.evaluate(ROWS, Options())
+
+
+def test_a_response_without_text_is_its_end(tokenizer):
+    row = {"prompt": "Say red:", "chosen": " red", "rejected": ""}
+    trainer = DPOTrainer(model(), tokenizer)
+    figures = trainer.evaluate([row, row])
+    said = trainer.evaluate([row | {"rejected": tokenizer.decode([tokenizer.eos_id])}] * 2)
+    assert figures == said

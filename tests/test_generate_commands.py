@@ -144,6 +144,15 @@ def test_generate_says_what_was_learned(project):
     assert same == out
 
 
+def test_json_can_hold_any_character(project):
+    asked = "a\x7fb\x85c\u2028é"
+    out, _ = loopos("generate", "plain", "--prompt", asked, "--max-new-tokens", 2, "--json",
+                    cwd=project)  # fmt: skip
+    (line,) = out.removesuffix("\n").split("\n")
+    assert "\\u007fb\\u0085c" in line
+    assert json.loads(line)["prompt"] == asked
+
+
 def test_json_lines_are_what_the_library_generates(project):
     asked = ["--prompt", "blue?", "--prompt", "red?", "--num-samples", 2, "--seed", 3,
              "--top-k", 5, "--top-p", 0.9, "--min-p", 0.01, "--temperature", 1.5,

@@ -138,6 +138,8 @@ def test_adaptive_kl_coefficient():
     assert losses.adapted_kl_coefficient(0.15, 60.0, 100) == pytest.approx(0.15 * (1 + 0.002))
     assert losses.adapted_kl_coefficient(0.15, 5.4, 100) == pytest.approx(0.15 * (1 - 0.001))
     assert losses.adapted_kl_coefficient(0.15, 0.0, 100) == pytest.approx(0.15 * (1 - 0.002))
+    with pytest.raises(ConfigError, match="adaptive_kl_horizon: expected more than a fifth"):
+        losses.adapted_kl_coefficient(0.15, 0.0, 100, horizon=20)
 
 
 def test_group_advantages():

@@ -16,7 +16,7 @@ import pytest
 from loopos import use_backend
 from loopos.autograd import Tensor
 from loopos.backends import available_backends
-from loopos.errors import CheckpointError, ConfigError, LooposError, NumericalError
+from loopos.errors import CheckpointError, ConfigError, DataError, LooposError, NumericalError
 from loopos.methods import policy_training, policy_update, ppo, rollouts
 from loopos.methods.ppo import Critic, PPOTrainer
 from loopos.methods.rewards import Normaliser
@@ -281,7 +281,119 @@ def test_a_policy_above_its_budget_is_never_kept(kept, tmp_path):
     assert run.evaluate(PROMPTS)["kl/mean"] <= 0.5
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_best_evaluation_within_the_budget_is_what_is_kept(seed, tmp_path):
+    """Also where the step before the end was the best: its checkpoint is written again then."""
+    run = trainer(kl_budget=0.5, learning_rate=0.01, num_epochs=40, eval_steps=1, seed=seed)
+    result = run.fit(PROMPTS, output_dir=tmp_path)
+    assert result.stopped_reason == "kl_budget"
+    assert run.evaluate(PROMPTS[:6])["reward/score"] == result.best_metric
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_last_update_of_a_run_is_held_to_the_budget_too(kept, tmp_path):
+    run = trainer(kl_budget=0.2, learning_rate=0.3, max_steps=1, scheduler="constant")
+    start = weights(run)
+    result = run.fit(PROMPTS, output_dir=tmp_path if kept else None)
+    assert result.stopped_reason == "finished"
+    assert result.evaluations[-1]["eval"]["kl/mean"] > 0.2
+    require_same(weights(run), start)
+
+
+def test_a_budget_ends_a_resumed_run_as_one_that_went_on(tmp_path):
+    given = {"kl_budget": 0.5, "learning_rate": 0.02, "num_epochs": 40}
+    whole = trainer(**given)
+    steps = whole.fit(PROMPTS, output_dir=tmp_path / "whole").steps
+    assert steps > 1
+    parts = trainer(**given)
+    count = iter(range(1, 1000))
+    parts.fit(PROMPTS, output_dir=tmp_path / "parts", stop=lambda: next(count) == steps)
+    again = trainer(**given)
+    result = again.fit(PROMPTS, output_dir=tmp_path / "parts", resume=True)
+    assert (result.steps, result.stopped_reason) == (steps, "kl_budget")
+    require_same(weights(again), weights(whole))
+
+
+def test_what_is_held_out_is_checked_before_the_first_step(tmp_path):
+    for data, more, error, words in (
+        ([], {}, DataError, "there is no prompt to evaluate on"),
+        (PROMPTS[:2], {"answers": [1] * 24}, ConfigError, "answers and validation_answers: expec"),
+        (PROMPTS[:2], {"validation_answers": [1, 2]}, ConfigError, "answers and validation_answe"),
+    ):
+        made = trainer()
+        before = weights(made)
+        with pytest.raises(error, match=words):
+            made.fit(PROMPTS, data, output_dir=tmp_path, **more)
+        require_same(weights(made), before)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match="there is no prompt to evaluate on"):
+        made.evaluate([])
+
+
+def test_an_evaluation_that_fails_saves_the_state_before_it(tmp_path):
+    asked = []
+
+    def failing(prompts, responses):
+        asked.append(len(prompts))
+        if len(prompts) == 5 and len(asked) < 20:
+            raise RuntimeError("no answer")
+        return count_fives(prompts, responses)
+
+    given = {"eval_steps": 2, "num_epochs": 1}
+    with pytest.raises(
+        LooposError,
+        match=r"step 2: the evaluation failed: the reward 'score' "
+        r"raised RuntimeError: no answer; the state before it is in .*00000002$",
+    ):
+        trainer(reward=failing, **given).fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "a")
+    asked += [0] * 20
+    again = trainer(reward=failing, **given)
+    again.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "a", resume=True)
+    whole = trainer(reward=failing, **given)
+    whole.fit(PROMPTS, PROMPTS[:5], output_dir=tmp_path / "b")
+    require_same(weights(again), weights(whole))
+
+
+def test_a_horizon_that_could_make_the_coefficient_negative_is_refused():
+    words = "training.adaptive_kl_horizon: expected more than a fifth of the 24 responses of a step"
+    with pytest.raises(ConfigError, match=words):
+        trainer(adaptive_kl_target=6.0, adaptive_kl_horizon=4.0, batch_size=24)
+    made = trainer(adaptive_kl_target=6.0, adaptive_kl_horizon=4.0)
+    before = weights(made)
+    with pytest.raises(ConfigError, match=words):
+        made.step(PROMPTS)
+    require_same(weights(made), before)
+    assert made.step(PROMPTS[:6])
+    assert made.kl_coefficient == pytest.approx(0.1 * (1 - 0.2 * 6 / 4))
+
+
 # -- rewards ---------------------------------------------------------------------------------------
+
+
+class Untouchable:
+    """As an array that another library does not hand out."""
+
+    def __array__(self, *args, **kwargs):
+        raise RuntimeError("call detach() first")
+
+
+def test_an_array_that_cannot_be_taken_is_named():
+    with pytest.raises(ConfigError, match=r"expected 6 numbers, found Untouchable \(call detach"):
+        trainer(reward=lambda prompts, responses: Untouchable()).step(PROMPTS[:6])
+
+
+@pytest.mark.parametrize("count", [1, 3, 24, 256])
+@pytest.mark.parametrize("kind", ["mean_std", "running"])
+def test_equal_scores_set_no_scale(count, kind):
+    seen = Normaliser(kind).seen(np.full(count, 0.1))
+    np.testing.assert_allclose(seen.apply(np.array([0.1, 1.0])), [0.0, 0.9], atol=1e-12)
+
+
+def test_wrong_parts_are_named():
+    with pytest.raises(ConfigError, match="training.stop_ids: expected a list of token ids"):
+        trainer(stop_ids=0)
+    with pytest.raises(ConfigError, match="critic: expected 'separate', 'shared' or a model with"):
+        PPOTrainer(model(), None, count_fives, critic=model())
 
 
 def test_rewards_of_several_kinds():

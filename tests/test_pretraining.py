@@ -293,3 +293,17 @@ def test_transformers_reads_what_was_saved(tokenizer, tmp_path):
         expected = theirs(input_ids=torch.tensor([ids])).logits[0].numpy()
     found = trainer.model.forward(Batch.from_sequences([ids])).data
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_a_text_of_which_a_tokenizer_keeps_nothing_is_passed_over():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+
+    # Without bytes to fall back on, and without an unknown token.
+    backend = Backend(models.BPE({"a": 0, "b": 1, "<end>": 2}, []))
+    words = Tokenizer(backend, "<end>")
+    sizes = {"d_model": 8, "num_heads": 2, "num_layers": 1, "d_ff": 8, "vocab_size": 3}
+    trainer = Pretrainer(Transformer(TransformerConfig(**sizes)), words)
+    both, one = (Texts(texts, [f"row {i}" for i in range(len(texts))])
+                 for texts in (["ab", "五"], ["ab"]))  # fmt: skip
+    assert trainer.evaluate(both) == trainer.evaluate(one)

@@ -16,6 +16,7 @@ from loopos.config import load_config
 from loopos.data.preferences import read_preferences
 from loopos.data.tokenizer import load_tokenizer, train_bpe
 from loopos.errors import CheckpointError, ConfigError, DataError, InputError, MissingFileError
+from loopos.methods.common import with_overrides
 from loopos.methods.ppo import PRESETS
 from loopos.methods.reward_model import Options as RewardOptions
 from loopos.methods.reward_model import RewardTrainer
@@ -262,6 +263,54 @@ def test_lora_of_both(configure):
     assert load_model("out/model").adapters
 
 
+def test_adapters_name_the_base_that_they_were_trained_on(configure):
+    """The supervised phase changes the whole policy, and adapters are saved without it."""
+    run(configure("data.output_dir=first", 'training.phases=["reward_model"]'))
+    start = Transformer(TransformerConfig(**CONFIG["model"]), seed=0)
+    start.save("start", load_tokenizer("first/tokenizer"))
+    given = configure(
+        "data.pretrained_weights=start", 'training.lora={"rank": 2}',
+        'training.supervised={"learning_rate": 0.01, "num_epochs": 4}',
+        'training.phases=["supervised", "reward_model", "ppo"]', "training.max_new_tokens=4",
+    )  # fmt: skip
+    prepared = prepare(given)
+    summary = run(given)
+    found = load_model("out/model")
+    learnt = load_model("out/supervised/model").parameters()
+    for name, parameter in found.parameters().items():
+        if name in learnt:
+            np.testing.assert_array_equal(parameter.data, learnt[name].data)
+    assert found.adapters
+    tokenizer = load_tokenizer("out/tokenizer")
+    options = given.training
+    judge = load_reward_model("out/reward_model/model")
+    again = RLHF(found, tokenizer, reward_model=judge, seed=given.computation.seed)
+    figures = again.evaluate(prepared.validation, options)
+    # Prompts that the run had learnt from are not known here, so those that are left may differ.
+    assert figures["prompts"] == summary.evaluation["prompts"]
+    assert figures["score"] == pytest.approx(summary.evaluation["score"], abs=1e-5)
+    alone = RLHF(load_model("start"), tokenizer, seed=0)
+    options = Options(
+        phases=("supervised", "reward_model", "ppo"), lora=LoraConfig(rank=2), max_steps=1,
+        max_new_tokens=3, batch_size=2, supervised=TrainingOptions(max_steps=1),
+    )  # fmt: skip
+    alone.fit(prepared.training, None, options)
+    with pytest.raises(ConfigError, match="adapters are saved without their base"):
+        alone.save("lost")
+
+
+def test_a_reward_model_that_is_given_is_not_trained(trained):
+    tokenizer = load_tokenizer(trained / "out" / "tokenizer")
+    judge = load_reward_model(trained / "out" / "reward_model" / "model")
+    before = {name: p.data.copy() for name, p in judge.parameters().items()}
+    policy = load_model(trained / "out" / "model")
+    made = RLHF(policy, tokenizer, reward_model=judge)
+    made.fit(read_preferences(pairs(8)), None, max_steps=1, batch_size=2, max_new_tokens=3)
+    assert made.reward_model is judge
+    for name, parameter in judge.parameters().items():
+        np.testing.assert_array_equal(parameter.data, before[name])
+
+
 # -- killed and resumed --------------------------------------------------------------------------
 
 KILLED = """
@@ -442,6 +491,10 @@ def test_a_preset_yields_to_what_is_given(configure):
     for name in PRESETS:
         made = Options(preset=name)
         assert {key: getattr(made, key) for key in PRESETS[name]} == PRESETS[name]
+        chosen = with_overrides(Options(batch_size=3), {"preset": name, "clip_epsilon": 0.3})
+        assert chosen == Options(preset=name, batch_size=3, clip_epsilon=0.3)
+        other = with_overrides(chosen, {"preset": "trl"})
+        assert other == Options(preset="trl", batch_size=3, clip_epsilon=0.3)
     # A value that is the default without a preset is a value that was given.
     assert Options(preset="openai-2019", kl_coefficient=0.1).kl_coefficient == 0.1
     assert dataclasses.replace(made, kl_coefficient=0.2).temperature == made.temperature

@@ -51,9 +51,7 @@ _IN_TEXT = re.compile(
     rf"(?:[eE][-+]?\d{{1,9}}\b|\s?[{_FRACTION_CHARACTERS}])?|[{_FRACTION_CHARACTERS}])\s?%?"
 )
 #: LaTeX's, where a single digit needs no braces.
-_FRAC = re.compile(
-    r"\\[dt]?frac\s?(?:\{([^{}]{1,600})\}|([0-9]))\s?(?:\{([^{}]{1,600})\}|([0-9]))"
-)
+_FRAC = re.compile(r"\\[dt]?frac\s?(?:\{([^{}]{1,600})\}|([0-9]))\s?(?:\{([^{}]{1,600})\}|([0-9]))")
 #: An unknown that an answer names: x = 5.
 _NAMED = re.compile(r"([^\W\d_])\s?=\s?(?=\S)")
 _SIGNS = str.maketrans(dict.fromkeys("−–—‒‐‑﹣－", "-"))

@@ -214,7 +214,7 @@ def _chunk(
         row = start + index
         responses = [side[index] for side in answers]
         if end is not None and not chat:
-            responses = [ids if ids[-1:] == [end] else np.append(ids, np.int32(end))
+            responses = [ids if ids[-1:].tolist() == [end] else np.append(ids, np.int32(end))
                          for ids in responses]  # fmt: skip
         for what, ids in (("prompt", prompt), *(("response", ids) for ids in responses)):
             if not len(ids):

@@ -45,11 +45,14 @@ class Row:
     number : int
         Its line in the file, its number from 1 in a Parquet file or without a file.
     file : str or None
+    of_columns : bool
+        Whether it comes of a table's columns: objects have None then for what others have.
     """
 
     fields: Mapping[str, Any]
     number: int
     file: str | None = None
+    of_columns: bool = False
 
     @property
     def where(self) -> str:
@@ -110,6 +113,7 @@ def iter_rows(
         yield from _files([source], fields, plain_field)
         return
     rows = columns_of(source, fields)
+    of_columns = rows is not None
     if rows is None:
         if not isinstance(source, Iterable) or isinstance(source, (bytes, Mapping)):
             raise DataError(f"expected a path or a list of mappings, found {type(source).__name__}")
@@ -122,7 +126,7 @@ def iter_rows(
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise DataError(f"row {number}: expected a mapping, found {type(row).__name__}")
-        yield Row(row, number)
+        yield Row(row, number, of_columns=of_columns)
 
 
 def _files(
@@ -148,7 +152,7 @@ def _file(path: Path, fields: Sequence[str] | None, plain_field: str | None) -> 
     elif suffix in (".parquet", ".arrow"):
         rows = (parquet_file if suffix == ".parquet" else arrow_file)(path, fields)
         for number, row in enumerate(rows, start=1):
-            yield Row(row, number, name)
+            yield Row(row, number, name, of_columns=True)
     elif suffix == ".txt" and plain_field is not None:
         yield from _plain(path, plain_field)
     else:

@@ -22,6 +22,8 @@ END_OF_TEXT = "<|endoftext|>"
 _END_CANDIDATES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|im_end|>", "<eos>")
 
 
+#: How tokens show a space that they begin with.
+_SPACES = ("Ġ", "▁")
 _TEMPLATE_FILE = "chat_template.jinja"
 #: Where a model says which tokens end what it generates: the first file counts.
 _GENERATION_FILE, _MODEL_FILE = "generation_config.json", "config.json"
@@ -167,6 +169,10 @@ class Tokenizer:
         (text,) = _checked([text])
         encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        # Some tokenizers leave the spaces that a token begins with out of its offsets.
+        spaced = np.array([token[:1] in _SPACES for token in encoding.tokens], dtype=bool)
+        begin = np.append(0, offsets[:-1, 1])
+        np.copyto(offsets[:, 0], np.minimum(offsets[:, 0], begin), where=spaced & (begin > 0))
         return np.array(encoding.ids, dtype=np.int32), offsets
 
     def _truncated(self, texts: list[str], max_length: int) -> list[Array]:

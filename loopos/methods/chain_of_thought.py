@@ -27,7 +27,7 @@ from loopos.data.reasoning import ReasoningExample, ReasoningExamples, read_reas
 from loopos.data.report import DataReport
 from loopos.data.solutions import SolutionTemplate, SolutionWriter
 from loopos.data.tokenizer import Tokenizer, load_tokenizer
-from loopos.errors import ConfigError
+from loopos.errors import ConfigError, DataError
 from loopos.files import atomic_write_text
 from loopos.generation import Generation, SamplingOptions
 from loopos.methods.common import (
@@ -220,7 +220,7 @@ class ChainOfThought:
         """Return new solutions that reach the right answer, or those of a run that goes on."""
         file = None if root is None else root / "kept.jsonl"
         if resume and file is not None and file.is_file():
-            return list(read_reasoning(file))
+            return list(read_reasoning(file)) if file.stat().st_size else []
 
         def look(_: Generation) -> None:
             if stop is not None and stop():
@@ -302,11 +302,11 @@ class ChainOfThought:
         """Return the first `rows` examples in pieces, with how much each counts."""
         options = options or Options()
         self._take_templates(options)
-        samples = self._samples(training.take(range(min(rows, len(training)))), options)
+        samples = self._samples(with_steps(training) if options.rounds else training, options)
         weights = samples.weights(options)
         return [
             weighted_pieces(self.tokenizer, samples.tokens[i], weights[i])
-            for i in range(len(samples.tokens))
+            for i in range(min(rows, len(samples.tokens)))
         ]
 
     def _take_templates(self, options: Options) -> None:
@@ -424,6 +424,8 @@ class ChainOfThought:
         DataError
             If a problem leaves no room for a solution.
         """
+        if isinstance(problems, str):
+            raise DataError("expected a list of problems, found a single text")
         if samples < 1:
             raise ConfigError(f"samples: expected at least 1, found {samples}")
         options = options or Options()

@@ -6,7 +6,7 @@ import array
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, TypeVar, cast
 
@@ -139,7 +139,7 @@ def with_overrides(options: OptionsType, overrides: Mapping[str, Any]) -> Option
     for name in overrides:
         if name not in known:
             raise ConfigError(f"unknown option '{name}'{nearest(name, known)}")
-    return replace(options, **overrides)
+    return options.replaced(**overrides)
 
 
 def trained_body(model: Transformer) -> set[str]:

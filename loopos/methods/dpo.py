@@ -93,6 +93,8 @@ class DPOTrainer:
             require_language_model(network, tokenizer, "direct preference optimisation")
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.reference, self.chat = reference, chat
+        #: Of the last training: what `evaluate` measures with.
+        self._options: Options | None = None
         self._known = WeakKeyDictionary[Responses, tuple[Transformer, Array]]()
         self._mixed = WeakKeyDictionary[Responses, tuple[int, Responses]]()
 
@@ -124,7 +126,7 @@ class DPOTrainer:
         training = _read(training_data, options)
         encoded = self._encoded(training, options)
         self.model = with_adapters(self.model, options, self.seed)
-        reference = self._reference(options)
+        reference, self._options = self._reference(options), options
         evaluate = None
         if validation_data is not None:
             evaluate = self._evaluator(_read(validation_data, options), options)
@@ -164,14 +166,27 @@ class DPOTrainer:
     def evaluate(self, data: Data, options: Options | None = None) -> dict[str, Any]:
         """Return how the policy ranks responses, and how the reference does.
 
+        By default with the options that it was trained with.
+
         Of pairs: ``loss``; ``accuracy``, the share of pairs whose chosen response has the higher
         implicit reward, equal ones count half; ``margin`` and means of the rewards;
         ``reference_accuracy``, the same by the log-probabilities of the reference alone (its
         implicit rewards are all 0, so that by definition it is right half of the time). Of single
         responses: ``loss``, ``kl``, means of the rewards, and as ``accuracy`` the probability that
         a good one has a higher reward than a bad one. ``count`` and ``left_out`` are rows.
+
+        Raises
+        ------
+        ConfigError
+            If these options need a reference, and the policy was trained without one.
         """
-        options = options or Options()
+        trained, options = self._options is not None, options or self._options or Options()
+        unknown = self.reference is None and not self.model.adapters
+        if trained and unknown and options.needs_reference:
+            raise ConfigError(
+                f"training.loss_type: {options.loss_type!r} compares with a reference, but the "
+                "policy was trained without; give one as DPOTrainer(reference=...)"
+            )
         return self._evaluator(_read(data, options), options)()
 
     def save(self, directory: str | Path) -> None:

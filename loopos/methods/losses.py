@@ -210,7 +210,17 @@ def adapted_kl_coefficient(
     steps : int
         Responses since the last change.
     target, horizon : float
+
+    Raises
+    ------
+    ConfigError
+        If the horizon is so short that the coefficient could fall below 0.
     """
+    if steps >= 5 * horizon:
+        raise ConfigError(
+            f"training.adaptive_kl_horizon: expected more than a fifth of the {steps} responses of "
+            f"a step, found {horizon:g}: the coefficient could fall below 0"
+        )
     error = float(np.clip(kl / target - 1, -0.2, 0.2))
     return kl_coefficient * (1 + error * steps / horizon)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -45,8 +45,7 @@ class PolicyOptions(TrainingOptions):
         The updates of a step end before the one whose ``approx_kl`` is above this.
     kl_budget : float or None
         The run ends when the mean KL of a response, in nats, is above this. The best evaluation
-        within it is kept, or else the last weights whose samples were, since the run was begun or
-        resumed: a copy of what is trained.
+        within it is kept, or else the last weights whose samples were: a copy of what is trained.
     ppo_epochs : int
         Passes over the samples of a step.
     minibatches : int
@@ -116,6 +115,8 @@ class PolicyOptions(TrainingOptions):
         require(self, "temperature", self.temperature > 0, "a number above 0")
         require(self, "tf1_epsilon", not self.tf1_epsilon or self.optimizer != "sgd",
                 "false with sgd, which has no eps")  # fmt: skip
+        many = isinstance(self.stop_ids, Iterable)
+        require(self, "stop_ids", many, "a list of token ids")
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         self.sampling(0)  # checks what it takes
         for name, holds in (

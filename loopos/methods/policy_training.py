@@ -22,7 +22,7 @@ import numpy as np
 from loopos.autograd import Array, Parameter, Tensor
 from loopos.backends.random_bits import derive_key
 from loopos.data.tokenizer import Tokenizer
-from loopos.errors import ConfigError
+from loopos.errors import ConfigError, DataError
 from loopos.files import locked_directory
 from loopos.methods.common import restore_best, train_only, trained_body, with_adapters
 from loopos.methods.language_model import require_language_model, require_reference
@@ -134,8 +134,6 @@ class PolicyTrainer(PolicyUpdates):
                 f"training.minibatches: expected at most {responses}, the responses of a batch, "
                 f"found {self.options.minibatches}"
             )
-        #: The weights whose KL was last within its budget.
-        self._within: dict[str, Array] = {}
         trained = {n: p for n, p in self.parameters().items() if p.requires_grad}
         self.optimizer = make_optimizer(trained, self.options)
         self.optimizer.rate_factors = self._rate_factors()
@@ -374,19 +372,22 @@ class PolicyTrainer(PolicyUpdates):
         budget = self.options.kl_budget
         if budget is None:
             return
-        trained = self.optimizer.parameters
         if self.within_budget(figures):
-            for name, parameter in trained.items():
-                held = self._within.setdefault(name, np.empty_like(parameter.data))
+            for name, parameter in self.optimizer.parameters.items():
+                held = self.optimizer.held.setdefault(name, np.empty_like(parameter.data))
                 np.copyto(held, parameter.data)
             return
         on_update()
-        for name, held in self._within.items():
-            np.copyto(trained[name].data, held)
+        self._take_held()
         raise EndOfRun(
             f"the KL to the reference is {figures['kl/mean']:.4g} nats a response, "
             f"above kl_budget {budget:g}", "kl_budget",
         )  # fmt: skip
+
+    def _take_held(self) -> None:
+        """Put the weights whose KL was last within its budget in place."""
+        for name, held in self.optimizer.held.items():
+            np.copyto(self.optimizer.parameters[name].data, held)
 
     # -- invariants ------------------------------------------------------------------------------
 
@@ -430,7 +431,7 @@ class PolicyTrainer(PolicyUpdates):
         stop: Callable[[], bool] | None = None,
         run_config: dict[str, Any] | None = None,
     ) -> TrainResult:
-        """Run over prompts, and end with the weights of the best evaluation if there are any.
+        """Run over prompts; with an output directory it ends with the best evaluation's weights.
 
         Parameters
         ----------
@@ -456,7 +457,9 @@ class PolicyTrainer(PolicyUpdates):
         given = self._take(prompts, answers)
         evaluate: Callable[[], dict[str, Any]] | None = None
         if validation_prompts is not None:
-            held_out = self._take(validation_prompts, validation_answers)
+            if (answers is None) != (validation_answers is None):
+                raise ConfigError("answers and validation_answers: expected both or none of them")
+            held_out = self._held_out(validation_prompts, validation_answers)
             evaluate = lambda: self._evaluate(held_out)  # noqa: E731
         elif self.options.kl_budget is not None:
             count = self.options.batch_size * self.options.gradient_accumulation_steps
@@ -473,15 +476,29 @@ class PolicyTrainer(PolicyUpdates):
                     stop=stop, run_config=run_config,
                 )  # fmt: skip
                 restore_best(result, self.parameters())
+                self._end_within_budget(result)
         finally:
             self._prompts = self._on_samples = None
         return result
+
+    def _end_within_budget(self, result: TrainResult) -> None:
+        """Hold the last update to the budget too: no samples of a further step have measured it."""
+        if result.stopped_reason == "interrupted" or result.best_checkpoint is not None:
+            return
+        if result.evaluations and not self.within_budget(result.evaluations[-1]["eval"]):
+            self._take_held()
 
     def evaluate(
         self, prompts: Sequence[Any], answers: Sequence[Any] | None = None
     ) -> dict[str, float]:
         """Sample a response to each prompt; return scores (mean, deviation), KL, length, ends."""
-        return self._evaluate(self._take(prompts, answers))
+        return self._evaluate(self._held_out(prompts, answers))
+
+    def _held_out(self, prompts: Sequence[Any], answers: Sequence[Any] | None) -> Prompts:
+        given = self._take(prompts, answers)
+        if not len(given):
+            raise DataError("there is no prompt to evaluate on")
+        return given
 
     def _evaluate(self, prompts: Prompts) -> dict[str, float]:
         numbers = np.arange(len(prompts))

@@ -273,6 +273,11 @@ class PPOTrainer(PolicyTrainer):
             return Critic(body, np.zeros((1, width), dtype), np.zeros(1, dtype))
         if shared:
             raise ConfigError("critic: a shared critic has the policy's body, and starts from 0")
+        if not hasattr(start, "body") or not hasattr(start, "weight"):
+            raise ConfigError(
+                "critic: expected 'separate', 'shared' or a model with a body and a weight, found "
+                f"{type(start).__name__}"
+            )
         source, weight = start.body, np.asarray(start.weight.data, dtype)
         bias = getattr(start, "bias", None)
         if weight.shape != (1, source.config.d_model) or not source.config.causal:
@@ -328,6 +333,7 @@ class PPOTrainer(PolicyTrainer):
         self, rollout: Rollout, data: dict[str, Array], kl: Array | None, scored: Scored
     ) -> tuple[Rollout, dict[str, Array], dict[str, float]]:
         options, values = self.options, data["values"]
+        self._require_horizon(len(rollout))  # before anything is updated
         valued, real = self._valued(rollout)
         require_finite(valued, {"values": values})
         offsets, cost = valued.response_offsets, np.zeros_like(values)
@@ -366,6 +372,15 @@ class PPOTrainer(PolicyTrainer):
         kind, factor = values.dtype.type, options.value_coefficient
         figures = {"value_loss": total / count, "loss": factor * total / count}
         return [(values, dvalues * kind(factor / count))], figures
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._require_horizon(self.options.batch_size * self.options.gradient_accumulation_steps)
+
+    def _require_horizon(self, responses: int) -> None:
+        """Refuse an adaptive coefficient that so many responses could bring below 0."""
+        if self.options.adaptive_kl_target is not None:
+            adapted_kl_coefficient(1.0, 0.0, responses, horizon=self.options.adaptive_kl_horizon)
 
     def _after(self, state: LearnerState, kl: float, responses: int) -> LearnerState:
         target, horizon = self.options.adaptive_kl_target, self.options.adaptive_kl_horizon

@@ -177,7 +177,8 @@ class Pretrainer:
         end = self.tokenizer.eos_id
         pieces = TokenStoreBuilder()
         for ids in encode_all(self.tokenizer, texts.texts).tokens:
-            if end is not None and ids[-1:] != [end]:  # some tokenizers close texts themselves
+            # Some tokenizers close texts themselves; of some texts nothing is left.
+            if end is not None and len(ids) and ids[-1] != end:
                 ids = np.append(ids, np.int32(end))
             for start in range(0, len(ids), length):
                 piece = ids[start : start + length]

@@ -137,8 +137,11 @@ def _scores(part: _Part, rollout: Rollout) -> Array:
     count = len(rollout)
     try:
         scores = np.asarray(given)
-    except ValueError as error:  # lists of different lengths
-        raise ConfigError(f"the reward '{part.name}': expected {count} numbers") from error
+    except Exception as error:  # lists of different lengths, arrays that another library keeps
+        raise ConfigError(
+            f"the reward '{part.name}': expected {count} numbers, found {type(given).__name__} "
+            f"({error})"
+        ) from error
     if scores.shape != (count,) or scores.dtype.kind not in "fiub":
         found = f"{type(given).__name__} of shape {scores.shape} and type {scores.dtype}"
         raise ConfigError(
@@ -206,4 +209,6 @@ class Normaliser:
         if self.kind == "mean":
             return shifted
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
-        return shifted / deviation if deviation > 0 else shifted
+        # Of equal scores rounding alone leaves a deviation: no scale to divide by.
+        equal = deviation <= 1e-9 * abs(self.mean)
+        return shifted if equal else shifted / deviation

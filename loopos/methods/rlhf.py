@@ -39,6 +39,7 @@ from loopos.methods.rlhf_options import Options, Phase
 from loopos.methods.supervised_phase import fit_chosen, take_weights
 from loopos.models.reward import RewardModel, load_reward_model
 from loopos.models.transformer import Transformer
+from loopos.models.weights import load_model
 from loopos.training.checkpoint import frozen_sha256
 from loopos.training.loop import TrainResult
 from loopos.training.trackers import Callback, tell_samples
@@ -121,6 +122,7 @@ class RLHF:
                 )
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.reward_model = reward_model
+        self._judged = reward_model is not None
         self._chat = chat
         self._render: Render | None = None if chat is None else chat.render
         self._ppo: PPOTrainer | None = None
@@ -160,6 +162,9 @@ class RLHF:
             As :meth:`loopos.methods.ppo.PPOTrainer.fit`.
         """
         options = with_overrides(options or Options(), overrides)
+        if self._judged:
+            phases = tuple(phase for phase in options.phases if phase != "reward_model")
+            options = replace(options, phases=phases)
         if "ppo" in options.phases:  # said before the phases that come first, which take long
             options.require_vocabulary(self.model.config.vocab_size)
         training, validation = _preferences(training_data), None
@@ -196,7 +201,8 @@ class RLHF:
                 if phase == "ppo" and self.reward_model is None:
                     self.reward_model = RewardModel(copy_of(self.model), self.seed)
                 # What the first phase leads to is not done: a run is left before its first step.
-                phases = ("supervised", "reward_model") if phase == "supervised" else (phase,)
+                after = "ppo" if self._judged else "reward_model"
+                phases = ("supervised", after) if phase == "supervised" else (phase,)
                 changed = options.with_stage(phase, **overrides)
                 return self.fit(training, validation, changed, phases=phases, callbacks=callbacks)
 
@@ -215,7 +221,8 @@ class RLHF:
         root = None if run["output_dir"] is None else Path(run["output_dir"]) / "supervised"
         saved = None if root is None else root / "model"
         if run["resume"] and saved is not None and saved.is_dir():
-            take_weights(self.model, str(saved))
+            take_weights(self.model, saved)
+            self._rebase(saved, options)
             return None
         pairs = [None if data is None else self._encoded(data, options)
                  for data in (training, validation)]  # fmt: skip
@@ -230,7 +237,13 @@ class RLHF:
         if saved is not None:
             with atomic_directory(saved) as temporary:
                 self.model.save(temporary, self.tokenizer)
+        self._rebase(saved, options)
         return None
+
+    def _rebase(self, saved: Path | None, options: Options) -> None:
+        """Let adapters, which are saved without their base, name the one that they change."""
+        if options.lora is not None:
+            self.model.origin = None if saved is None else load_model(saved).origin
 
     def _fit_reward_model(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 from loopos.errors import ConfigError
 from loopos.methods.policy_options import require, require_choice, require_numbers
@@ -87,6 +87,15 @@ class Options(PPOOptions):
     def of_reward_model(self) -> RewardOptions:
         """Options of the phase that trains the reward model."""
         return cast(RewardOptions, self.reward_model)
+
+    def replaced(self, **overrides: Any) -> Self:
+        """Return options of which some are others; a recipe counts where nothing else was given."""
+        if "preset" not in overrides:
+            return replace(self, **overrides)
+        plain = {field.name: field.default for field in fields(self)}
+        plain |= PRESETS.get(self.preset or "", {})
+        given = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
+        return type(self)(**given | overrides)
 
     def stages(self) -> dict[str, TrainingOptions]:
         """Return the options of each phase that is done, in their order."""

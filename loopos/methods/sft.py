@@ -330,7 +330,8 @@ class SupervisedFineTuner:
         after, _ = self.tokenizer.encode_with_offsets(completion)
         end = self.tokenizer.eos_id
         if end is not None:
-            before = before[:-1] if before[-1:] == [end] else before  # some close texts themselves
+            if before[-1:].tolist() == [end]:  # some tokenizers close texts themselves
+                before = before[:-1]
             after = np.append(after, np.int32(end))
         trained: Array = np.zeros(before.size + after.size, dtype=bool)
         trained[0 if train_on == "all" else before.size :] = True

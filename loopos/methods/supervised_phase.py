@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from loopos.data.responses import Responses
@@ -55,8 +57,8 @@ def _chosen(pairs: Responses) -> tuple[TokenStore, SpanWeights]:
     return tokens.finish(), SpanWeights(marks.finish(), np.array([0.0, 1.0], dtype=np.float32))
 
 
-def take_weights(model: Transformer, directory: str) -> None:
+def take_weights(model: Transformer, directory: Path) -> None:
     """Put the weights that were saved in a directory into a model of the same sizes."""
-    saved = load_model(directory).parameters()
+    saved = load_model(directory, str(model.dtype)).parameters()
     for name, parameter in model.parameters().items():
         parameter.data[...] = saved[name].data

@@ -372,12 +372,18 @@ class _Run:
         bad = self._bad_weight()
         if bad is not None:
             message += f"; parameter '{bad}' was not finite before"
-        elif self.root is not None:
-            try:
-                message += f"; the state before it is in {self.save()}"
-            except OutputError as error:
-                message += f"; the state before it is lost: {error}"
+        else:
+            message += self._where_saved()
         raise NumericalError(message)
+
+    def _where_saved(self) -> str:
+        """Save the state, and say where."""
+        if self.root is None:
+            return ""
+        try:
+            return f"; the state before it is in {self.save()}"
+        except OutputError as error:
+            return f"; the state before it is lost: {error}"
 
     def _bad_weight(self) -> str | None:
         return _first_not_finite({name: p.data for name, p in self.parameters.items()})
@@ -406,7 +412,13 @@ class _Run:
 
     def _evaluate(self) -> None:
         assert self.evaluate is not None
-        figures = self.evaluate()
+        try:
+            figures = self.evaluate()
+        except (Interrupted, OutputError):
+            raise
+        except LooposError as error:  # a resumed run begins with this evaluation
+            said = f"step {self.at.step}: the evaluation failed: {error}"
+            raise type(error)(said + self._where_saved()) from error
         at, (name, direction) = self.at, self.monitor
         if name not in figures:
             raise ConfigError(f"the evaluation has no figure '{name}' to monitor")

@@ -20,7 +20,7 @@ from loopos.autograd import Array, Parameter, Tensor
 from loopos.data.batch import Batch
 from loopos.errors import ConfigError, LooposError, OutputError
 from loopos.ops import DropoutKeys
-from loopos.training.checkpoint import read_state
+from loopos.training.checkpoint import load_checkpoint, read_state
 from loopos.training.loop import TrainingOptions, TrainResult, _Run
 from loopos.training.optim import Optimizer
 from loopos.training.resume import own_directory, require_json, require_unused
@@ -167,6 +167,9 @@ class _OnlineRun(_Run):
         try:
             figures = self.learner.learn(np.concatenate(indices), rate, self._begin_update)
         except EndOfRun as end:
+            best = self._checkpoint_of(self.at.best_step)
+            if best is not None:  # it stays, also where it is the last one and is written again
+                load_checkpoint(best, self.parameters)
             self.at.exhausted, self.at.reason = True, end.reason
             self.updating = False
             return
@@ -196,10 +199,7 @@ class _OnlineRun(_Run):
         bad = self._bad_weight()
         if bad is not None:
             return f"; parameter '{bad}' was not finite before"
-        try:
-            return f"; the state before it is in {self.save()}"
-        except OutputError as error:
-            return f"; the state before it is lost: {error}"
+        return self._where_saved()
 
     def _state(self) -> dict[str, Any]:
         assert self.learner is not None

@@ -18,6 +18,9 @@ from loopos.backends.lasting import lasting
 from loopos.backends.numpy_updates import AdamwTensor
 from loopos.errors import CheckpointError, ConfigError
 
+#: Where arrays that are held stand in the state.
+_HELD = "held"
+
 __all__ = ["SGD", "Adam", "AdamW", "DecayGroups", "Optimizer", "gradient_norm"]
 
 DecayGroups = Literal["matrices", "all"] | Callable[[str, Parameter], bool]
@@ -59,6 +62,8 @@ class Optimizer(ABC):
     ----------
     rate_factors : dict of str to float
         Factor of the learning rate for some parameters, 1 for all others.
+    held : dict of str to ndarray
+        What whoever trains keeps for a parameter, in its shape: saved and loaded with the state.
 
     Raises
     ------
@@ -84,6 +89,7 @@ class Optimizer(ABC):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.steps = 0
         self.rate_factors: dict[str, float] = {}
+        self.held: dict[str, Array] = {}
         self._decayed = {
             name for name, p in self.parameters.items() if _decays(decay_groups, name, p)
         }
@@ -143,7 +149,7 @@ class Optimizer(ABC):
         state: dict[str, Any] = {"steps": self.steps}
         for slot, arrays in self._state.items():
             state |= {f"{slot}/{name}": array for name, array in arrays.items()}
-        return state
+        return state | {f"{_HELD}/{name}": array for name, array in self.held.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave.
@@ -154,7 +160,7 @@ class Optimizer(ABC):
             If an array belongs to no parameter here, is missing, or has another shape or dtype;
             nothing is changed then.
         """
-        fresh: dict[str, dict[str, Array]] = {slot: {} for slot in self._state}
+        fresh: dict[str, dict[str, Array]] = {slot: {} for slot in (*self._state, _HELD)}
         if "steps" not in state:
             raise CheckpointError("optimizer state 'steps' is missing")
         for key, value in state.items():
@@ -172,11 +178,12 @@ class Optimizer(ABC):
                     f"expected {expected[0]}{list(expected[1])}"
                 )
             fresh[slot][name] = np.array(value, order="C")
+        held = fresh.pop(_HELD)
         for name in {name for arrays in fresh.values() for name in arrays}:
             for slot, arrays in fresh.items():
                 if name not in arrays:
                     raise CheckpointError(f"optimizer state '{slot}/{name}' is missing")
-        self._state, self.steps = fresh, int(state["steps"])
+        self._state, self.steps, self.held = fresh, int(state["steps"]), held
 
 
 class SGD(Optimizer):

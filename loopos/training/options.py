@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from loopos.autograd import Parameter
 from loopos.errors import ConfigError, nearest
@@ -129,6 +129,10 @@ class TrainingOptions:
     early_stopping_patience: int | None = None
     save_steps: int | None = None
     tensorboard: bool = False
+
+    def replaced(self, **overrides: Any) -> Self:
+        """Return options of which some are others."""
+        return replace(self, **overrides)
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
