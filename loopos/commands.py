@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from loopos.display import say, show_figures, show_predictions
+from loopos.display import say, say_json, show_figures, show_predictions
 from loopos.errors import InputError, MissingFileError
 from loopos.files import atomic_write_text, read_json, write_json
 from loopos.version import __version__
@@ -212,9 +212,8 @@ def predict(
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         atomic_write_text(output, "".join(f"{line}\n" for line in lines))
     if as_json:
-        escaped = "utf" not in (sys.stdout.encoding or "").lower()
         for row in rows:
-            say(json.dumps(row, ensure_ascii=escaped))
+            say_json(row)
     elif output is not None:
         say(f"{len(filled)} predictions in {output}")
     else:
@@ -231,6 +230,7 @@ def _with_blank(rows: list[dict[str, Any]], lines: Sequence[str]) -> list[dict[s
 def _load_tuner(directory: Path) -> FineTuner:
     """Load the classifier of a run directory, or one that was saved by itself."""
     from loopos.methods.fine_tuning import FineTuner
+    from loopos.models.weights import is_adapter
 
     if not directory.is_dir():
         raise MissingFileError(f"{directory}: no such directory")
@@ -239,9 +239,11 @@ def _load_tuner(directory: Path) -> FineTuner:
         if (directory / "metrics.jsonl").exists():
             raise _unfinished(directory)
         inner = directory
-        if not any((inner / name).exists() for name in ("config.json", "classifier.json")):
+        known = any((inner / name).exists() for name in ("config.json", "classifier.json"))
+        if not known and not is_adapter(inner):
             raise InputError(f"{directory}: is neither a run directory nor a saved classifier")
-    if (inner / "config.json").exists() and not (inner / "classifier.json").exists():
+    network = (inner / "config.json").exists() or is_adapter(inner)
+    if network and not (inner / "classifier.json").exists():
         raise InputError(
             f"{inner}: is no classifier (classifier.json is missing); "
             "fine-tune it first, as data.pretrained_weights"
@@ -439,12 +441,12 @@ def _inner(directory: Path) -> Path:
 
 
 def _is_language_model(directory: Path) -> bool:
-    from loopos.models.weights import load_config
+    from loopos.models.weights import is_adapter, load_config
 
     inner = _inner(directory)
     if not inner.exists() or (inner / "classifier.json").exists():
         return False
-    if inner.is_dir() and not (inner / "config.json").exists():
+    if inner.is_dir() and not (inner / "config.json").exists() and not is_adapter(inner):
         return False
     return bool(load_config(inner).lm_head)
 
