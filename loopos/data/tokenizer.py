@@ -27,11 +27,16 @@ _SPACES = ("Ġ", "▁")
 _TEMPLATE_FILE = "chat_template.jinja"
 #: Where a model says which tokens end what it generates: the first file counts.
 _GENERATION_FILE, _MODEL_FILE = "generation_config.json", "config.json"
+#: Of adapters: which model they belong to.
+_ADAPTER_FILE = "adapter_config.json"
 #: What is fetched of a model on the Hub.
 _HUB_FILES = (
     "tokenizer.json", "tokenizer_config.json", _TEMPLATE_FILE,
-    "vocab.json", "merges.txt", "vocab.txt", _GENERATION_FILE, _MODEL_FILE,
+    "vocab.json", "merges.txt", "vocab.txt", _GENERATION_FILE, _MODEL_FILE, _ADAPTER_FILE,
 )  # fmt: skip
+_VOCABULARIES = {
+    "tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe", "vocab.txt",
+}  # fmt: skip
 
 
 class Tokenizer:
@@ -255,7 +260,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         under their first names ``encoder.json`` and ``vocab.bpe``), or BERT's ``vocab.txt``; or
         one of these files, or a ``.gguf`` file; or, given as a string and where there is no such
         path, the name of a model on the Hugging Face Hub, "org/name" or "org/name@revision", of
-        which only those files are fetched.
+        which only those files are fetched. Of adapters that come without one, that of their base.
 
     Raises
     ------
@@ -276,6 +281,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         from loopos.data.gguf_tokenizer import load_gguf_tokenizer
 
         return load_gguf_tokenizer(path)
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
+    if _ADAPTER_FILE in names and names.isdisjoint(_VOCABULARIES):
+        from loopos.models.peft_files import read_adapter_config
+
+        return load_tokenizer(read_adapter_config(path)[1])
     directory = path if path.is_dir() else path.parent
     found = _read(path, directory)
     found.further_ends = tuple(id_ for id_ in _ends(directory) if id_ != found.eos_id)
