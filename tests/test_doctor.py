@@ -17,7 +17,8 @@ from loopos.models.transformer import Transformer, TransformerConfig
 from loopos.reporting import diagnose, read_run, report_page
 from loopos.reporting.doctor import RULES
 from loopos.reporting.findings import ends, shown
-from loopos.reporting.records import Series
+from loopos.reporting.records import RunRecords, Series
+from loopos.reporting.rules import diverged, nothing_moves
 
 LOOPOS = str(Path(sys.executable).with_name("loopos"))
 STEPS = 60
@@ -124,7 +125,9 @@ SICK = [
      "400 of 1,400 rows: 400 without text"),
     ("slows_down", False, lambda p: fitted(p, tokens_per_s=1000 - 700 * RISE), "tokens/s 9"),
     ("unfinished", False, lambda p: unfinished(p), "step 60 of 90"),
+    ("unfinished", False, lambda p: unfinished(p, 60), "60 of 60; all steps are made, but"),
     ("damaged_checkpoint", False, lambda p: damaged(p), "00000060/state.json:1: not valid JSON"),
+    ("few_held_out_pairs", False, lambda p: judged(p, count=12), "12 held-out pairs, over"),
     ("weak_reward_model", True, lambda p: judged(p, accuracy=0.53, longer_accuracy=0.5),
      "accuracy 0.53 over 400 pairs"),
     ("below_length_rule", True, lambda p: judged(p, longer_accuracy=0.28), "right in 0.72"),
@@ -163,8 +166,14 @@ SICK = [
 ]  # fmt: skip
 
 
-def unfinished(path):
-    fitted(path, state={"total_steps": 90})
+def unfinished(path, total=90):
+    fitted(path, state={"total_steps": total})
+    return begun(path)
+
+
+def begun(path):
+    """Make of records those of a configuration's run that has saved no model."""
+    (path / "config.json").write_text('{"computation": {"method": "sft"}}')
     (path / "model").rmdir()
     return path
 
@@ -195,7 +204,157 @@ def test_no_rule_speaks_of_a_healthy_run(rule, kind, tmp_path):
 
 def test_every_rule_gives_its_reason_and_is_provoked():
     assert all(len(rule.__doc__.split()) > 7 for rule in RULES)
-    assert len(RULES) == len({rule.__name__ for rule in RULES}) == 27
+    assert len(RULES) == len({rule.__name__ for rule in RULES}) == 28
+
+
+def test_a_run_is_finished_by_its_steps_and_its_model(tmp_path):
+    def note(path):
+        found = [f for f in diagnose(read_run(path)).findings if f.rule == "unfinished"]
+        assert len(found) == int(not read_run(path).finished)
+        return found[0].evidence if found else "finished"
+
+    states = {
+        "whole": {"total_steps": 60},
+        "longer": {"total_steps": 90},
+        "gone on": {"total_steps": 50},
+        "early": {"total_steps": 90, "exhausted": True},
+    }
+    saved = {name: fitted(tmp_path / name, state=state) for name, state in states.items()}
+    assert {name: note(path) for name, path in saved.items()} == {
+        "whole": "finished",
+        "longer": "step 60 of 90; the model in it is that of before it went on",
+        # Killed before the first checkpoint since it was made longer.
+        "gone on": "step 60; no checkpoint has the number of its steps yet; "
+        "the model in it is that of before it went on",
+        "early": "finished",
+    }
+    # What a trainer wrote by itself, or a round of a chain of thought, never has a model.
+    for path in saved.values():
+        (path / "model").rmdir()
+    assert note(saved["whole"]) == note(saved["early"]) == "finished"
+    assert note(saved["longer"]) == "step 60 of 90"
+    for path in saved.values():
+        (path / "model").mkdir()
+    assert {name: note(begun(path)) for name, path in saved.items()} == {
+        "whole": "step 60 of 60; all steps are made, but the model is not saved yet",
+        "longer": "step 60 of 90",
+        "gone on": "step 60; no checkpoint has the number of its steps yet",
+        "early": "step 60 of 90; the run ended early, but the model is not saved yet",
+    }
+    assert note(begun(fitted(tmp_path / "none"))).startswith("step 60; no checkpoint has")
+    (finding,) = diagnose(read_run(saved["whole"])).findings
+    assert finding.advice == (
+        "If it does not run any more, continue it with --resume, or resume=True."
+    )
+
+
+def test_a_part_that_is_not_finished_says_it_for_the_run(tmp_path):
+    run = write(tmp_path / "run", {}, state={"total_steps": 90})
+    shutil.rmtree(run / "checkpoints")
+    begun(run)
+    part = judged(run / "reward_model")
+    (finding,) = diagnose(read_run(run)).findings
+    assert (finding.rule, finding.part) == ("unfinished", "")
+    (part / "model").rmdir()
+    (finding,) = diagnose(read_run(run)).findings
+    assert (finding.rule, finding.part) == ("unfinished", "reward_model")
+
+
+def test_an_old_evaluation_is_not_that_of_a_run_that_goes_on(tmp_path):
+    run = judged(tmp_path / "run", accuracy=0.5, longer_accuracy=0.5)
+    assert [f.rule for f in diagnose(read_run(run)).problems] == ["weak_reward_model"]
+    begun(run)
+    found = read_run(run)
+    assert (found.evaluation["accuracy"], found.last_evaluation) == (0.5, {})
+    assert diagnose(found).healthy
+
+
+def lossy(values):
+    steps = [{"step": i + 1, "loss": float(value)} for i, value in enumerate(values)]
+    return RunRecords(Path(), "", steps, [])
+
+
+@pytest.mark.parametrize(("steps", "most"), [(10, 0.0), (20, 0.06), (40, 0.05), (100, 0.04)])
+def test_a_loss_that_is_noise_has_seldom_diverged(steps, most):
+    means = np.random.default_rng(0).normal(0.65, 0.45, (1000, steps, 4)).mean(axis=2)
+    assert np.mean([diverged(lossy(values)) is not None for values in means]) <= most
+
+
+@pytest.mark.parametrize("steps", [20, 40, 100])
+def test_a_loss_that_diverges_is_found_within_its_noise(steps):
+    noise = 1 + np.random.default_rng(0).normal(0, 0.7, (200, steps, 4)).mean(axis=2)
+    late = np.append(np.ones(steps - 3), (10, 100, 1000))
+    for course in (np.where(np.arange(steps) < steps // 2, 1, 5), late):
+        found = [diverged(lossy(0.65 * course * one)) is not None for one in noise]
+        assert np.mean(found) >= 0.95
+
+
+def test_a_loss_that_ends_above_its_start_by_noise_does_not_fall():
+    run = lossy([0.4, 1.0, 0.7, 0.5, *[0.65] * 12, 0.9, 0.4, 0.6, 1.0])
+    found = ends(run.series("loss"))
+    assert found.last > 1.1 * found.first
+    assert diverged(run) is None
+    assert nothing_moves(run).rule == "no_progress"
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("fine_tuning", "see data_report.json in the run directory."),
+        ("reward_model", "see data_report.json in the run directory."),
+        ("sft", "look at its texts with 'loopos preview'."),
+        ("autoregressive", "look at its texts with 'loopos preview'."),
+    ],
+)
+def test_the_advice_names_what_the_method_has(method, advice):
+    run = lossy(np.full(20, 0.7))
+    run.config["computation"] = {"method": method}
+    found = nothing_moves(run).advice
+    assert found.endswith(advice)
+    assert ("preview" in found) is ("preview" in advice)
+
+
+def test_problems_of_a_chain_of_thought_have_their_noise(tmp_path):
+    for name in ("count", "asked"):
+        evals = losses([1.4, 1.0, 1.2], accuracy=[0.5, 0.8, 0.76], **{name: [25, 25, 25]})
+        (finding,) = diagnose(read_run(fitted(tmp_path / name, evals))).findings
+        assert (finding.rule, finding.problem) == ("overfitting", False)
+        assert "0.8 to 0.76 (noise 0.1)" in finding.evidence
+
+
+@pytest.mark.parametrize("count", [1, 12, 49, 50])
+def test_few_held_out_pairs_say_nothing_of_a_reward_model(count, tmp_path):
+    bad = {"accuracy": 0.5, "longer_accuracy": 1.0, "length_correlation": 1.0}
+    found = diagnose(read_run(judged(tmp_path / "run", count=count, **bad)))
+    if count == 50:
+        assert [f.rule for f in found.problems] == [
+            "weak_reward_model", "below_length_rule", "score_follows_length"]  # fmt: skip
+        return
+    (finding,) = found.findings
+    assert (finding.rule, finding.problem) == ("few_held_out_pairs", False)
+    chance = {1: "1", 12: "0.7887", 49: "0.6429"}[count]
+    assert finding.evidence == (
+        f"{count} held-out pairs, over which chance alone gives an accuracy of up to {chance}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "figures", "found"),
+    [
+        # Of 100 pairs the difference of two accuracies has a standard error of 0.071.
+        ("below_length_rule", {"longer_accuracy": 0.74, "count": 100}, False),
+        ("below_length_rule", {"longer_accuracy": 0.76, "count": 100}, True),
+        ("below_length_rule", {"longer_accuracy": 0.74, "count": 400}, True),
+        ("below_length_rule", {"longer_accuracy": 0.26, "count": 400}, True),
+        # Of both responses of 100 pairs two standard errors of a correlation are 0.141.
+        ("score_follows_length", {"length_correlation": 0.63, "count": 100}, False),
+        ("score_follows_length", {"length_correlation": -0.65, "count": 100}, True),
+        ("score_follows_length", {"length_correlation": 0.63, "count": 400}, True),
+    ],
+)
+def test_figures_of_pairs_are_judged_beyond_their_noise(rule, figures, found, tmp_path):
+    rules = [f.rule for f in diagnose(read_run(judged(tmp_path / "run", **figures))).problems]
+    assert rules == ([rule] if found else [])
 
 
 def test_what_resembles_a_fault_and_is_none(tmp_path):
@@ -275,6 +434,8 @@ def test_ends_of_a_series():
     assert (found.first, found.last, found.noise) == (1.0, 5.0, 0.0)
     assert str(found) == "1 (steps 1 to 4) -> 5 (steps 17 to 20)"
     assert ends(Series(np.arange(9), np.ones(9))) is None
+    few = ends(Series(np.arange(10), np.array([1.0, 2, 3, 0, 0, 0, 0, 1, 2, 3])))
+    assert few.noise == pytest.approx((2 / 3) ** 0.5)  # of three values with a variance of 1
     assert [shown(v) for v in (0.0, 1.0, 0.12345, -1234.5, 1e-5, 3e7, float("nan"))] == [
         "0", "1", "0.1235", "-1,234", "1e-05", "3e+07", "nan"]  # fmt: skip
 

@@ -55,7 +55,8 @@ def write(path, *, steps=STEPS, text="", samples=True, name="evil"):
         "backend": {"name": "cython", "isa": "x86-64-v3", "threads": 2, "native": ["a", "b"],
                     "inherited": ["c"]}}))  # fmt: skip
     part = path / "reward_model"
-    part.mkdir()
+    (part / "model").mkdir(parents=True)
+    (path / "model").mkdir()
     pairs = [{"step": s, "loss": 0.7 - s / 100, "rewards/margin": s / 10} for s in range(1, 16)]
     (part / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in pairs))
     calibration = [{"from": 0.5, "to": 0.6, "count": 40, "confidence": 0.55, "accuracy": 0.6}]
@@ -165,8 +166,36 @@ def test_the_verdict_stands_on_top(page):
     verdict = page[page.index('id="verdict"') : page.index('class="chapter"')]
     assert "<p>1 problem</p>" in verdict
     assert 'class="problem" data-rule="leaks"' in verdict
-    assert 'data-rule="unfinished"' not in verdict  # all its steps were made
+    assert 'data-rule="unfinished"' not in verdict  # all its steps were made, its model was saved
     assert "Figures that were looked at" in verdict
+
+
+def test_only_a_run_that_is_finished_is_called_so(tmp_path):
+    run = write(tmp_path / "run")
+    (state,) = run.glob("checkpoints/*/state.json")
+
+    def look(total, exhausted=False):
+        state.write_text(json.dumps({"total_steps": total, "exhausted": exhausted}))
+        page = report_page(read_run(run))
+        (about,) = re.findall(r'<p class="about">(step .*) · last record', page)
+        assert "<h2>Evaluation of reward model</h2>" in page  # that part is finished
+        old = "<h2>Evaluation</h2>" in page, "<dt>accuracy</dt><dd>0.7500" in page
+        assert old == (about.partition(" · ")[2].startswith("finished"),) * 2
+        assert ('data-rule="unfinished"' in page) is not old[0]
+        return about
+
+    assert look(40) == "step 40 of 40 · finished"
+    assert look(90, True) == "step 40 of 90 · finished; ended by itself before its last step"
+    # Made longer: the model and the evaluation are of before.
+    assert look(90) == "step 40 of 90 · not finished"
+    assert look(30) == "step 40 · not finished"
+    (run / "model").rmdir()
+    left = "all steps are made, but the model is not saved yet; continue it with --resume"
+    assert look(40) == f"step 40 of 40 · {left}"
+    assert look(90) == "step 40 of 90 · not finished"
+    (run / "config.json").unlink()  # what a trainer wrote by itself has no model
+    assert look(40) == "step 40 of 40 · finished"
+    assert look(90) == "step 40 of 90 · not finished"
 
 
 def test_a_run_that_was_killed_has_a_page(tmp_path):

@@ -82,7 +82,9 @@ class Ends:
     @property
     def noise(self) -> float:
         """Standard error of the difference between both means."""
-        return float(np.sqrt(self.start.var() / len(self.start) + self.end.var() / len(self.end)))
+        # By n - 1: of three or four values the variance would be far too low.
+        start, end = self.start.var(ddof=1), self.end.var(ddof=1)
+        return float(np.sqrt(start / len(self.start) + end / len(self.end)))
 
     def __str__(self) -> str:
         return (

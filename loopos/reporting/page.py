@@ -92,10 +92,9 @@ def _progress(run: RunRecords) -> str:
     metrics = run.directory / "metrics.jsonl"
     total = f" of {run.total_steps:,}" if run.total_steps else ""
     said = [f"step {run.last_step:,}{total}"] if run.steps or run.evaluations else []
-    if run.finished or run.last_step == run.total_steps:
-        said.append("finished")
-    elif run.ended_early:
-        said.append("ended by itself before its last step")
+    if run.ending:
+        left = run.steps_made and not run.finished
+        said.append(run.ending + ("; continue it with --resume" if left else ""))
     said += [f"{name} ends in half a line" for name in run.torn]
     if metrics.is_file():
         when = datetime.fromtimestamp(metrics.stat().st_mtime).astimezone()
@@ -184,10 +183,10 @@ def _cut(text: str) -> str:
 
 
 def _evaluation(run: RunRecords) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """Return the final figures: single numbers, and tables."""
+    """Return the final figures: single numbers, and tables; none of a run that is not finished."""
     figures: list[tuple[str, str]] = []
     tables: list[dict[str, Any]] = []
-    for name, value in _flat(run.last_evaluation):
+    for name, value in _flat(run.last_evaluation if run.finished else {}):
         table = _table(run, name, value)
         if table is not None:
             tables.append(table)

@@ -15,6 +15,7 @@ import numpy as np
 
 from loopos.errors import InputError, MissingFileError
 from loopos.files import read_json
+from loopos.methods import STAGES
 from loopos.training.checkpoint import list_checkpoints
 
 __all__ = ["RunRecords", "Series", "number", "read_run"]
@@ -81,8 +82,8 @@ class RunRecords:
         Files whose last line was cut short, as in a run that was killed.
     damaged : list of str
         What is wrong with the newest checkpoints; `state` is then that of one before them.
-    finished : bool
-        Whether its model was saved.
+    saved : bool
+        Whether there is a model in it; of a run that goes on it may be that of before.
     labels : list of str
         Names of the classes of a saved classifier.
     parts : list of RunRecords
@@ -100,7 +101,7 @@ class RunRecords:
     state: dict[str, Any] = field(default_factory=dict)
     torn: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
-    finished: bool = False
+    saved: bool = False
     labels: list[str] = field(default_factory=list)
     parts: list[RunRecords] = field(default_factory=list)
 
@@ -132,22 +133,56 @@ class RunRecords:
         """Options of training: all of them where there is a checkpoint, else those given."""
         return _section(self.state, "options") or _section(self.config, "training")
 
-    @property
+    @cached_property
     def last_step(self) -> int:
         """The last step on record; 0 without any."""
         return max((r["step"] for r in (*self.steps, *self.evaluations)), default=0)
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that the run was to make, where it is known."""
+        """Steps that the run is to make, where it is known.
+
+        It is not where the run was made longer, and has no checkpoint since.
+        """
         total = self.state.get("total_steps")
-        return total if isinstance(total, int) else None
+        return total if isinstance(total, int) and self.last_step <= total else None
 
     @property
     def ended_early(self) -> bool:
         """Whether the run ended itself before its last step: its patience or its budget was out."""
         total = self.total_steps
         return bool(self.state.get("exhausted")) and total is not None and self.last_step < total
+
+    @property
+    def steps_made(self) -> bool:
+        """Whether no step is left: all are made, or the run ended early."""
+        return self.ended_early or self.last_step == self.total_steps
+
+    @property
+    def saves_model(self) -> bool:
+        """Whether it saves a model at its end.
+
+        What a trainer wrote by itself saves none, nor does the round of a chain of thought.
+        """
+        return "computation" in self.config or self.name in STAGES["rlhf"]
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left and its model is saved, where it saves one."""
+        if "total_steps" not in self.state:
+            return self.saved
+        return self.steps_made and (self.saved or not self.saves_model)
+
+    @property
+    def ending(self) -> str:
+        """How the run stands, in words; empty where nothing tells."""
+        if self.finished:
+            early = "; ended by itself before its last step" if self.ended_early else ""
+            return f"finished{early}"
+        if self.steps_made:
+            done = "the run ended early" if self.ended_early else "all steps are made"
+            return f"{done}, but the model is not saved yet"
+        return "not finished" if "total_steps" in self.state or self.saves_model else ""
 
     @cached_property
     def figures(self) -> list[str]:
@@ -187,8 +222,9 @@ class RunRecords:
 
     @cached_property
     def last_evaluation(self) -> dict[str, Any]:
-        """The final evaluation, or the last one of the run."""
-        return self.evaluation or (self.evaluations[-1]["eval"] if self.evaluations else {})
+        """The final evaluation of a run that is finished, or the last one on record."""
+        final = self.evaluation if self.finished else {}
+        return final or (self.evaluations[-1]["eval"] if self.evaluations else {})
 
     @cached_property
     def sample_tables(self) -> dict[int, list[dict[str, Any]]]:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from loopos.reporting.findings import MIN_STEPS, Finding, Rule, ends, first_step, shown
+from loopos.reporting.findings import MIN_STEPS, Ends, Finding, Rule, ends, first_step, shown
 from loopos.reporting.records import Array, RunRecords, Series, number
 
 __all__ = ["RULES"]
 
-#: The loss at the end over the loss at the start, from which a run has diverged.
-DIVERGED = 1.1
+#: The loss at the end over the loss at the start, from which a run has diverged; and by how many
+#: standard errors of the difference.
+DIVERGED, DIVERGED_ERRORS = 1.1, 2.0
+#: A run whose last values are all so many times as high as its start has run away.
+RUN_AWAY, RUN_AWAY_STEPS = 2.0, 3
 #: A spike is this many (robust) standard deviations above what was before it...
 SPIKE_DEVIATIONS = 6.0
 #: ...and this many times as high; so many of them are too many.
@@ -32,6 +35,8 @@ SLOWER = 0.5
 #: Share of the rows that may be left out, and of the validation rows that may be known already.
 DROPPED_SHARE = 0.1
 LEAKED_SHARE = 0.01
+#: Methods that train on tokens of texts, which 'loopos preview' shows.
+PREVIEWED = ("autoregressive", "chain_of_thought", "sft")
 
 
 def not_finite(run: RunRecords) -> Finding | None:
@@ -54,19 +59,34 @@ def not_finite(run: RunRecords) -> Finding | None:
 
 
 def diverged(run: RunRecords) -> Finding | None:
-    """A loss that ends above where it began: the learning rate is too high.
+    """A loss that ends above where it began, beyond its noise: the learning rate is too high.
 
     Of methods with a fixed objective only: the losses of PPO and GRPO are of another sample at
     each step, and have no direction.
     """
-    found = None if _is_policy(run) else ends(run.series("loss"))
-    if found is None or found.first <= 0 or found.last <= DIVERGED * found.first:
+    found = _judged_loss(run)
+    if found is None or not _rises(found):
         return None
     return Finding(
         "learning_rate_too_high", True, run.name, "The loss ends above where it began.",
         f"loss {found}", found.end_steps,
         _lower(run, "a third") + " More warm-up and max_grad_norm 1.0 help too.",
     )  # fmt: skip
+
+
+def _judged_loss(run: RunRecords) -> Ends | None:
+    """Return both ends of a loss that has a direction, of a run that is long enough."""
+    series = run.series("loss")
+    found = None if _is_policy(run) or len(series) < JUDGED_STEPS else ends(series)
+    return found if found is not None and found.first > 0 else None
+
+
+def _rises(found: Ends) -> bool:
+    """Whether a loss ends higher than its noise can make it."""
+    beyond = found.last - found.first > DIVERGED_ERRORS * found.noise
+    # A loss that multiplies from step to step makes more noise than it rises.
+    away = bool(found.end[-RUN_AWAY_STEPS:].min() > RUN_AWAY * found.first)
+    return found.last > DIVERGED * found.first and (beyond or away)
 
 
 def spikes(run: RunRecords) -> Finding | None:
@@ -105,11 +125,8 @@ def _spikes(series: Series) -> Array:
 
 def nothing_moves(run: RunRecords) -> Finding | None:
     """A loss that stays where it was: the rate is too low, or nothing in the data can be learnt."""
-    series = run.series("loss")
-    found = None if _is_policy(run) or len(series) < JUDGED_STEPS else ends(series)
-    if found is None or found.first <= 0:
-        return None
-    if not (1 - MOVED) * found.first < found.last <= DIVERGED * found.first:
+    found = _judged_loss(run)
+    if found is None or found.last <= (1 - MOVED) * found.first or _rises(found):
         return None
     held_out = run.evaluated("loss").values
     if held_out.size > 1 and held_out.min() < (1 - MOVED) * held_out[0]:
@@ -118,7 +135,8 @@ def nothing_moves(run: RunRecords) -> Finding | None:
         "no_progress", True, run.name, "The loss does not fall.",
         f"loss {found}{_rate(run)}", found.end_steps,
         "Raise training.learning_rate (three times, then ten times), or train longer; if it stays, "
-        "look at labels and texts with 'loopos preview'.",
+        + ("look at its texts with 'loopos preview'." if run.method in PREVIEWED
+           else "look at labels and texts: see data_report.json in the run directory."),
     )  # fmt: skip
 
 
@@ -166,6 +184,8 @@ def overfitting(run: RunRecords) -> Finding | None:
 def _standard_error(run: RunRecords) -> float:
     """Return that of a held-out accuracy; 0 where it is not known over how many rows it is."""
     counts = run.evaluated("count").values
+    if not counts.size:
+        counts = run.evaluated("asked").values  # of a chain of thought: the problems
     return float(0.5 / np.sqrt(counts[-1])) if counts.size and counts[-1] > 0 else 0.0
 
 
@@ -225,14 +245,23 @@ def _count(run: RunRecords, name: str) -> int:
 
 
 def unfinished(run: RunRecords) -> Finding | None:
-    """No model, and steps that were not made: the run goes on, was stopped, or failed."""
-    total = run.total_steps
-    if run.finished or total is None or run.last_step >= total or run.ended_early:
+    """Steps that were not made, or no model: the run goes on, was stopped, or failed."""
+    if run.finished or not run.ending:
         return None
+    if not run.last_step and any(unfinished(part) for part in run.parts):
+        return None  # it has no step of its own yet, and its part says how far it is
+    total = run.total_steps
+    seen = f"step {run.last_step}" + (f" of {total}" if total is not None else "")
+    if run.steps_made:
+        seen += f"; {run.ending}"
+    elif total is None:
+        seen += "; no checkpoint has the number of its steps yet"
+    if run.saved and not run.steps_made:
+        seen += "; the model in it is that of before it went on"
     torn = f"; {run.torn[0]} ends in half a line, so it was killed" if run.torn else ""
     return Finding(
         "unfinished", False, run.name, "The run is not finished.",
-        f"step {run.last_step} of {total}{torn}", (run.last_step,),
+        f"{seen}{torn}", (run.last_step,),
         "If it does not run any more, continue it with --resume, or resume=True.",
     )  # fmt: skip
 

@@ -13,7 +13,10 @@ __all__ = ["RULES"]
 #: Held-out accuracy below which a reward model says next to nothing. The weakest published one for
 #: TL;DR (Huang et al. 2024) has 0.628.
 WEAK = 0.55
-#: Standard errors above one half that an accuracy must be to be no chance.
+#: Held-out pairs below which nothing is said of a reward model but that they are too few.
+PAIRS = 50
+#: Standard errors above one half that an accuracy must be to be no chance, and above its limit that
+#: a correlation must be.
 STANDARD_ERRORS = 2.0
 #: A quarter of the variance of scores is then that of lengths.
 LENGTH_CORRELATION = 0.5
@@ -22,16 +25,31 @@ CALIBRATION = 0.1
 CALIBRATION_PAIRS = 100
 
 
+def too_few_pairs(run: RunRecords) -> Finding | None:
+    """Figures of a few pairs: what looks like a fault of the reward model may be chance."""
+    figures = _pairs(run)
+    count = figures.get("count", 0.0)
+    if not 0 < count < PAIRS:
+        return None
+    return Finding(
+        "few_held_out_pairs", False, run.name,
+        "There are too few held-out pairs to tell how good the reward model is.",
+        f"{_count(figures)} held-out pairs, over which chance alone gives an accuracy of up to "
+        f"{shown(_chance(count))}", (),
+        f"Hold out {PAIRS} pairs or more; some hundreds tell small differences too.",
+    )  # fmt: skip
+
+
 def weak(run: RunRecords) -> Finding | None:
     """Held-out accuracy near one half: PPO would climb what is noise.
 
     The standard error of a share is that of tossed coins, ``sqrt(0.25 / n)``.
     """
-    figures = _pairs(run)
-    accuracy, count = figures.get("accuracy"), int(figures.get("count") or 0)
-    if accuracy is None or not count:
+    figures = _enough_pairs(run)
+    accuracy = figures.get("accuracy")
+    if accuracy is None:
         return None
-    chance = 0.5 + STANDARD_ERRORS * math.sqrt(0.25 / count)
+    chance = _chance(figures["count"])
     if accuracy >= max(WEAK, chance):
         return None
     return Finding(
@@ -47,16 +65,21 @@ def below_length_rule(run: RunRecords) -> Finding | None:
     """Choosing by length alone is better: the scores add nothing to a ruler.
 
     Singhal et al. 2023, "A long way to go", show how much of what reward models reward is length.
+    Better by more than the standard error of a difference of two shares, ``sqrt(2 * 0.25 / n)``.
     """
-    figures = _pairs(run)
+    figures = _enough_pairs(run)
     accuracy, longer = figures.get("accuracy"), figures.get("longer_accuracy")
-    if accuracy is None or longer is None or accuracy >= max(longer, 1 - longer):
+    if accuracy is None or longer is None:
+        return None
+    error = math.sqrt(0.5 / figures["count"])
+    if max(longer, 1 - longer) - accuracy <= error:
         return None
     which = "longer" if longer >= 0.5 else "shorter"
     return Finding(
         "below_length_rule", True, run.name,
         f"Choosing the {which} response does better than the reward model.",
-        f"{_accuracy(figures)}; the {which} one is right in {shown(max(longer, 1 - longer))}", (),
+        f"{_accuracy(figures)}; the {which} one is right in {shown(max(longer, 1 - longer))} "
+        f"(noise {shown(error)})", (),
         "More preferences, pairs of like length among them, or a better body.",
     )  # fmt: skip
 
@@ -64,11 +87,15 @@ def below_length_rule(run: RunRecords) -> Finding | None:
 def follows_length(run: RunRecords) -> Finding | None:
     """Scores that go with length: PPO will make responses longer (or shorter) for their own sake.
 
-    Singhal et al. 2023 find most of the reward that PPO gains on such models to be length.
+    Singhal et al. 2023 find most of the reward that PPO gains on such models to be length. The
+    standard error of a correlation over both responses of n pairs is about ``1 / sqrt(2 n)``.
     """
-    figures = _pairs(run)
+    figures = _enough_pairs(run)
     correlation = figures.get("length_correlation")
-    if correlation is None or abs(correlation) <= LENGTH_CORRELATION:
+    if correlation is None:
+        return None
+    noise = STANDARD_ERRORS / math.sqrt(2 * figures["count"])
+    if abs(correlation) <= LENGTH_CORRELATION + noise:
         return None
     return Finding(
         "score_follows_length", True, run.name, "The scores follow the length of the responses.",
@@ -105,6 +132,17 @@ def _pairs(run: RunRecords) -> dict[str, float]:
     return {name: value for name, v in found.items() if (value := number(v)) is not None}
 
 
+def _enough_pairs(run: RunRecords) -> dict[str, float]:
+    """Return the held-out figures where they are of enough pairs to judge by."""
+    figures = _pairs(run)
+    return figures if figures.get("count", 0.0) >= PAIRS else {}
+
+
+def _chance(count: float) -> float:
+    """Return the accuracy that tossed coins may reach over so many pairs."""
+    return min(1.0, 0.5 + STANDARD_ERRORS * math.sqrt(0.25 / count))
+
+
 def _accuracy(figures: dict[str, float]) -> str:
     return f"held-out accuracy {shown(figures['accuracy'])} over {_count(figures)} pairs"
 
@@ -113,4 +151,4 @@ def _count(figures: dict[str, float]) -> str:
     return f"{int(figures.get('count') or 0):,}"
 
 
-RULES: tuple[Rule, ...] = (weak, below_length_rule, follows_length, miscalibrated)
+RULES: tuple[Rule, ...] = (too_few_pairs, weak, below_length_rule, follows_length, miscalibrated)

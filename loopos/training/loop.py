@@ -382,7 +382,7 @@ class _Run:
             return ""
         try:
             return f"; the state before it is in {self.save()}"
-        except OutputError as error:
+        except (OutputError, NumericalError) as error:
             return f"; the state before it is lost: {error}"
 
     def _bad_weight(self) -> str | None:
