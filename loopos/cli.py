@@ -232,25 +232,26 @@ def validate(
     from loopos.runner import computing, plan, prepare
 
     given = _with_output(overrides, output_dir)
-    loaded = load_config(config, given)
-    with computing(loaded):
-        prepared = prepare(loaded, tell=tell)
-        show_prepared(prepared)
-        steps = plan(loaded, prepared)
-        say("run")
-        for name, one in (steps.stages or {"": steps}).items():
-            stage = f"{name}: " if name else ""
-            an_epoch = f"{one.steps_per_epoch:,} optimizer steps an epoch"
-            say(f"  {stage}{an_epoch}, {one.total_steps:,} in all")
-        show_trained(steps.trained_parameters, prepared.num_parameters)
-        show_place(loaded)
-    del prepared  # the rehearsal wants the memory for itself
-    if measure:
-        estimate = rehearse(loaded, given)
-        show_estimate(estimate)
-        if not estimate.fits:
-            refuse_memory(loaded, estimate.available_bytes, estimate.peak_bytes)
-    say(f"{loaded.source}: fine")
+    with _stop_on_signals():  # SIGTERM too, so that the rehearsal is ended and cleared away
+        loaded = load_config(config, given)
+        with computing(loaded):
+            prepared = prepare(loaded, tell=tell)
+            show_prepared(prepared)
+            steps = plan(loaded, prepared)
+            say("run")
+            for name, one in (steps.stages or {"": steps}).items():
+                stage = f"{name}: " if name else ""
+                an_epoch = f"{one.steps_per_epoch:,} optimizer steps an epoch"
+                say(f"  {stage}{an_epoch}, {one.total_steps:,} in all")
+            show_trained(steps.trained_parameters, prepared.num_parameters)
+            show_place(loaded)
+        del prepared  # the rehearsal wants the memory for itself
+        if measure:
+            estimate = rehearse(loaded, given)
+            show_estimate(estimate)
+            if not estimate.fits:
+                refuse_memory(loaded, estimate.available_bytes, estimate.peak_bytes)
+        say(f"{loaded.source}: fine")
 
 
 def _with_output(overrides: list[str] | None, output_dir: str | None) -> list[str]:
@@ -325,6 +326,7 @@ def demo(
     problems step by step, and is asked others before and after. rlhf: a reward model learns what
     people prefer, and PPO lets the base model write more of it.
     """
+    from loopos.config_files import expanded
     from loopos.demo import run_demo
     from loopos.demo_reasoning import run_reasoning_demo
     from loopos.demo_rlhf import run_rlhf_demo
@@ -334,5 +336,6 @@ def demo(
         _Demo.chain_of_thought: run_reasoning_demo,
         _Demo.rlhf: run_rlhf_demo,
     }[name]
+    wanted = None if output_dir is None else expanded(output_dir)
     with _stop_on_signals() as stop:
-        raise typer.Exit(chosen(output_dir, seed=seed, stop=stop))
+        raise typer.Exit(chosen(wanted, seed=seed, stop=stop))

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from loopos.backends.threads import check_num_threads
 from loopos.config_checks import check_reward_model, check_rows, check_validation
 from loopos.config_files import (
     COMMAND,
@@ -26,14 +27,16 @@ from loopos.config_files import (
     Lines,
     describe,
     exists,
+    expanded,
     find_file,
     find_files,
+    from_anywhere,
     place,
     read_config_file,
 )
 from loopos.config_sections import Computation, Data, ModelKeys, at_least
 from loopos.errors import ConfigError, InputError, MissingFileError, nearest
-from loopos.hub import is_hub_name
+from loopos.hub import is_hub_name, nearest_path
 from loopos.methods import DATA_KEYS, METHODS
 from loopos.models.config import ACTIVATIONS, NORM_PLACEMENTS, NORMS, POSITIONS, TransformerConfig
 from loopos.models.rope import RopeScaling
@@ -56,6 +59,9 @@ NEEDED_SIZES = tuple(
     f.name for f in dataclasses.fields(TransformerConfig) if f.default is dataclasses.MISSING
 )
 _SECTIONS = ("model", "computation", "training", "data")
+#: Keys of the ``data`` section that name what a run reads.
+_INPUTS = ("training_data", *dict.fromkeys(DATA_KEYS.values()), "validation_data",
+           "pretrained_weights", "reward_model", "tokenizer")  # fmt: skip
 #: Where editors look for the JSON Schema of a file; nothing to loopos.
 _SCHEMA_KEY = "$schema"
 
@@ -105,7 +111,7 @@ class RunConfig:
     @property
     def output_dir(self) -> Path:
         """Where the run goes."""
-        return Path(self.data.output_dir or Path("outputs") / self.computation.method)
+        return expanded(self.data.output_dir or Path("outputs") / self.computation.method)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the whole configuration, defaults included, as JSON values."""
@@ -118,6 +124,21 @@ class RunConfig:
             "training": self.training.as_dict(),
             "data": dataclasses.asdict(self.data) | {"output_dir": str(self.output_dir)},
         }
+
+    def inputs(self) -> dict[str, str | list[str]]:
+        """Return the keys of ``data`` that name what is read, with absolute paths.
+
+        ``builtin:NAME`` and names on the Hugging Face Hub stay as they are.
+        """
+        beside = Path(self.source).parent
+        found: dict[str, str | list[str]] = {}
+        for key in _INPUTS:
+            value = getattr(self.data, key)
+            if isinstance(value, list):
+                found[key] = [from_anywhere(text, beside) for text in value]
+            elif value is not None:
+                found[key] = from_anywhere(value, beside)
+        return found
 
     def path(self, key: str) -> Path:
         """Return the one file or directory that ``data.<key>`` names; see :meth:`paths`.
@@ -196,8 +217,10 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if str(source) in shipped and not path.is_file():
         path = shipped[str(source)]
     if not exists(path):
-        beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        hint = nearest(path.name, [*shipped, *(p.name for p in beside if p.is_file())])
+        hints = [nearest(path.name, shipped), nearest_path(path)]
+        if path.suffix:  # a file was meant: no shipped one is called so
+            hints.reverse()
+        hint = hints[0] or hints[1]
         raise MissingFileError(
             f"{source}: no such configuration{hint} (shipped: {', '.join(shipped)})"
         )
@@ -258,6 +281,8 @@ def _override(sections: dict[str, dict[str, Any]], override: str, faults: Faults
 def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
     model = _model_section(sections["model"], faults)
     computation = _section("computation", Computation, sections["computation"], faults)
+    if computation is not None:
+        _check_threads(computation, faults)
     # Whatever else is wrong with its section, a known method says which options there are.
     methods = {name: module for (_, name), module in METHODS.items()}
     asked = sections["computation"].get("method")
@@ -290,6 +315,13 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
     assert training is not None
     assert data is not None
     return RunConfig(faults.source, model, computation, training, data, faults.lines)
+
+
+def _check_threads(computation: Computation, faults: Faults) -> None:
+    try:
+        check_num_threads(computation.num_threads)
+    except ConfigError as error:
+        faults.add("computation.num_threads", str(error).removeprefix("num_threads: "))
 
 
 def _refuse_method(computation: Computation, faults: Faults) -> None:

@@ -6,17 +6,20 @@ encoding are errors with file and line, whatever the language itself would let p
 
 from __future__ import annotations
 
+import glob
 import json
 import re
 import types
 import typing
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from loopos.data.rows import is_pattern, matching
-from loopos.errors import ConfigError, MissingFileError, nearest
+from loopos.errors import ConfigError, MissingFileError
 from loopos.files import builtin, read_text
+from loopos.hub import nearest_path
 
 __all__ = [
     "COMMAND",
@@ -24,8 +27,10 @@ __all__ = [
     "Lines",
     "describe",
     "exists",
+    "expanded",
     "find_file",
     "find_files",
+    "from_anywhere",
     "place",
     "read_config_file",
 ]
@@ -224,8 +229,17 @@ def exists(path: Path) -> bool:
         return False
 
 
+def expanded(value: str | Path) -> Path:
+    """Return a path with the home that a ``~`` stands for; a name that only begins so stays."""
+    path = Path(value)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # nobody is called so
+        return path
+
+
 def _candidates(value: str, beside: Path) -> tuple[Path, Path]:
-    path = Path(value).expanduser()
+    path = expanded(value)
     return path, beside / path
 
 
@@ -246,9 +260,7 @@ def find_file(value: str, beside: Path, where: str) -> Path:
     for candidate in candidates:
         if exists(candidate):
             return candidate
-    parents = {candidate.parent for candidate in candidates if candidate.parent.is_dir()}
-    names = {entry.name for parent in parents for entry in parent.iterdir()}
-    hint = nearest(candidates[0].name, sorted(names))
+    hint = next(filter(None, map(nearest_path, candidates)), "")
     raise MissingFileError(f"{where}: {candidates[0]}: no such file or directory{hint}")
 
 
@@ -257,12 +269,40 @@ def find_files(value: str, beside: Path, where: str) -> list[Path]:
     candidates = _candidates(value, beside)
     if value.startswith("builtin:") or not is_pattern(value) or any(map(exists, candidates)):
         return [find_file(value, beside, where)]
+    matched = _matched(candidates)
+    if matched is None:
+        raise MissingFileError(f"{where}: {value}: no file matches")
+    return matched[1]
+
+
+def _matched(candidates: tuple[Path, Path]) -> tuple[Path, list[Path]] | None:
+    """Return the first pattern that matches files, and those; None where neither does."""
     for candidate in candidates:
-        try:
-            return matching(candidate)
-        except MissingFileError:
-            continue  # what is said below is said of both places
-    raise MissingFileError(f"{where}: {value}: no file matches")
+        with suppress(MissingFileError):
+            return candidate, matching(candidate)
+    return None
+
+
+def from_anywhere(value: str, beside: Path) -> str:
+    """Return what names the same files as `value` in :func:`find_files`, from every directory.
+
+    What is no path that is there (shipped, or on the Hub) stays as it is.
+    """
+    if value.startswith("builtin:"):
+        return value
+    candidates = _candidates(value, beside)
+    found = None
+    if path := next(filter(exists, candidates), None):
+        # Not the path itself: what a link points to may have another ending.
+        found = str(path.parent.resolve() / path.name)
+    elif is_pattern(value) and (matched := _matched(candidates)):
+        # The directory that the pattern starts from may have a bracket in its name.
+        found = str(Path(glob.escape(str(Path.cwd())), matched[0]))
+    try:
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:  # the name of a directory that is no UTF-8
+        return value
+    return found or value
 
 
 # -- faults --------------------------------------------------------------------------------------

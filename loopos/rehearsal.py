@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +30,7 @@ from loopos.config import RunConfig, load_config
 from loopos.data.sampler import BatchSampler, choosing
 from loopos.errors import ConfigError, InputError, LooposError, OutputError
 from loopos.runner import Prepared, run
+from loopos.training.loop import Interrupted
 from loopos.training.options import TrainingOptions
 from loopos.training.trackers import Callback, Record, RunInfo
 
@@ -34,8 +38,8 @@ __all__ = ["Estimate", "refuse_memory", "rehearse"]
 
 Array = np.ndarray[Any, Any]
 
-#: Exit code of a rehearsal that ran out of memory.
-_NO_MEMORY = 3
+#: Exit codes of a rehearsal that ran out of memory, and of one that was interrupted.
+_NO_MEMORY, _INTERRUPTED = 3, 130
 #: How often the memory of a rehearsal is looked at, in seconds.
 _LOOK_EVERY_S = 0.02
 #: Batches of the training data that are tried, beside the largest one.
@@ -100,7 +104,9 @@ def rehearse(config: RunConfig, overrides: Sequence[str] = ()) -> Estimate:
         Whatever else the run would raise.
     """
     free = available_bytes()
-    place = next(p for p in config.output_dir.absolute().parents if p.is_dir())
+    wanted = config.output_dir.absolute()
+    # Of the root, which has no parents, it is the root itself.
+    place = next(p for p in (wanted.parent, *wanted.parents) if os.path.isdir(p))
     try:
         scratch = tempfile.TemporaryDirectory(prefix=".loopos-rehearsal-", dir=place)
     except OSError as error:
@@ -127,24 +133,32 @@ def rehearse(config: RunConfig, overrides: Sequence[str] = ()) -> Estimate:
 def _watch(command: Sequence[str], given: str, limit: int | None) -> tuple[int, str]:
     """Run a command, and end it when it holds more memory than `limit`; return code and output.
 
+    It is given a line, and its input ends only when this process does, however that ends.
+
     A limit set by the system (``setrlimit``) would make allocations fail inside libraries that then
     end the process in ways of their own, or never.
     """
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    waiting: str | None = given
+    # In a session of its own: Ctrl-C is for this process, which ends the other one.
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    line, process.stdin = process.stdin, None  # `communicate` would close it
+    assert line is not None
     try:
+        with suppress(BrokenPipeError):  # its exit code says what is wrong
+            print(given, file=line, flush=True)
         while True:
-            try:
-                output = process.communicate(waiting, timeout=_LOOK_EVERY_S)[0]
+            with suppress(subprocess.TimeoutExpired):
+                output = process.communicate(timeout=_LOOK_EVERY_S)[0]
                 return process.returncode, output
-            except subprocess.TimeoutExpired:
-                waiting = None
             held = peak_bytes_of(process.pid)
             if limit is not None and held is not None and held > limit:
                 process.kill()
     finally:
         process.kill()
         process.wait()
+        with suppress(BrokenPipeError):
+            line.close()
 
 
 def refuse_memory(config: RunConfig, free: int | None, needed: int | None) -> NoReturn:
@@ -374,13 +388,25 @@ def _measure(config: RunConfig, directory: Path, launched: float) -> dict[str, A
     }
 
 
+def _end_with_parent(directory: str) -> None:
+    """Wait until the process that asked for the rehearsal is gone; clear the directory, and end."""
+    while os.read(0, 1):
+        pass
+    # Another program in this process: the rehearsal would go on writing while it is cleared.
+    script = "import shutil, sys; shutil.rmtree(sys.argv[1], ignore_errors=True)"
+    os.execv(sys.executable, [sys.executable, "-I", "-c", script, directory])
+
+
 def _main() -> int:
-    asked = json.load(sys.stdin)
+    asked = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, args=(asked["directory"],), daemon=True).start()
     try:
         config = load_config(asked["source"], asked["overrides"])
         found = _measure(config, Path(asked["directory"]), asked["launched"])
     except MemoryError:
         return _NO_MEMORY
+    except (KeyboardInterrupt, Interrupted):
+        return _INTERRUPTED
     except LooposError as error:
         found = {"error": str(error), "input": isinstance(error, (InputError, OutputError))}
     print(json.dumps(found))

@@ -36,7 +36,7 @@ from loopos.methods import DATA_KEYS, STAGES
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
 from loopos.models.weights import load_config, load_model
-from loopos.run_directory import check_directory
+from loopos.run_directory import check_directory, clear_results
 from loopos.training.checkpoint import read_state
 from loopos.training.loop import Interrupted, TrainResult
 from loopos.training.options import TrainingOptions
@@ -117,13 +117,16 @@ def computing(config: RunConfig) -> Iterator[None]:
     Raises
     ------
     BackendError
-        If the backend is unknown or cannot run here, naming the key.
+        If the backend is unknown or cannot run here, naming the key where the configuration, the
+        variable where the environment asked for it.
     """
     named = config.computation.backend
     try:
         backend = use_backend(get_backend() if named == "auto" else named)
         backend.__enter__()
     except BackendError as error:
+        if named == "auto":  # the configuration is not at fault
+            raise
         raise BackendError(f"{config.where('computation.backend')}: {error}") from error
     with ExitStack() as stack:
         stack.push(backend)
@@ -423,7 +426,7 @@ def run(
     with locked_directory(directory), computing(config):
         checkpoint = check_directory(directory, resume, STAGES.get(config.computation.method, ()))
         prepared = prepare(config, None if checkpoint is None else directory, tell)
-        record = config.as_dict() | _identity(prepared)
+        record = config.as_dict() | {"places": _places(config)} | _identity(prepared)
         if checkpoint is not None:
             _refuse_changes(config, checkpoint, record)
         if on_prepared is not None:
@@ -454,16 +457,46 @@ def run(
 
 
 class _Opening(Callback):
-    """Writes what a run starts from, once everything is checked and the first step is next."""
+    """Writes what a run starts from, once everything is checked and the first step is next.
+
+    What an earlier end of the run left is older than the run from here on, and goes.
+    """
 
     def __init__(self, config: RunConfig, prepared: Prepared, directory: Path):
         self._config, self._prepared, self._directory = config, prepared, directory
 
     def on_start(self, info: RunInfo) -> None:
-        """Write configuration, report and tokenizer."""
-        write_json(self._directory / "config.json", self._config.as_dict())
+        """Write configuration, report and tokenizer; clear results if there are steps left."""
+        values = self._config.as_dict()
+        values["data"] |= self._config.inputs()  # whoever reads it stands somewhere else
+        write_json(self._directory / "config.json", values)
         write_json(self._directory / "data_report.json", self._prepared.report.to_dict())
         self._prepared.trainer.tokenizer.save(self._directory / "tokenizer")
+        if info.start_step < info.total_steps and not _ended(info):
+            clear_results(self._directory)
+
+
+def _ended(info: RunInfo) -> bool:
+    """Whether the checkpoint that a run goes on from says that no further step is to be made."""
+    if info.output_dir is None:
+        return False
+    checkpoint = info.output_dir / "checkpoints" / f"step-{info.start_step:08d}"
+    return checkpoint.is_dir() and bool(read_state(checkpoint).get("exhausted"))
+
+
+def _places(config: RunConfig) -> dict[str, str]:
+    """Return where models and tokenizers lie, seen from the run's directory: all may move with it.
+
+    By that a continuation knows them, however its configuration writes their paths.
+    """
+    start = config.output_dir.resolve()
+    found = {key: path for key, path in config.inputs().items() if isinstance(path, str)}
+    return {
+        # A name on the Hub has no anchor, and another drive is not seen from here.
+        key: os.path.relpath(path, start) if Path(path).anchor == start.anchor else path
+        for key, path in found.items()
+        if f"data.{key}" not in _MAY_CHANGE
+    }
 
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
@@ -487,6 +520,9 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
     kinds = {"model": TransformerConfig} | {
         name: type(getattr(config, name)) for name in ("computation", "training", "data")
     }
+    # What lies in the same place, though written in another way, as in the run's own config.json.
+    known = was.get("places", {})
+    unmoved = {name for name, path in now["places"].items() if path == known.get(name)}
     for section, kind in kinds.items():
         kept = "transformer" if section == "model" else section
         for name, after in now[kept].items():
@@ -495,7 +531,8 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
             default = list(default) if isinstance(default, tuple) else default  # as JSON holds it
             # What it does not know did not change anything then, as its default does not now.
             before = was.get(kept, {}).get(name, default)
-            if key not in _MAY_CHANGE and before != after:
+            same = before == after or (section == "data" and name in unmoved)
+            if key not in _MAY_CHANGE and not same:
                 raise CheckpointError(
                     f"{config.where(key)}: {after!r}, but the run to be continued "
                     f"({checkpoint.parent.parent}) has {before!r}"

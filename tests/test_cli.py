@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -274,7 +275,7 @@ def test_info(tmp_path):
     assert out.splitlines()[0].split() == ["loopos", __version__]
     assert any("(in force)" in line for line in out.splitlines())
     assert refused("info", cwd=tmp_path, LOOPOS_BACKEND="nunpy").startswith(
-        "unknown backend 'nunpy'; did you mean 'numpy'?"
+        "LOOPOS_BACKEND: unknown backend 'nunpy'; did you mean 'numpy'?"
     )
 
 
@@ -492,6 +493,71 @@ def test_a_signal_saves_and_says_how_to_go_on(project, whole, number):
     assert weights(project) == whole
 
 
+@pytest.fixture
+def rehearsing(project):
+    """Begin to validate; return the process and that of its rehearsal, which is halted midway."""
+    if sys.platform != "linux":
+        pytest.skip("looks for processes in /proc")
+    process = subprocess.Popen(
+        [LOOPOS, "validate", "run.json", *LONG], cwd=project, env=ENVIRONMENT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not any(project.glob(".loopos-rehearsal-*/run/metrics.jsonl")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGSTOP)  # or it might be done before it is asked to stop
+    yield process, int(child)
+    for left in (process.pid, int(child)):
+        if is_running(left):
+            os.kill(left, signal.SIGKILL)
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_rehearsal_and_clears_it_away(project, rehearsing, number):
+    process, child = rehearsing
+    if number == signal.SIGINT:  # Ctrl-C goes to all processes of a terminal
+        os.killpg(process.pid, number)
+        with suppress(ProcessLookupError):  # it has been ended already
+            os.kill(child, signal.SIGCONT)
+    else:
+        process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "error: interrupted\n")
+    assert not is_running(child)
+    assert sorted(p.name for p in project.iterdir()) == ["run.json", "t.csv"]
+
+
+def test_a_rehearsal_ends_with_whoever_asked_for_it(project, rehearsing):
+    process, child = rehearsing
+    process.kill()
+    os.kill(child, signal.SIGCONT)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert sorted(p.name for p in project.iterdir()) == ["run.json", "t.csv"]
+
+
+def test_a_rehearsal_that_is_interrupted_alone_is_one_sentence(project, rehearsing):
+    process, child = rehearsing
+    os.kill(child, signal.SIGINT)
+    os.kill(child, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (1, "error: run.json: the rehearsal of the run failed\n")
+    assert sorted(p.name for p in project.iterdir()) == ["run.json", "t.csv"]
+
+
 def test_an_interruption_while_importing_is_one_sentence(monkeypatch, capsys):
     class Slow:
         @property
@@ -529,6 +595,16 @@ def test_an_output_directory_without_a_name_is_refused(project):
             "--output-dir: expected a directory, found nothing"
         )
     assert sorted(p.name for p in project.iterdir()) == ["run.json", "t.csv"]
+
+
+def test_an_output_directory_in_the_home(project):
+    home = str(project / "home")
+    out, _ = loopos("validate", "run.json", "--no-measure", "--output-dir", "~/a", cwd=project,
+                    HOME=home)  # fmt: skip
+    assert f"  output in {home}/a" in out.splitlines()
+    loopos("run", "run.json", "--output-dir", "~/a", cwd=project, HOME=home)
+    assert (project / "home/a/model").is_dir()
+    assert not (project / "~").exists()
 
 
 def test_predict_names_a_directory_of_something_else(tmp_path):

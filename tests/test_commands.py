@@ -220,6 +220,32 @@ def test_a_language_model_with_adapters_is_evaluated(tmp_path):
     )
 
 
+def test_a_policy_is_evaluated_by_a_judge_that_lies_beside_its_configuration(tmp_path):
+    pairs = [{"prompt": f"the film {i} is", "chosen": " warm", "rejected": " cold"}
+             for i in range(12)]  # fmt: skip
+    conf = tmp_path / "conf"
+    conf.mkdir()
+    shared = {"learning_rate": 0.01, "batch_size": 4, "max_steps": 1, "num_epochs": 1}
+    data = {"training_data": None, "preference_data": "t.jsonl", "validation_fraction": 0.25}
+    trained(conf, pairs, computation={"method": "reward_model"}, training=shared,
+            data=data | {"output_dir": str(tmp_path / "judged")})  # fmt: skip
+    (tmp_path / "judged" / "model").rename(conf / "judge")
+    trained(
+        conf, pairs, computation={"method": "rlhf"},
+        training=shared | {"phases": ["ppo"], "max_new_tokens": 4},
+        data=data | {"reward_model": "judge", "tokenizer": "judge",
+                     "output_dir": str(tmp_path / "ppo")},
+    )  # fmt: skip
+    written = json.loads((tmp_path / "ppo" / "config.json").read_text())["data"]
+    assert (written["reward_model"], written["preference_data"]) == (
+        str(conf / "judge"), str(conf / "t.jsonl")
+    )  # fmt: skip
+    figures = [json.loads(loopos("evaluate", tmp_path / "ppo", conf / "t.jsonl", "--json", cwd=d))
+               for d in (tmp_path, conf, Path("/"))]  # fmt: skip
+    assert figures[0]["prompts"] == 12
+    assert figures[0] == figures[1] == figures[2]
+
+
 @pytest.mark.parametrize("kind", ["messages", "prompt and completion"])
 def test_a_supervised_run_is_evaluated_on_its_own_kind_of_rows(tmp_path, kind):
     rows = [{"prompt": f"{word}?", "completion": f" {word}!"} for word in WORDS]

@@ -1,14 +1,17 @@
 """Configurations: what is accepted, what is refused, and the whole sentence that says why."""
 
 import copy
+import dataclasses
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from loopos.config import RunConfig, load_config, shipped_configs
+from loopos.config import Data, RunConfig, load_config, shipped_configs
 from loopos.errors import ConfigError, MissingFileError
 from loopos.methods import METHODS
 
@@ -243,6 +246,7 @@ def test_a_value_of_the_wrong_kind_is_refused_not_converted(refused, base, key, 
         ("model.dropout", 1.0, "expected a number in [0, 1), found 1.0"),
         ("computation.seed", -1, "expected a whole number of at least 0, found -1"),
         ("computation.num_threads", 0, "expected a whole number of at least 1, found 0"),
+        ("computation.num_threads", 1 << 31, "expected from 1 to 2**31 - 1, found 2147483648"),
         ("training.learning_rate", 0.0, "expected a positive number, found 0.0"),
         ("training.learning_rate", -1e-4, "expected a positive number, found -0.0001"),
         ("training.batch_size", 0, "expected at least 1, found 0"),
@@ -735,6 +739,88 @@ def test_builtin_names(load, base):
 def test_output_dir_is_named_after_the_method_when_it_is_not_said(load, base):
     del base["data"]["output_dir"]
     assert load(base).output_dir == Path("outputs/fine_tuning")
+
+
+@pytest.mark.parametrize("key", ["training_data", "output_dir"])
+def test_the_home_is_meant_by_a_tilde(load, base, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "x").write_text("")
+    base["data"][key] = "~/x"
+    config = load(base)
+    found = config.output_dir if key == "output_dir" else config.path(key)
+    assert found == tmp_path / "home" / "x"
+    assert load(base, ["data.output_dir=~/y"]).as_dict()["data"]["output_dir"] == str(
+        tmp_path / "home" / "y"
+    )
+
+
+def test_a_name_that_only_begins_with_a_tilde_is_one(load, base):
+    Path("~$t.csv").write_text("a lock of an office program")
+    base["data"] |= {"training_data": "~$t.csv", "validation_data": "~no-such-user/v.csv",
+                     "output_dir": "~no-such-user/out"}  # fmt: skip
+    config = load(base)
+    assert config.path("training_data") == Path("~$t.csv")
+    assert config.output_dir == Path("~no-such-user/out")
+    with pytest.raises(MissingFileError, match=r"~no-such-user/v\.csv: no such file or directory$"):
+        config.path("validation_data")
+
+
+def test_a_directory_that_may_not_be_listed_gives_no_hint(load, base, monkeypatch):
+    base["data"]["training_data"] = "trian.csv"
+    config = load(base)
+    Path("train.csv").write_text("x")
+
+    def cannot(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    shipped = shipped_configs()
+    monkeypatch.setattr("loopos.config.shipped_configs", lambda: shipped)
+    monkeypatch.setattr(Path, "iterdir", cannot)
+    with pytest.raises(MissingFileError, match=r"trian\.csv: no such file or directory$"):
+        config.path("training_data")
+    with pytest.raises(MissingFileError, match=r"^rum\.json: no such configuration \(shipped: "):
+        load_config("rum.json")
+
+
+def test_inputs_are_named_so_that_they_are_found_from_anywhere(base, tmp_path, monkeypatch):
+    """Also from a directory whose name reads as a pattern, and through a link."""
+    there = tmp_path / "a [b]"
+    (there / "conf").mkdir(parents=True)
+    for name in ("1.csv", "2.csv", "conf/v.csv"):
+        (there / name).write_text("x")
+    (there / "conf" / "link.csv").symlink_to(there / "1.csv")
+    base["data"] |= {
+        "training_data": ["*.csv", "../2.csv"], "validation_data": "v.csv",
+        "pretrained_weights": "org/name", "tokenizer": "builtin:base_model",
+        "reward_model": "link.csv", "output_dir": "out",
+    }  # fmt: skip
+    (there / "conf" / "run.json").write_text(json.dumps(base | {"computation": {"method": "rlhf"}}))
+    monkeypatch.chdir(there)
+    data = Data(**base["data"])
+    config = dataclasses.replace(load_config("fine_tuning"), source="conf/run.json", data=data)
+    found = config.inputs()
+    assert found == {
+        "training_data": [f"{tmp_path}/a [[]b]/*.csv", f"{there}/2.csv"],
+        "validation_data": f"{there}/conf/v.csv",
+        "pretrained_weights": "org/name", "tokenizer": "builtin:base_model",
+        "reward_model": f"{there}/conf/link.csv",
+    }  # fmt: skip
+    before = config.paths("training_data")
+    monkeypatch.chdir("/")
+    moved = dataclasses.replace(config, data=dataclasses.replace(data, **found))
+    assert moved.paths("training_data") == [(there / p).resolve() for p in before]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs names that are no text")
+def test_a_path_that_no_file_could_hold_is_left_as_it_is(load, base, tmp_path, monkeypatch):
+    here = os.fsencode(tmp_path) + b"/\xff"
+    os.mkdir(here)
+    monkeypatch.chdir(os.fsdecode(here))
+    Path("t.csv").write_text("x")
+    base["data"]["training_data"] = "t.csv"
+    Path("run.json").write_text(json.dumps(base))
+    assert load_config("run.json").inputs()["training_data"] == "t.csv"
 
 
 def test_text_that_no_file_could_hold_is_named(refused, base):

@@ -253,8 +253,8 @@ def outputs(directory):
         elif path.name == "metrics.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
             found[name] = [{k: v for k, v in r.items() if k not in TIMED} for r in records]
-        else:
-            found[name] = path.read_bytes()
+        else:  # a run's configuration says where its data lie
+            found[name] = path.read_bytes().replace(os.fsencode(directory), b"")
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loopos.config import load_config
-from loopos.errors import ConfigError, InputError
+from loopos.errors import ConfigError, InputError, OutputError
 from loopos.methods import rlhf
 from loopos.rehearsal import Estimate, _due, _Few, _line, _shortened, rehearse
 from loopos.training.options import TrainingOptions
@@ -121,6 +121,17 @@ def test_what_is_wrong_is_said_as_the_run_would_say_it(tmp_path):
     given = [f"data.output_dir={json.dumps(str(tmp_path / 'run'))}", "training.max_length=4096"]
     with pytest.raises(InputError, match=r"training\.max_length: 4096 is more than"):
         rehearse(load_config("fine_tuning", given), given)
+
+
+def test_beside_the_root_is_the_root(monkeypatch):
+    def full(prefix, dir):
+        raise OSError(28, f"No space left on {dir}")
+
+    monkeypatch.setattr("loopos.rehearsal.tempfile.TemporaryDirectory", full)
+    for output in ("/", "/no-such/a/b", f"/{'x' * 300}/out"):
+        config = load_config("fine_tuning", [f"data.output_dir={output}"])
+        with pytest.raises(OutputError, match=r"^/: cannot be written \(No space left on /\)$"):
+            rehearse(config)
 
 
 def test_no_budget_of_divergence_ends_a_rehearsal():

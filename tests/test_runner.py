@@ -22,7 +22,9 @@ from loopos.errors import (
 )
 from loopos.models.transformer import Transformer, TransformerConfig
 from loopos.rehearsal import rehearse
+from loopos.run_directory import clear_results
 from loopos.runner import computing, plan, prepare, run
+from loopos.training.checkpoint import _digest
 from loopos.training.loop import Interrupted
 from loopos.training.trackers import Callback
 
@@ -555,7 +557,9 @@ def test_what_a_run_leaves(configure):
         "model", "tokenizer",
     ]  # fmt: skip
     written = json.loads((directory / "config.json").read_text())
-    assert written == configure("data.output_dir=deep/er/out").as_dict()
+    expected = configure("data.output_dir=deep/er/out").as_dict()
+    expected["data"]["training_data"] = str(Path("t.csv").resolve())
+    assert written == expected
     assert json.loads((directory / "data_report.json").read_text())["rows"] == 22
     evaluation = json.loads((directory / "evaluation.json").read_text())
     assert evaluation == summary.evaluation
@@ -651,6 +655,173 @@ def test_a_finished_run_goes_on_with_more_epochs(configure):
     summary = run(configure("training.num_epochs=2"), resume=True)
     assert summary.result.steps == 12
     assert json.loads(Path("out/config.json").read_text())["training"]["num_epochs"] == 2
+
+
+class Results(Callback):
+    """Notes whether a model and its figures are in ``out`` whenever something happens."""
+
+    def __init__(self):
+        self.seen = []
+
+    def _look(self, *_):
+        self.seen.append([Path("out", n).exists() for n in ("model", "evaluation.json")])
+
+    on_start = on_step = _look
+
+
+def longer(configure, *options):
+    """Make the finished run in ``out`` longer, with a stop; nothing in it is older than the run."""
+    watch = Results()
+    interrupt(configure(*options, "training.num_epochs=2"), 1, resume=True, callbacks=[watch])
+    assert watch.seen == [[False, False]] * len(watch.seen)
+    assert len(watch.seen) > 1
+    assert not Path("out/model").exists()
+    summary = run(configure(*options, "training.num_epochs=2"), resume=True)
+    assert Path("out/model").is_dir()
+    assert json.loads(Path("out/evaluation.json").read_text()) == summary.evaluation
+    assert not list(Path("out").rglob("*.tmp"))
+    return summary
+
+
+def test_a_finished_run_that_goes_on_has_no_model_of_before(configure):
+    run(configure())
+    before = snapshot("out")
+    other = ("training.num_epochs=2", "training.learning_rate=0.1")
+    refused(run, configure(*other), resume=True, kind=CheckpointError)
+    lines = Path("out/metrics.jsonl").read_text()
+    Path("out/metrics.jsonl").write_text("no record\n" + lines)
+    refused(run, configure("training.num_epochs=2"), resume=True, kind=CheckpointError)
+    Path("out/metrics.jsonl").write_text(lines)
+    assert snapshot("out") == before
+    assert longer(configure).result.steps == 12
+
+
+def test_a_model_that_is_a_link_is_cleared_where_it_lies(configure):
+    run(configure())
+    Path("out/model").rename("disk")
+    Path("out/model").symlink_to(Path("disk").absolute())
+    longer(configure)
+    assert Path("out/model").is_symlink()
+    assert Path("disk/model.safetensors").is_file()
+
+
+def test_results_that_cannot_be_deleted_are_named(configure, monkeypatch):
+    run(configure())
+
+    def cannot(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("loopos.run_directory.os.replace", cannot)
+    with pytest.raises(OutputError, match=r"^out/evaluation\.json: cannot be deleted \(Perm"):
+        clear_results(Path("out"))
+
+
+def test_the_results_of_a_run_without_a_step_left_stay(configure):
+    run(configure())
+    watch = Results()
+    assert run(configure(), resume=True, callbacks=[watch]).result.steps == 6
+    assert watch.seen == [[True, True]]
+    shutil.rmtree("out")
+    worse = ("training.optimizer=sgd", "training.learning_rate=30", "training.momentum=0.0",
+             "training.eval_steps=1", "training.early_stopping_patience=2")  # fmt: skip
+    stopped = run(configure(*worse, "training.num_epochs=50")).result
+    watch = Results()
+    again = run(configure(*worse, "training.num_epochs=60"), resume=True, callbacks=[watch])
+    assert (again.result.steps, again.result.stopped_reason) == (stopped.steps, "early_stopping")
+    assert watch.seen == [[True, True]]
+
+
+def write_rows(path, data):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in data))
+
+
+PAIRS = [{"prompt": f"The hen {i // 2} says", "chosen": f" yes {i % 3}", "rejected": f" no {i}"}
+         for i in range(24)]  # fmt: skip
+PROBLEMS = [{"problem": f"Say {i}.", "reasoning": [f"it is {i}"], "answer": f"{i}"}
+            for i in range(12)]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["rlhf", "chain_of_thought"])
+def test_a_run_in_stages_goes_on_and_keeps_the_models_of_its_stages(configure, method):
+    inner = {"learning_rate": 0.003, "batch_size": 8}
+    training, key, data = {
+        "rlhf": (
+            {"phases": ["supervised", "reward_model", "ppo"], "supervised": inner,
+             "reward_model": inner, "max_new_tokens": 4, "batch_size": 4},
+            "preference_data", PAIRS,
+        ),
+        "chain_of_thought": (
+            {"rounds": 1, "samples": 1, "max_new_tokens": 4, "batch_size": 4},
+            "reasoning_examples", PROBLEMS,
+        ),
+    }[method]  # fmt: skip
+    write_rows("d.jsonl", data)
+    values = CONFIG | {
+        "computation": {"method": method},
+        "training": {"learning_rate": 0.003, "num_epochs": 1} | training,
+        "data": {key: "d.jsonl", "output_dir": "out", "validation_fraction": 0.25},
+    }
+    Path("run.json").write_text(json.dumps(values))
+    first = run(configure())
+    stages = {"rlhf": ["supervised/model", "reward_model/model"],
+              "chain_of_thought": ["round-1/kept.jsonl"]}[method]  # fmt: skip
+    kept = [snapshot(f"out/{stage}") or Path("out", stage).read_bytes() for stage in stages]
+    second = longer(configure)
+    assert second.result.steps == 2 * first.result.steps
+    assert kept == [snapshot(f"out/{s}") or Path("out", s).read_bytes() for s in stages]
+
+
+@pytest.fixture
+def elsewhere(configure, pretrained):
+    """Run a configuration in ``conf`` whose data and base lie beside it; stand in ``there``."""
+    Path("conf").mkdir()
+    Path("there").mkdir()
+    shutil.move("t.csv", "conf/t.csv")
+    shutil.copytree(pretrained, "conf/base")
+    data = CONFIG["data"] | {"pretrained_weights": "base", "validation_data": ["t*.csv"]}
+    Path("conf/run.json").write_text(json.dumps(CONFIG | {"model": {}, "data": data}))
+    interrupt(load_config("conf/run.json"))
+
+
+def test_the_configuration_that_a_run_writes_can_be_read_from_anywhere(
+    elsewhere, tmp_path, monkeypatch
+):
+    written = json.loads(Path("out/config.json").read_text())["data"]
+    beside = tmp_path / "conf"
+    assert (written["training_data"], written["pretrained_weights"]) == (
+        str(beside / "t.csv"), str(beside / "base")
+    )  # fmt: skip
+    assert written["validation_data"] == [str(beside / "t*.csv")]
+    assert (written["tokenizer"], written["output_dir"]) == (None, "out")
+    monkeypatch.chdir("there")
+    config = load_config("../out/config.json")
+    assert config.paths("validation_data") == [beside / "t.csv"]
+    assert run(config).result.steps == 6
+    # By either file, from either place, the interrupted run goes on.
+    there = ["data.output_dir=../out"]
+    interrupt(load_config("../out/config.json", there), 1, resume=True)
+    assert run(load_config("../conf/run.json", there), resume=True).result.steps == 6
+    assert weights("../out") == weights("out")
+
+
+def test_a_run_of_which_only_the_names_are_known_goes_on(elsewhere, monkeypatch):
+    """Of one that was begun by a version that wrote no places into checkpoints."""
+    (checkpoint,) = Path("out/checkpoints").glob("step-*")
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["run_config"].pop("places") == {"pretrained_weights": "../conf/base"}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["state.json"] = _digest(checkpoint / "state.json")
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.chdir("there")
+    config = load_config("../conf/run.json", ["data.output_dir=../out"])
+    shutil.copytree("../conf/base", "other")
+    other = load_config("../conf/run.json",
+                        ["data.output_dir=../out", "data.pretrained_weights=other"])  # fmt: skip
+    assert refused(run, other, resume=True, kind=CheckpointError) == (
+        "--set data.pretrained_weights: 'other', but the run to be continued (../out) has 'base'"
+    )
+    assert run(config, resume=True).result.steps == 6
 
 
 @pytest.mark.parametrize(

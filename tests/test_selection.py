@@ -1,5 +1,6 @@
 """Which backend computes, what is said of it, and what happens when one is missing."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -60,6 +61,39 @@ def test_an_instruction_set_that_cannot_run_is_one_sentence_and_exit_code_2():
     assert done.stderr == (
         f"error: LOOPOS_CPU: instruction set 'v9' cannot run here, expected one of {expected}\n"
     )
+
+
+@pytest.fixture
+def unchosen(monkeypatch):
+    """Let the environment decide once more, in this process."""
+    monkeypatch.setattr(backends, "_default", None)
+    monkeypatch.setattr(backends, "_instances", {})
+    monkeypatch.delenv("LOOPOS_CPU", raising=False)
+    return monkeypatch.setenv
+
+
+def computing_refuses(**computation):
+    config = load_config("fine_tuning")
+    computation = dataclasses.replace(config.computation, **computation)
+    with pytest.raises(BackendError) as caught:
+        computing(dataclasses.replace(config, computation=computation)).__enter__()
+    return str(caught.value).partition(" (known")[0].partition(", expected")[0]
+
+
+def test_whoever_named_a_backend_that_cannot_run_is_named(unchosen):
+    unknown = "unknown backend 'nunpy'; did you mean 'numpy'?"
+    unchosen("LOOPOS_BACKEND", "nunpy")
+    assert computing_refuses() == f"LOOPOS_BACKEND: {unknown}"
+    place = load_config("fine_tuning").where("computation.backend")
+    assert computing_refuses(backend="nunpy") == f"{place}: {unknown}"
+
+
+@CYTHON
+@pytest.mark.parametrize("backend", ["", "auto", "cython"])
+def test_an_instruction_set_that_cannot_run_is_no_fault_of_the_configuration(unchosen, backend):
+    unchosen("LOOPOS_BACKEND", backend)
+    unchosen("LOOPOS_CPU", "v9")
+    assert computing_refuses() == "LOOPOS_CPU: instruction set 'v9' cannot run here"
 
 
 def test_a_backend_that_was_not_built_says_why(tmp_path, monkeypatch):

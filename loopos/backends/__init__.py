@@ -67,17 +67,33 @@ def _load_class(name: str) -> type[NumpyBackend]:
     return loaded
 
 
+def _require(name: str) -> type[NumpyBackend]:
+    """Return the class of the backend called `name`, or say why it cannot run."""
+    backend = _load_class(name)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendError(f"backend '{name}' cannot run here: {reason}")
+    return backend
+
+
 def _resolve(name: str) -> NumpyBackend:
     """Return the one instance of the backend called `name`, or say why it cannot run."""
     if name == "auto":
         name = available_backends()[0]
     if name not in _instances:
-        backend = _load_class(name)
-        reason = backend.unavailable()
-        if reason is not None:
-            raise BackendError(f"backend '{name}' cannot run here: {reason}")
-        _instances[name] = backend()
+        _instances[name] = _require(name)()
     return _instances[name]
+
+
+def _from_environment() -> NumpyBackend:
+    """Return the backend that ``LOOPOS_BACKEND`` names, else the fastest available."""
+    name = os.environ.get("LOOPOS_BACKEND") or "auto"
+    if name not in ("auto", *_instances):
+        try:
+            _require(name)
+        except BackendError as error:
+            raise BackendError(f"LOOPOS_BACKEND: {error}") from error
+    return _resolve(name)  # what goes wrong now is no fault of the name
 
 
 def _survey() -> tuple[list[str], dict[str, str]]:
@@ -123,7 +139,7 @@ def get_backend() -> NumpyBackend:
     if override is not None:
         return override
     if _default is None:
-        _default = _resolve(os.environ.get("LOOPOS_BACKEND") or "auto")
+        _default = _from_environment()
     return _default
 
 

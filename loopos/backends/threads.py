@@ -132,11 +132,18 @@ def set_num_threads(num_threads: int | None) -> None:
         If it is no whole number, or not positive.
     """
     global _asked, _found_until
-    _check(num_threads)
+    check_num_threads(num_threads)
     _asked, _found_until = num_threads, 0.0
 
 
-def _check(num_threads: int | None) -> None:
+def check_num_threads(num_threads: int | None) -> None:
+    """Check a number of threads.
+
+    Raises
+    ------
+    ConfigError
+        If it is no whole number, or not positive, or more than the kernels can count.
+    """
     if num_threads is None:
         return
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
@@ -159,7 +166,7 @@ def thread_limit(num_threads: int | None) -> Iterator[None]:
     if num_threads is None:
         yield
         return
-    _check(num_threads)
+    check_num_threads(num_threads)
     import numpy as np  # noqa: F401  (its BLAS must be loaded before it can be limited)
     from threadpoolctl import threadpool_limits
 
