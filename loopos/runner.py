@@ -31,7 +31,7 @@ from loopos.errors import (
     DataError,
     MissingFileError,
 )
-from loopos.files import atomic_directory, locked_directory, write_json
+from loopos.files import atomic_directory, locked_directory, read_json, write_json
 from loopos.methods import DATA_KEYS, STAGES
 from loopos.models.config import TransformerConfig
 from loopos.models.transformer import Transformer, parameter_shapes
@@ -485,7 +485,7 @@ def _ended(info: RunInfo) -> bool:
 
 
 def _places(config: RunConfig) -> dict[str, str]:
-    """Return where models and tokenizers lie, seen from the run's directory: all may move with it.
+    """Return where models and tokenizers lie, seen from the run's directory.
 
     By that a continuation knows them, however its configuration writes their paths.
     """
@@ -520,9 +520,12 @@ def _refuse_changes(config: RunConfig, checkpoint: Path, now: dict[str, Any]) ->
     kinds = {"model": TransformerConfig} | {
         name: type(getattr(config, name)) for name in ("computation", "training", "data")
     }
-    # What lies in the same place, though written in another way, as in the run's own config.json.
-    known = was.get("places", {})
-    unmoved = {name for name, path in now["places"].items() if path == known.get(name)}
+    # What lies in the same place, though it is written in another way: seen from the run's
+    # directory, which moves with its project, or as the run's own config.json has it.
+    places, own = was.get("places", {}), config.output_dir / "config.json"
+    written = read_json(own).get("data", {}) if own.is_file() else {}
+    unmoved = {name for name, path in now["places"].items() if path == places.get(name)}
+    unmoved |= {name for name, path in config.inputs().items() if path == written.get(name)}
     for section, kind in kinds.items():
         kept = "transformer" if section == "model" else section
         for name, after in now[kept].items():

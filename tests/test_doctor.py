@@ -260,6 +260,15 @@ def test_a_part_that_is_not_finished_says_it_for_the_run(tmp_path):
     assert (finding.rule, finding.part) == ("unfinished", "reward_model")
 
 
+def test_a_stage_that_was_trained_by_itself_needs_no_model(tmp_path):
+    """As ReinforcementTrainer leaves it: its `save` writes the model somewhere else."""
+    part = judged(tmp_path / "run" / "reward_model")
+    (part / "model").rmdir()
+    assert "unfinished" not in [f.rule for f in diagnose(read_run(tmp_path / "run")).findings]
+    (tmp_path / "run" / "config.json").write_text('{"computation": {"method": "rlhf"}}')
+    assert "unfinished" in [f.rule for f in diagnose(read_run(tmp_path / "run")).findings]
+
+
 def test_an_old_evaluation_is_not_that_of_a_run_that_goes_on(tmp_path):
     run = judged(tmp_path / "run", accuracy=0.5, longer_accuracy=0.5)
     assert [f.rule for f in diagnose(read_run(run)).problems] == ["weak_reward_model"]

@@ -298,6 +298,10 @@ def test_the_last_update_of_a_run_is_held_to_the_budget_too(kept, tmp_path):
     assert result.stopped_reason == "finished"
     assert result.evaluations[-1]["eval"]["kl/mean"] > 0.2
     require_same(weights(run), start)
+    if kept:  # as one that was killed before its model was saved
+        again = trainer(kl_budget=0.2, learning_rate=0.3, max_steps=1, scheduler="constant")
+        assert again.fit(PROMPTS, output_dir=tmp_path, resume=True).evaluations == []
+        require_same(weights(again), start)
 
 
 def test_a_budget_ends_a_resumed_run_as_one_that_went_on(tmp_path):

@@ -242,6 +242,16 @@ def test_scores_are_normalised_after_training(tokenizer, how):
     assert (abs(scores.std() - 1) < 1e-4) == (how == "mean_and_deviation")
 
 
+def test_equal_scores_have_a_mean_and_no_deviation(tokenizer):
+    model = trainer_of(tokenizer).reward_model
+    for scores in (np.full(3, 0.1), np.array([2e9, 2e9 + 1])):
+        with pytest.raises(NumericalError, match="cannot be scaled on scores that are all equal"):
+            model.normalise(scores, scale=True)
+    before = model.bias.copy()
+    model.normalise(np.array([2e9, 2e9 + 1]))
+    np.testing.assert_allclose(model.bias, before - 2e9, rtol=1e-6)
+
+
 def test_reference_samples_may_be_given(tokenizer):
     trainer = trainer_of(tokenizer)
     prompts, responses = [row["prompt"] for row in ROWS[:9]], [row["rejected"] for row in ROWS[:9]]

@@ -307,6 +307,9 @@ def test_a_reward_model_that_is_given_is_not_trained(trained):
     made = RLHF(policy, tokenizer, reward_model=judge)
     made.fit(read_preferences(pairs(8)), None, max_steps=1, batch_size=2, max_new_tokens=3)
     assert made.reward_model is judge
+    with pytest.raises(ConfigError, match="training.phases: a reward model was given, so there is"):
+        made.fit(read_preferences(pairs(8)), phases=("supervised", "reward_model"))
+    assert list(made.stage_fits(read_preferences(pairs(8)), None, Options(), ())) == ["ppo"]
     for name, parameter in judge.parameters().items():
         np.testing.assert_array_equal(parameter.data, before[name])
 

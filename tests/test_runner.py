@@ -804,6 +804,18 @@ def test_the_configuration_that_a_run_writes_can_be_read_from_anywhere(
     assert weights("../out") == weights("out")
 
 
+def test_a_run_that_was_moved_goes_on_by_its_own_configuration(elsewhere):
+    Path("runs").mkdir()
+    shutil.move("out", "runs/out")
+    there = ["data.output_dir=runs/out"]
+    shutil.copytree("conf/base", "runs/base")
+    other = load_config("runs/out/config.json", [*there, "data.pretrained_weights=runs/base"])
+    assert "data.pretrained_weights: 'runs/base', but the run to be continued" in refused(
+        run, other, resume=True, kind=CheckpointError
+    )
+    assert run(load_config("runs/out/config.json", there), resume=True).result.steps == 6
+
+
 def test_a_run_of_which_only_the_names_are_known_goes_on(elsewhere, monkeypatch):
     """Of one that was begun by a version that wrote no places into checkpoints."""
     (checkpoint,) = Path("out/checkpoints").glob("step-*")

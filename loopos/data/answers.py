@@ -137,11 +137,11 @@ def marked_answer(text: str) -> str | None:
 def normal_answer(text: str) -> str:
     """Return the form of an answer that all ways to write it share, for votes.
 
-    Numbers lose currency, unit, thousands separators and needless zeros, and are written as a
-    whole number, a decimal of at most 20 places, or else a reduced fraction: ``"$1,200.50"`` gives
-    ``"1200.5"``, ``"1 1/2 hours"`` ``"1.5"``, ``"2/6"`` ``"1/3"``. Text loses case, articles,
-    punctuation and repeated spaces, lists of numbers the spaces at their commas: ``"(1, 2)"`` gives
-    ``"(1,2)"``. The form of a form is itself.
+    Numbers lose currency, unit, the name of an unknown, thousands separators and needless zeros,
+    and are written as a whole number, a decimal of at most 20 places, or else a reduced fraction:
+    ``"$1,200.50"`` gives ``"1200.5"``, ``"x = 1 1/2 hours"`` ``"1.5"``, ``"2/6"`` ``"1/3"``. Text
+    loses case, articles, punctuation and repeated spaces, lists of numbers the spaces at their
+    commas: ``"(1, 2)"`` gives ``"(1,2)"``. The form of a form is itself.
     """
     return _settled(text)[0]
 
@@ -151,10 +151,12 @@ def same_answer(a: str, b: str) -> bool:
 
     Numbers are compared exactly. Their units count only where both have one, so ``5 apples`` is
     the same as ``5`` and not as ``5 pears``; plurals and common abbreviations (``km``, ``hrs``)
-    are known. So the relation is not transitive. Text is compared by :func:`normal_answer`.
+    are known. So is the name of an unknown: ``x = 5`` is the same as ``5`` and not as ``y = 5``. So
+    the relation is not transitive. Text is compared by :func:`normal_answer`.
     """
-    (first, first_unit), (second, second_unit) = _settled(a), _settled(b)
-    return first == second and (not first_unit or not second_unit or first_unit == second_unit)
+    (first, *ours), (second, *theirs) = _settled(a), _settled(b)
+    fits = (not one or not other or one == other for one, other in zip(ours, theirs, strict=True))
+    return first == second and all(fits)
 
 
 def _require_text(text: str) -> None:
@@ -231,10 +233,10 @@ def _spelt(character: str) -> str:
     return unicodedata.normalize("NFKC", character).replace("⁄", "/")
 
 
-def _quantity(text: str) -> tuple[Fraction, str] | None:
-    """Return the number and the unit, "" where there is none, of an answer that is a number.
+def _quantity(text: str) -> tuple[Fraction, str, str] | None:
+    """Return number, unit and name of an answer that is a number, "" where it has none of these.
 
-    The name of an unknown in front, as in ``x = 5``, is left out.
+    The name is that of an unknown: ``x = 5``.
     """
     if len(text) > 8 * _MAX_DIGITS:
         return None
@@ -259,7 +261,8 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
         if unit not in ("", currency) and unit[0] != "/":
             return None
         unit = currency + unit.removeprefix(currency)
-    return (-value if "-" in (match["sign"], match["sign2"]) else value), unit
+    name = "" if named is None else named[1].casefold()
+    return (-value if "-" in (match["sign"], match["sign2"]) else value), unit, name
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
@@ -317,17 +320,17 @@ def _one_unit(word: str) -> str:
     return base + power + exponent
 
 
-def _settled(text: str) -> tuple[str, str]:
-    """Return the canonical form of an answer and its unit, "" for none and for text."""
+def _settled(text: str) -> tuple[str, str, str]:
+    """Return the canonical form of an answer, its unit and its name, "" for none and for text."""
     _require_text(text)
     # What is left of a text can be a number ("the 5"), or have another article in front.
     while True:
         quantity = _quantity(text)
         if quantity is not None:
-            return _written(quantity[0]), quantity[1]
+            return _written(quantity[0]), *quantity[1:]
         form = _plain_text(text)
         if form == text:
-            return form, ""
+            return form, "", ""
         text = form
 
 

@@ -15,11 +15,21 @@ __all__ = ["LearnerState", "Scored", "copy_of"]
 
 @dataclass(frozen=True)
 class LearnerState:
-    """What changes beside weights and optimizer."""
+    """What changes beside weights and optimizer.
+
+    Attributes
+    ----------
+    steps : int
+    kl_coefficient : float
+    normaliser : Normaliser
+    over_budget : bool
+        Whether the KL of the last evaluation was above `kl_budget`.
+    """
 
     steps: int
     kl_coefficient: float
     normaliser: Normaliser
+    over_budget: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -460,11 +460,11 @@ class PolicyTrainer(PolicyUpdates):
             if (answers is None) != (validation_answers is None):
                 raise ConfigError("answers and validation_answers: expected both or none of them")
             held_out = self._held_out(validation_prompts, validation_answers)
-            evaluate = lambda: self._evaluate(held_out)  # noqa: E731
+            evaluate = lambda: self._judge(held_out)  # noqa: E731
         elif self.options.kl_budget is not None:
             count = self.options.batch_size * self.options.gradient_accumulation_steps
             asked = given.take(np.arange(min(count, len(given))))
-            evaluate = lambda: self._evaluate(asked)  # noqa: E731
+            evaluate = lambda: self._judge(asked)  # noqa: E731
         self._reset()
         self._prompts, self._on_samples = given, on_samples
         try:
@@ -483,10 +483,15 @@ class PolicyTrainer(PolicyUpdates):
 
     def _end_within_budget(self, result: TrainResult) -> None:
         """Hold the last update to the budget too: no samples of a further step have measured it."""
-        if result.stopped_reason == "interrupted" or result.best_checkpoint is not None:
-            return
-        if result.evaluations and not self.within_budget(result.evaluations[-1]["eval"]):
+        done = result.stopped_reason != "interrupted"
+        if done and result.best_checkpoint is None and self._state.over_budget:
             self._take_held()
+
+    def _judge(self, prompts: Prompts) -> dict[str, float]:
+        """Evaluate, and remember whether that was within the budget."""
+        figures = self._evaluate(prompts)
+        self._state = replace(self._state, over_budget=not self.within_budget(figures))
+        return figures
 
     def evaluate(
         self, prompts: Sequence[Any], answers: Sequence[Any] | None = None
@@ -527,7 +532,8 @@ class PolicyTrainer(PolicyUpdates):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
-        values = {name: state[name] for name in vars(self._state)}
+        # What an older checkpoint does not hold is as it was at the start.
+        values = vars(self._first_state()) | dict(state)
         self._state = LearnerState(**values | {"normaliser": Normaliser(**values["normaliser"])})
 
     def save(self, directory: str | Path) -> None:

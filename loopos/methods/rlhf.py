@@ -162,9 +162,7 @@ class RLHF:
             As :meth:`loopos.methods.ppo.PPOTrainer.fit`.
         """
         options = with_overrides(options or Options(), overrides)
-        if self._judged:
-            phases = tuple(phase for phase in options.phases if phase != "reward_model")
-            options = replace(options, phases=phases)
+        options = self._without_judging(options)
         if "ppo" in options.phases:  # said before the phases that come first, which take long
             options.require_vocabulary(self.model.config.vocab_size)
         training, validation = _preferences(training_data), None
@@ -183,6 +181,18 @@ class RLHF:
             if result is not None:
                 return result
         return self._fit_policy(training, validation, options, run)
+
+    def _without_judging(self, options: Options) -> Options:
+        """Leave out the phase that trains a reward model, where one was given."""
+        if not self._judged or "reward_model" not in options.phases:
+            return options
+        if "ppo" not in options.phases:
+            raise ConfigError(
+                "training.phases: a reward model was given, so there is none to train; "
+                "expected 'ppo'"
+            )
+        phases = tuple(phase for phase in options.phases if phase != "reward_model")
+        return replace(options, phases=phases)
 
     def stage_fits(
         self,
@@ -208,7 +218,7 @@ class RLHF:
 
             return begin
 
-        return {phase: begins(phase) for phase in options.phases}
+        return {phase: begins(phase) for phase in self._without_judging(options).phases}
 
     def _fit_supervised(
         self,

@@ -104,7 +104,8 @@ class RewardModel:
         if not values.size or not np.isfinite(values).all():
             raise NumericalError("a reward model cannot be normalised on no or non-finite scores")
         deviation = float(values.std()) if scale else 1.0
-        if not deviation > 1e-9 * abs(float(values.mean())):  # less is rounding alone
+        # Of equal scores rounding alone leaves a deviation.
+        if scale and not deviation > 1e-9 * abs(float(values.mean())):
             raise NumericalError("a reward model cannot be scaled on scores that are all equal")
         kind = self.body.dtype.type
         self.weight.data = self.weight.data * kind(1 / deviation)

@@ -164,7 +164,10 @@ class RunRecords:
 
         What a trainer wrote by itself saves none, nor does the round of a chain of thought.
         """
-        return "computation" in self.config or self.name in STAGES["rlhf"]
+        run = self.config
+        if self.name in STAGES["rlhf"]:  # a stage has no configuration of its own
+            run = _json(self.directory.parent / "config.json")
+        return "computation" in run
 
     @property
     def finished(self) -> bool:
