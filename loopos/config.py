@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from loopos.backends.threads import check_num_threads
 from loopos.config_checks import check_reward_model, check_rows, check_validation
 from loopos.config_files import (
     COMMAND,
@@ -281,8 +280,6 @@ def _override(sections: dict[str, dict[str, Any]], override: str, faults: Faults
 def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
     model = _model_section(sections["model"], faults)
     computation = _section("computation", Computation, sections["computation"], faults)
-    if computation is not None:
-        _check_threads(computation, faults)
     # Whatever else is wrong with its section, a known method says which options there are.
     methods = {name: module for (_, name), module in METHODS.items()}
     asked = sections["computation"].get("method")
@@ -315,13 +312,6 @@ def _build(sections: dict[str, dict[str, Any]], faults: Faults) -> RunConfig:
     assert training is not None
     assert data is not None
     return RunConfig(faults.source, model, computation, training, data, faults.lines)
-
-
-def _check_threads(computation: Computation, faults: Faults) -> None:
-    try:
-        check_num_threads(computation.num_threads)
-    except ConfigError as error:
-        faults.add("computation.num_threads", str(error).removeprefix("num_threads: "))
 
 
 def _refuse_method(computation: Computation, faults: Faults) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from loopos.backends.threads import check_num_threads
 from loopos.errors import ConfigError
 
 __all__ = ["Computation", "Data", "ModelKeys", "at_least"]
@@ -66,6 +67,7 @@ class Computation:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"computation.{name}: {at_least(least, value)}")
+        check_num_threads(self.num_threads, "computation.num_threads")
 
 
 @dataclass(frozen=True)

@@ -139,6 +139,29 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a directory, if it is there; what a link stands for, and not the link.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be deleted.
+    """
+    target = _target(path)
+    if not target.exists():
+        return
+    # In one move: nobody finds half of it, and what a kill leaves of it `tidy` clears.
+    gone = _temporary(target)
+    try:
+        os.replace(target, gone)
+        if gone.is_dir():
+            shutil.rmtree(gone)
+        else:
+            gone.unlink()
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be deleted ({error.strerror or error})") from error
+
+
 def tidy(directory: Path, names: Iterable[str]) -> None:
     """Clear what killed writers of `names` left in `directory` and in directories of these names.
 

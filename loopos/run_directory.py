@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from loopos.errors import CheckpointError, InputError, OutputError
-from loopos.files import _target, _temporary, read_json, tidy
+from loopos.errors import CheckpointError, InputError
+from loopos.files import read_json, remove, tidy
 from loopos.training.checkpoint import find_checkpoint, recover
 
 __all__ = ["check_directory", "clear_results"]
@@ -89,18 +87,4 @@ def clear_results(directory: Path) -> None:
         If something cannot be deleted.
     """
     for name in ("evaluation.json", "model"):
-        path = _target(directory / name)
-        if not path.exists():
-            continue
-        # In one move: nobody finds half a model, and what a kill leaves of it `tidy` clears.
-        gone = _temporary(path)
-        try:
-            os.replace(path, gone)
-            if gone.is_dir():
-                shutil.rmtree(gone)
-            else:
-                gone.unlink()
-        except OSError as error:
-            raise OutputError(
-                f"{directory / name}: cannot be deleted ({error.strerror or error})"
-            ) from error
+        remove(directory / name)

@@ -711,7 +711,7 @@ def test_results_that_cannot_be_deleted_are_named(configure, monkeypatch):
     def cannot(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("loopos.run_directory.os.replace", cannot)
+    monkeypatch.setattr("loopos.files.os.replace", cannot)
     with pytest.raises(OutputError, match=r"^out/evaluation\.json: cannot be deleted \(Perm"):
         clear_results(Path("out"))
 

@@ -182,6 +182,16 @@ def test_special_tokens_stand_once_around_a_plain_row():
         assert [ids.tolist().count(i) for i in (begin, end)] == [1, 1]
 
 
+def test_a_prompt_stands_as_it_will_when_text_is_generated():
+    """An end of text that it writes out itself is a part of it."""
+    found = tokenizer(template=None)
+    row = {"prompt": "one<|endoftext|>", "completion": " two"}
+    (ids,) = tuner(found)._samples(read_conversations([row]), Options()).tokens
+    (prompt,) = found.encode_open([row["prompt"]])
+    assert prompt[-1] == found.eos_id
+    assert ids.tolist() == [*prompt, *found.encode(" two"), found.eos_id]
+
+
 def test_only_the_completion_of_messages_is_trained_on():
     row = {"prompt": ROWS[6]["messages"][:4], "completion": ROWS[6]["messages"][4:]}
     samples = tuner()._samples(read_conversations([row]), Options())

@@ -136,8 +136,8 @@ def set_num_threads(num_threads: int | None) -> None:
     _asked, _found_until = num_threads, 0.0
 
 
-def check_num_threads(num_threads: int | None) -> None:
-    """Check a number of threads.
+def check_num_threads(num_threads: int | None, name: str = "num_threads") -> None:
+    """Check a number of threads, which a fault calls `name`.
 
     Raises
     ------
@@ -147,9 +147,9 @@ def check_num_threads(num_threads: int | None) -> None:
     if num_threads is None:
         return
     if isinstance(num_threads, bool) or not hasattr(num_threads, "__index__"):
-        raise ConfigError(f"num_threads: expected a whole number, found {num_threads!r}")
+        raise ConfigError(f"{name}: expected a whole number, found {num_threads!r}")
     if not 1 <= num_threads < 1 << 31:  # a C int; the pool itself starts no more than 256
-        raise ConfigError(f"num_threads: expected from 1 to 2**31 - 1, found {num_threads}")
+        raise ConfigError(f"{name}: expected from 1 to 2**31 - 1, found {num_threads}")
 
 
 @contextmanager

@@ -190,7 +190,7 @@ def _tools(row: Row) -> list[Any] | None:
         raise DataError(
             f"{row.where}: expected 'tools' to be a list of objects, found {reprlib.repr(tools)}"
         )
-    found = [_given(tool, row) for tool in tools] if row.of_columns else list(tools)
+    found: list[Any] = _without_none(tools) if row.of_columns else tools
     _check_json(found, f"{row.where}: tools")
     return found
 
@@ -235,7 +235,8 @@ def _message(row: Row, number: int, entry: Mapping[str, Any], shared: bool) -> d
             f"{place}: unknown role {reprlib.repr(role)}{nearest(str(role), known)} "
             f"(known: {', '.join(known)})"
         )
-    found = _given({k: v for k, v in entry.items() if k not in (role_key, text_key)}, row)
+    more = {str(k): v for k, v in entry.items() if k not in (role_key, text_key) and v is not None}
+    found: dict[str, Any] = _without_none(more) if row.of_columns else more
     if content is None and found.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
@@ -257,13 +258,8 @@ def _check_json(value: Any, place: str) -> None:
         raise DataError(f"{place}: is not made of texts, numbers and lists ({error})") from error
 
 
-def _given(entry: Mapping[str, Any], row: Row) -> dict[str, Any]:
-    """Return what an object says: without what is None, and of a table's columns none inside."""
-
-    def kept(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {str(k): kept(v) for k, v in value.items() if v is not None}
-        return [kept(entry) for entry in value] if isinstance(value, list) else value
-
-    given = {str(key): value for key, value in entry.items() if value is not None}
-    return {key: kept(value) for key, value in given.items()} if row.of_columns else given
+def _without_none(value: Any) -> Any:
+    """Leave out, at any depth, what the columns of a table have to hold as None."""
+    if isinstance(value, Mapping):
+        return {str(k): _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(entry) for entry in value] if isinstance(value, list) else value

@@ -195,7 +195,7 @@ def _chunk(
     tokenizer: Tokenizer, data: Preferences | Judgements, start: int, templated: bool
 ) -> list[tuple[int, Array, list[Array]]]:
     """Return row, prompt and responses of some rows as ids."""
-    end, some = tokenizer.eos_id, slice(start, start + _CHUNK)
+    some = slice(start, start + _CHUNK)
     prompts = list(data.texts[some])
     chats = [False] * len(prompts)
     if templated and data.conversations is not None:
@@ -213,9 +213,8 @@ def _chunk(
     for index, (prompt, chat) in enumerate(zip(asked, chats, strict=True)):
         row = start + index
         responses = [side[index] for side in answers]
-        if end is not None and not chat:
-            responses = [ids if ids[-1:].tolist() == [end] else np.append(ids, np.int32(end))
-                         for ids in responses]  # fmt: skip
+        if not chat:
+            responses = [tokenizer.closed(ids) for ids in responses]
         for what, ids in (("prompt", prompt), *(("response", ids) for ids in responses)):
             if not len(ids):
                 raise DataError(f"{data.where[row]}: the tokenizer finds no token in the {what}")

@@ -155,6 +155,14 @@ class Tokenizer:
                 found[index] = ids[:-1]
         return found
 
+    def closed(self, ids: Array) -> Array:
+        """Return ids with the token that closes a text behind them, unless they end with it.
+
+        Without such a token they stay as they are.
+        """
+        end = self.eos_id
+        return ids if end is None or ids[-1:].tolist() == [end] else np.append(ids, np.int32(end))
+
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = False
     ) -> tuple[Array, Array]:

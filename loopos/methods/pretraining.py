@@ -174,12 +174,9 @@ class Pretrainer:
             raise ConfigError(
                 f"training.sequence_length: {length} is more than the model's max_seq_len {limit}"
             )
-        end = self.tokenizer.eos_id
         pieces = TokenStoreBuilder()
         for ids in encode_all(self.tokenizer, texts.texts).tokens:
-            # Some tokenizers close texts themselves; of some texts nothing is left.
-            if end is not None and len(ids) and ids[-1] != end:
-                ids = np.append(ids, np.int32(end))
+            ids = self.tokenizer.closed(ids)
             for start in range(0, len(ids), length):
                 piece = ids[start : start + length]
                 if len(piece) > 1:  # a single token has nothing to predict

@@ -13,6 +13,7 @@ import numpy as np
 from loopos.autograd import Array
 from loopos.errors import ConfigError, LooposError, NumericalError, nearest
 from loopos.methods.rollouts import Rollout
+from loopos.models.reward import varies
 
 __all__ = ["NORMALISATIONS", "Normaliser", "Reward"]
 
@@ -209,6 +210,4 @@ class Normaliser:
         if self.kind == "mean":
             return shifted
         deviation = math.sqrt(self.squares / self.count) if self.count else 0.0
-        # Of equal scores rounding alone leaves a deviation: no scale to divide by.
-        equal = deviation <= 1e-9 * abs(self.mean)
-        return shifted if equal else shifted / deviation
+        return shifted / deviation if varies(deviation, self.mean) else shifted

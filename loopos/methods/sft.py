@@ -326,13 +326,10 @@ class SupervisedFineTuner:
         """Join a prompt, its completion and the token that ends a text."""
         prompt, completion = (message["content"] for message in conversation.messages)
         # As the prompt is encoded when text is generated; nothing opens the completion.
-        before = np.array(self.tokenizer.encode(prompt), dtype=np.int32)
+        (before,) = self.tokenizer.encode_open([prompt])
         after, _ = self.tokenizer.encode_with_offsets(completion)
-        end = self.tokenizer.eos_id
-        if end is not None:
-            if before[-1:].tolist() == [end]:  # some tokenizers close texts themselves
-                before = before[:-1]
-            after = np.append(after, np.int32(end))
+        if self.tokenizer.eos_id is not None:
+            after = np.append(after, np.int32(self.tokenizer.eos_id))
         trained: Array = np.zeros(before.size + after.size, dtype=bool)
         trained[0 if train_on == "all" else before.size :] = True
         return np.concatenate([before, after]), trained

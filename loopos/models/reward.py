@@ -25,10 +25,15 @@ from loopos.models.transformer import SavesTokenizer, Transformer
 from loopos.models.weights import load_model, save_model
 from loopos.ops import DropoutKeys
 
-__all__ = ["RewardModel", "load_reward_model"]
+__all__ = ["RewardModel", "load_reward_model", "varies"]
 
 _HEAD = "score.weight"
 _FILE = "reward_model.json"
+
+
+def varies(deviation: float, mean: float) -> bool:
+    """Whether scores of this mean and deviation differ, by more than rounding makes equal ones."""
+    return deviation > 1e-9 * abs(mean)
 
 
 class RewardModel:
@@ -104,8 +109,7 @@ class RewardModel:
         if not values.size or not np.isfinite(values).all():
             raise NumericalError("a reward model cannot be normalised on no or non-finite scores")
         deviation = float(values.std()) if scale else 1.0
-        # Of equal scores rounding alone leaves a deviation.
-        if scale and not deviation > 1e-9 * abs(float(values.mean())):
+        if scale and not varies(deviation, float(values.mean())):
             raise NumericalError("a reward model cannot be scaled on scores that are all equal")
         kind = self.body.dtype.type
         self.weight.data = self.weight.data * kind(1 / deviation)
