@@ -41,7 +41,10 @@ X86_LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
-    "amx": ["-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16"],
+    "amx": [
+        "-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16", "-mamx-int8",
+        "-mavx512vnni",
+    ],
 }
 if os.environ.get("LOOPOS_LOWERED"):
     for _level in ("v4", "amx"):

@@ -11,8 +11,14 @@
 #define _mm512_cmp_ps_mask(a, b, comparison) ((__v16sf)(a) < (__v16sf)(b)) /* _CMP_NLT_UQ alone */
 #define _mm512_maskz_mov_ps(below, x) ((__m512)(~(below) & (__v16si)(x)))
 #define __mmask16 __v16si
-#define _mm512_cvtepu16_epi32(x) ((__m512i) __builtin_convertvector((__v16hu)(x), __v16su))
-#define _mm512_cvtepi8_epi32(x) ((__m512i) __builtin_convertvector((__v16qs)(x), __v16si))
+#define _mm512_cvtps_epi32 lowered_nearest
+#define _mm512_cvtepi32_epi8(x) ((__m128i) __builtin_convertvector((__v16si)(x), __v16qi))
+#define _mm512_set1_epi8(x) ((__m512i)((__v64qi){0} + (char)(x)))
+#define _mm512_setzero_si512() ((__m512i){0})
+#define _mm512_loadu_si512 lowered_load_lanes
+#define _mm512_xor_si512(a, b) ((a) ^ (b))
+#define _mm512_dpbusd_epi32 lowered_add_products
+#define _mm512_reduce_add_epi32 lowered_sum
 #define _mm512_movepi32_mask lowered_sign_bits
 
 #define LOWERED static inline __attribute__((always_inline))
@@ -26,18 +32,42 @@ LOWERED unsigned lowered_sign_bits(__m512i lanes) {
     return bits;
 }
 
+LOWERED __m512i lowered_nearest(__m512 x) {
+    __v16si whole;
+    for (int i = 0; i < 16; i++) whole[i] = _mm_cvtss_si32(_mm_set_ss(((__v16sf)x)[i]));
+    return (__m512i)whole;
+}
+LOWERED __m512i lowered_load_lanes(const void *from) {
+    __m512i lanes;
+    memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+}
+/* Four products of a byte without and a byte with a sign for each lane. */
+LOWERED __m512i lowered_add_products(__m512i sums, __m512i a, __m512i b) {
+    __v16si total = (__v16si)sums;
+    for (int i = 0; i < 64; i++) total[i / 4] += ((__v64qu)a)[i] * (signed char)((__v64qi)b)[i];
+    return (__m512i)total;
+}
+LOWERED int lowered_sum(__m512i lanes) {
+    int total = 0;
+    for (int i = 0; i < 16; i++) total += ((__v16si)lanes)[i];
+    return total;
+}
+
 #undef _tile_loadconfig
 #undef _tile_release
 #undef _tile_zero
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbssd
 #define _tile_loadconfig(sizes) ((void)(sizes))
 #define _tile_release() ((void)0)
 #define _tile_zero(tile) memset(lowered_tiles[tile], 0, sizeof lowered_tiles[tile])
 #define _tile_loadd(tile, from, stride) lowered_load(tile, from, stride)
 #define _tile_stored(tile, to, stride) lowered_store(tile, to, stride)
 #define _tile_dpbf16ps(sums, a, b) lowered_multiply(sums, a, b)
+#define _tile_dpbssd(sums, a, b) lowered_multiply_bytes(sums, a, b)
 
 static _Thread_local __v16sf lowered_tiles[8][16];
 __attribute__((unused)) static void lowered_load(int tile, const void *from, long stride) {
@@ -65,5 +95,17 @@ __attribute__((unused)) static void lowered_multiply(int sums, int a, int b) {
             first = lowered_flush(first), second = lowered_flush(second);
         }
         lowered_tiles[sums][row] = lowered_flush(lowered_tiles[sums][row] + lowered_flush(first + second));
+    }
+}
+__attribute__((unused)) static void lowered_multiply_bytes(int sums, int a, int b) {
+    for (int row = 0; row < 16; row++) {
+        const __v64qi left = (__v64qi)lowered_tiles[a][row];
+        __v16si total = (__v16si)lowered_tiles[sums][row];
+        for (int i = 0; i < 16; i++) {
+            const __v64qi right = (__v64qi)lowered_tiles[b][i];
+            for (int at = 0; at < 64; at++)
+                total[at / 4] += (signed char)left[4 * i + at % 4] * (signed char)right[at];
+        }
+        lowered_tiles[sums][row] = (__v16sf)total;
     }
 }

@@ -69,7 +69,9 @@ def test_bfloat16_is_rounded_to_nearest_ties_to_even_and_keeps_what_is_no_number
     w = np.array([list(words)], np.uint32).view(np.float32)
     packed = backend.quantize(w, "bfloat16")
     assert packed.panels.dtype == np.uint16
-    assert packed.panels[0, :, 0].tolist() == list(words.values())
+    assert packed.panels.shape == (1, 16, 32, 2)
+    assert packed.panels[0, :7, 0].reshape(-1).tolist() == list(words.values())
+    assert not packed.panels[0, 7:].any()
     assert not packed.panels[:, :, 1:].any()
     wide = packed.dequantized()
     np.testing.assert_array_equal(np.isnan(wide), np.isnan(w))
@@ -82,9 +84,11 @@ def test_int8_is_a_multiple_of_the_scale_of_its_output(backend):
     )
     packed = backend.quantize(w, "int8")
     assert packed.scales.tolist() == [1.0, 1.0, float(np.float32(1e-3) / np.float32(127))]
-    assert packed.panels[0, :, 0].tolist() == [127, -127, 2, 4, -2, 0]
-    assert packed.panels[0, :, 1].tolist() == [0] * 6
-    assert packed.panels[0, :, 2].tolist() == [-127, 64, 0, 127, 0, 0]
+    assert packed.panels.shape == (1, 16, 32, 4)
+    assert packed.panels[0, :2, 0].reshape(-1).tolist() == [127, -127, 2, 4, -2, 0, 0, 0]
+    assert packed.panels[0, :2, 1].reshape(-1).tolist() == [0] * 8
+    assert packed.panels[0, :2, 2].reshape(-1).tolist() == [-127, 64, 0, 127, 0, 0, 0, 0]
+    assert not packed.panels[0, 2:].any()
     error = np.abs(packed.dequantized() - w)
     assert (error <= 0.5001 * packed.scales[:, None]).all()
 
@@ -101,7 +105,9 @@ def test_numbers_too_small_for_a_scale_become_zero(backend):
 def test_every_backend_packs_the_same_bytes(backend, kind, shape):
     w = array(*shape) * 10.0 ** np.random.default_rng(1).integers(-20, 20, (shape[0], 1))
     found, expected = backend.quantize(w, kind), NumpyBackend().quantize(w, kind)
-    assert found.panels.shape == (-(-shape[0] // 32), shape[1], 32)
+    per_line = 2 if kind == "bfloat16" else 4
+    lines = -(-shape[1] // (16 * per_line)) * 16
+    assert found.panels.shape == (-(-shape[0] // 32), lines, 32, per_line)
     np.testing.assert_array_equal(found.panels, expected.panels)
     if kind == "int8":
         np.testing.assert_array_equal(found.scales, expected.scales)
@@ -131,6 +137,114 @@ def test_products_are_those_of_the_rounded_weight(backend, kind, rows, inner):
         expected = np.maximum(expected, 0) if activation else expected
         assert (y.dtype, y.shape) == (np.float32, (rows, 161))
         assert np.abs(y - expected).max(initial=0) <= 2e-5 * inner**0.5
+
+
+def test_sums_of_whole_numbers_are_exact(backend):
+    rng = np.random.default_rng(4)
+    codes = rng.integers(-127, 128, (70, 900)).astype(np.float32)
+    codes[:, 0] = 127
+    packed = backend.quantize(codes, "int8")
+    x = rng.integers(-(2**7), 2**7 + 1, (37, 900)).astype(np.float32)
+    for n in (1, 2, 5, 6, 16, 37):
+        y = backend.linear_quantized(x[:n], packed)
+        np.testing.assert_array_equal(y, (x[:n].astype(np.int64) @ codes.T.astype(np.int64)))
+
+
+#: Numbers at the ends of what three digits hold, and far from 1.
+EXTREMES = [1e-45, 1.0, 1.984375, np.nextafter(np.float32(1.984375), np.float32(0)), 1.9921875,
+            np.nextafter(np.float32(2), np.float32(0)), 8355711 / 2**22, 1.3e-38, 3e-33, 2e-20, 3e33]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_number_is_multiplied_to_rounding_whatever_its_size(backend, kind):
+    codes = np.array([[127], [-127], [1], [64], [-3], [0]], np.float32)
+    packed = backend.quantize(np.repeat(codes, 3, axis=1) * [[1, 0, 0]], kind)
+    unit = kind == "bfloat16" and backend.describe()["isa"] == "amx"  # takes subnormal numbers for 0
+    for value in EXTREMES[1:] if unit else EXTREMES:
+        for sign in (1, -1):
+            x = np.zeros((4, 3), np.float32)
+            x[:2, 0] = np.float32(sign * value)
+            expected = x.astype(np.float64) @ packed.dequantized().T.astype(np.float64)
+            for n in (1, 4):
+                y = backend.linear_quantized(x[:n], packed)
+                np.testing.assert_allclose(y, expected[:n], rtol=5e-7, atol=1.5e-45)
+
+
+@pytest.mark.parametrize("largest", [1, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_are_some_bits_of_a_rows_largest_number(backend, kind, largest):
+    bits = 2.0**-21 if backend.describe()["isa"] == "amx" else 2.0**-18  # sums of float32
+    w, x = array(96, 768, seed=1), array(20, 768)
+    x[:, 5] *= largest
+    packed = backend.quantize(w, kind)
+    wide = packed.codes().astype(np.float64) * (1 if packed.scales is None else packed.scales[:, None])
+    exact = x.astype(np.float64) @ wide.T
+    limit = np.abs(x).max(axis=1)[:, None] * np.linalg.norm(wide, axis=1) * bits
+    for n in (1, 20):
+        error = np.abs(backend.linear_quantized(x[:n], packed) - exact[:n])
+        assert (error <= limit[:n]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_row_that_is_not_finite_is_as_in_numpy_and_leaves_the_others_alone(backend, kind):
+    packed = backend.quantize(np.abs(array(40, 70, seed=1)) + 1, kind)
+    x = array(21, 70)
+    before = backend.linear_quantized(x, packed)
+    x[0, 3], x[7, 0], x[20, 69], x[20, 5] = np.nan, np.inf, -np.inf, np.inf
+    for rows in (slice(0, 1), slice(7, 8), slice(None)):
+        y = backend.linear_quantized(x[rows], packed)
+        expected = x[rows] @ packed.dequantized().T
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+        np.testing.assert_array_equal(np.isinf(y) * np.sign(y), np.isinf(expected) * np.sign(expected))
+    others = [row for row in range(21) if row not in (0, 7, 20)]
+    np.testing.assert_allclose(y[others], before[others], rtol=0, atol=1e-4)
+    if backend.name == "cython":
+        assert y[others].tobytes() == before[others].tobytes()
+
+
+def test_tiny_sums_keep_their_bits(backend):
+    w, x = array(40, 100, seed=1), array(9, 100)
+    w[:8] *= 1e-20
+    x[2:4] *= 1e-25
+    packed = backend.quantize(w, "bfloat16")
+    x_wide, w_wide = x.astype(np.float64), packed.dequantized().astype(np.float64)
+    exact = x_wide @ w_wide.T
+    size = np.linalg.norm(x_wide, axis=1)[:, None] * np.linalg.norm(w_wide, axis=1)
+    for n in (1, 9):
+        error = np.abs(backend.linear_quantized(x[:n], packed) - exact[:n])
+        assert (error <= 1e-6 * size[:n] + 1e-44).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_row_has_the_bytes_it_has_among_others_whatever_its_numbers(compiled, kind):
+    rng = np.random.default_rng(6)
+    sizes = 2.0 ** rng.integers(-60, 30, (2, 200))
+    w = (array(130, 200, seed=1) * sizes[0]).astype(np.float32)
+    x = (array(40, 200) * sizes[1]).astype(np.float32)
+    packed = compiled.quantize(w, kind)
+    whole = compiled.linear_quantized(x, packed)
+    for row in range(40):
+        assert compiled.linear_quantized(x[row : row + 1], packed).tobytes() == whole[row].tobytes()
+
+
+def test_sums_too_long_for_whole_numbers_are_made_of_floats(compiled):
+    rng = np.random.default_rng(7)
+    w = rng.choice(np.array([-127, 127], np.float32), (3, 2**17 + 64))
+    packed = compiled.quantize(w, "int8")
+    y = compiled.linear_quantized(w[:1] / 127, packed)
+    expected = w[:1].astype(np.float64) @ w.T.astype(np.float64) / 127
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1)
+
+
+def test_arithmetic_of_all_threads_is_as_before_a_product(compiled):
+    packed = compiled.quantize(array(4000, 300, seed=1), "bfloat16")
+    small = np.full((1000, 1000), 1e-40, np.float32)
+    with thread_limit(2):
+        before = compiled.add(small, small).tobytes()
+        compiled.linear_quantized(array(1, 300), packed)
+        assert compiled.add(small, small).tobytes() == before
+    assert float(small[0, 0] + small[0, 0]) > 0
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu_tanh"])
@@ -210,8 +324,8 @@ def test_a_wrong_kind_weight_or_shape_is_refused(backend):
 
 
 def test_parts_that_do_not_fit_are_refused():
-    panels = np.zeros((1, 5, 32), np.int8)
-    with pytest.raises(ValueError, match=r"panels: expected int8 of shape \[2, 5, 32\], found"):
+    panels = np.zeros((1, 16, 32, 4), np.int8)
+    with pytest.raises(ValueError, match=r"panels: expected int8 of shape \[2, 16, 32, 4\], found"):
         QuantizedWeight("int8", (33, 5), panels, np.ones(33, np.float32))
     with pytest.raises(ValueError, match="panels: expected uint16"):
         QuantizedWeight("bfloat16", (3, 5), panels)

@@ -2,6 +2,7 @@
 
 cdef enum:
     PANEL = 32
+    LINES_TOGETHER = 16
 
 
 cdef check_panels(object panels, long n, long k):
@@ -12,10 +13,17 @@ cdef check_panels(object panels, long n, long k):
     if kind not in (cnp.NPY_UINT16, cnp.NPY_INT8):
         raise TypeError(f"panels: expected an array of uint16 or int8, found {panels.dtype}")
     check(panels, "panels", kind, "uint16" if kind == cnp.NPY_UINT16 else "int8", False)
-    expected = ((n + PANEL - 1) // PANEL, k, PANEL)
+    cdef int bits = 16 if kind == cnp.NPY_UINT16 else 8
+    expected = panels_shape(n, k, bits)
     if panels.shape != expected:
         wrong_shape(panels, "panels", str(list(expected)))
-    return 16 if kind == cnp.NPY_UINT16 else 8
+    return bits
+
+
+cdef tuple panels_shape(long n, long k, int bits):
+    cdef long per_line = 32 // bits
+    cdef long deep = per_line * LINES_TOGETHER
+    return ((n + PANEL - 1) // PANEL, (k + deep - 1) // deep * LINES_TOGETHER, PANEL, per_line)
 
 
 def pack_weight(w, int bits, int threads):
@@ -26,9 +34,9 @@ def pack_weight(w, int bits, int threads):
         raise ValueError(f"bits: expected 8 or 16, found {bits}")
     p.w = matrix(w, "w", -1, -1)
     p.n, p.k, p.bits = size_of(w, 0), size_of(w, 1), bits
-    shape = ((p.n + PANEL - 1) // PANEL, p.k, PANEL)
+    shape = panels_shape(p.n, p.k, bits)
     # As many floats as hold that many bytes: memory of the arena lies at cache lines.
-    memory = empty(shape[0] * p.k * (PANEL * bits // 32))
+    memory = empty(shape[0] * shape[1] * PANEL)
     panels = memory.view(np.int8 if bits == 8 else np.uint16).reshape(shape)
     scales = empty(p.n) if bits == 8 else None
     p.panels = cnp.PyArray_DATA(<cnp.ndarray>panels)

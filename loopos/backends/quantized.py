@@ -1,7 +1,8 @@
 """Weights of 16 or 8 bits, for inference: what the ops ``quantize`` and ``linear_quantized`` share.
 
-A weight lies in panels of 32 outputs, side by side for each input, so that a product reads it once
-from end to end. The layout is the same for every backend and instruction set.
+A weight lies in panels of 32 outputs, so that a product reads it once from end to end: side by side for
+each two or four inputs, whose numbers follow each other in 32 bits, in multiples of 16 such lines. The
+layout is the same for every backend and instruction set.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ Array = np.ndarray[Any, Any]
 
 #: Outputs that lie side by side.
 PANEL = 32
+#: Lines of a panel come in so many, zeros at the end.
+LINES_TOGETHER = 16
 #: What a weight can be rounded to, and how its numbers are stored.
 KINDS: dict[str, Any] = {"bfloat16": np.uint16, "int8": np.int8}
 
@@ -40,8 +43,8 @@ class QuantizedWeight:
         the scale of its output).
     shape : tuple of int
         ``(O, C)``.
-    panels : ndarray uint16 or int8 [ceil(O / 32), C, 32]
-        Zeros beyond the last output.
+    panels : ndarray uint16 or int8 [ceil(O / 32), lines, 32, 2 or 4]
+        Zeros beyond the last output and the last input.
     scales : ndarray float32 [O] or None
         For int8 only.
     """
@@ -63,8 +66,8 @@ class QuantizedWeight:
         """
         check_kind(self.kind)
         outputs, inputs = self.shape
-        expected = (-(-outputs // PANEL), inputs, PANEL)
         dtype = np.dtype(KINDS[self.kind])
+        expected = panels_shape(outputs, inputs, dtype)
         if self.panels.dtype != dtype or self.panels.shape != expected:
             raise ValueError(
                 f"panels: expected {dtype} of shape {list(expected)}, found "
@@ -89,7 +92,9 @@ class QuantizedWeight:
     def codes(self) -> Array:
         """Return the stored numbers as float32 ``[O, C]``, before their scales."""
         outputs, inputs = self.shape
-        flat = self.panels.transpose(0, 2, 1).reshape(len(self.panels) * PANEL, inputs)[:outputs]
+        padded, lines, _, per_line = self.panels.shape
+        flat = self.panels.transpose(0, 2, 1, 3).reshape(padded * PANEL, lines * per_line)
+        flat = flat[:outputs, :inputs]
         if self.kind == "int8":
             return flat.astype(np.float32)
         return (flat.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -100,13 +105,22 @@ class QuantizedWeight:
         return codes if self.scales is None else codes * self.scales[:, None]
 
 
+def panels_shape(outputs: int, inputs: int, dtype: Any) -> tuple[int, int, int, int]:
+    """Return the shape of the panels of a weight ``[O, C]`` whose numbers are of `dtype`."""
+    per_line = 4 // np.dtype(dtype).itemsize
+    lines = -(-inputs // (per_line * LINES_TOGETHER)) * LINES_TOGETHER
+    return -(-outputs // PANEL), lines, PANEL, per_line
+
+
 def to_panels(codes: Array) -> Array:
-    """Return ``[O, C]`` as panels ``[ceil(O / 32), C, 32]``, zeros beyond O."""
+    """Return ``[O, C]`` as panels, zeros beyond O and C."""
     outputs, inputs = codes.shape
-    count = -(-outputs // PANEL)
-    padded = np.zeros((count * PANEL, inputs), codes.dtype)
-    padded[:outputs] = codes
-    return np.ascontiguousarray(padded.reshape(count, PANEL, inputs).transpose(0, 2, 1))
+    count, lines, _, per_line = panels_shape(outputs, inputs, codes.dtype)
+    padded = np.zeros((count * PANEL, lines * per_line), codes.dtype)
+    padded[:outputs, :inputs] = codes
+    return np.ascontiguousarray(
+        padded.reshape(count, PANEL, lines, per_line).transpose(0, 2, 1, 3)
+    )
 
 
 def to_bfloat16(w: Array) -> Array:

@@ -81,10 +81,11 @@ static int permitted(void) {
 }
 
 static int has_amx(void) {
-    enum { BFLOAT16 = 1 << 22, TILES = 1 << 24 };
-    unsigned a, b, c, d = 0;
+    enum { BFLOAT16 = 1 << 22, TILES = 1 << 24, INT8 = 1 << 25, VECTOR_INT8 = 1 << 11 };
+    const unsigned tiles = BFLOAT16 | TILES | INT8;
+    unsigned a, b, c = 0, d = 0;
     if (!has_v4() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    return (d & BFLOAT16) && (d & TILES) && permitted();
+    return (d & tiles) == tiles && (c & VECTOR_INT8) && permitted();
 }
 #endif
 
@@ -98,6 +99,7 @@ static void look_for_amx(void) {
     table_amx.name = loopos_table_amx.name;
     table_amx.product = loopos_table_amx.product;
     table_amx.products = loopos_table_amx.products;
+    table_amx.packed_product = loopos_table_amx.packed_product;
     amx_serves = 1;
 }
 #endif

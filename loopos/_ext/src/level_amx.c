@@ -1,10 +1,12 @@
-/* AMX beside AVX-512: products of float32, all else is that of v4. Nothing for the other half of a universal
+/* AMX beside AVX-512: products, all else is that of v4. Nothing for the other half of a universal
    binary. */
 #if defined(__x86_64__)
 #define LOOPOS_SPLIT
 #include "product.c.inc"
 
 extern const loopos_table loopos_table_v4;
+
+#include "packed_split.c.inc"
 
 /* A sum over fewer tokens than this, into a gradient that is much larger than what is read for it, waits
    for memory: splitting numbers and registers that hold 32 x 32 sums gain nothing. (Of all other products
@@ -24,5 +26,6 @@ const loopos_table loopos_table_amx = {
     .vector_floats = LANES,
     .product = product_amx,
     .products = products_amx,
+    .packed_product = packed_product_amx,
 };
 #endif
