@@ -18,19 +18,34 @@ INLINE long line_count(int bits, long k) {
 }
 
 #if LANES == 8
-/* In memory: registers are the sums'. */
+/* Constants in memory: registers are the sums'. */
+#define LANES_WITH(byte, lane) -1, -1, -1, 4 * (lane) + (byte)
+#define TOP_BYTE(byte) \
+    {LANES_WITH(byte, 0), LANES_WITH(byte, 1), LANES_WITH(byte, 2), LANES_WITH(byte, 3), \
+     LANES_WITH(byte, 0), LANES_WITH(byte, 1), LANES_WITH(byte, 2), LANES_WITH(byte, 3)}
+static const int8_t top_bytes[4][32] __attribute__((aligned(32))) = {TOP_BYTE(0), TOP_BYTE(1), TOP_BYTE(2),
+                                                                      TOP_BYTE(3)};
 static const uvec upper_halves = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
                                   0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
-#define UPPER_HALVES (*(const volatile uvec *)&upper_halves)
+/* Byte `at` of each lane as its highest; its upper half alone. */
+INLINE ivec to_top(int at, vec lanes) {
+    if (at < 3) __asm__("vpshufb %1, %0, %0" : "+x"(lanes) : "m"(top_bytes[at]));
+    return (ivec)lanes;
+}
+INLINE vec upper_half(vec lanes) {
+    __asm__("vpand %1, %0, %0" : "+x"(lanes) : "m"(upper_halves));
+    return lanes;
+}
 #else
-#define UPPER_HALVES 0xffff0000u
+INLINE ivec to_top(int at, vec lanes) { return (ivec)((uvec)lanes << (24 - 8 * at)); }
+INLINE vec upper_half(vec lanes) { return (vec)((uvec)lanes & 0xffff0000u); }
 #endif
 
 /* Number `at` of each lane of a vector of weights of so many bits: bfloat16, int8, float. */
 INLINE vec widen(int bits, int at, const char *from) {
     vec lanes = load((const float *)from);
-    if (bits == 16) return (vec)(at ? (uvec)lanes & UPPER_HALVES : (uvec)lanes << 16);
-    if (bits == 8) return __builtin_convertvector((ivec)((uvec)lanes << (24 - 8 * at)) >> 24, vec);
+    if (bits == 16) return at ? upper_half(lanes) : (vec)((uvec)lanes << 16);
+    if (bits == 8) return __builtin_convertvector(to_top(at, lanes) >> 24, vec);
     return lanes;
 }
 
