@@ -33,10 +33,11 @@ class CythonQuantized(NumpyBackend):
         w: QuantizedWeight,
         b: Array | None = None,
         activation: str | None = None,
+        decoding: bool = False,
     ) -> Array:
         """Product without a gradient; see :meth:`NumpyBackend.linear_quantized`."""
         if not self._kernels.single(x=x) or activation not in (None, *ACTIVATIONS):
-            return super().linear_quantized(x, w, b, activation)
+            return super().linear_quantized(x, w, b, activation, decoding)
         y: Array = self._kernels.linear_packed(
             self._kernels.contiguous(x),
             w.panels,
@@ -44,6 +45,7 @@ class CythonQuantized(NumpyBackend):
             w.scales,
             self._kernels.contiguous(b),
             activation,
+            decoding,
             get_num_threads(),
         )
         return y
