@@ -141,16 +141,12 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str | None
 
 
 def linear_quantized(
-    x: Tensor,
-    w: QuantizedWeight,
-    b: Tensor | None = None,
-    activation: str | None = None,
-    decoding: bool = False,
+    x: Tensor, w: QuantizedWeight, b: Tensor | None = None, activation: str | None = None
 ) -> Tensor:
     """:func:`linear` with a weight of 16 or 8 bits; LooposError where a gradient is wanted."""
     if recording(x, b):
         raise LooposError("linear_quantized has no gradient: call it under no_grad()")
-    return Tensor(get_backend().linear_quantized(x.data, w, _data(b), activation, decoding))
+    return Tensor(get_backend().linear_quantized(x.data, w, _data(b), activation))
 
 
 def linears(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, ...]:

@@ -44,7 +44,6 @@ cdef extern from "loopos.h" nogil:
         const float *scales
         const float *bias
         int activation
-        int decoding
         float *y
 
     ctypedef struct loopos_pack:

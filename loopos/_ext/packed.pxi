@@ -47,8 +47,7 @@ def pack_weight(w, int bits, int threads):
     return panels, scales
 
 
-def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, bint decoding,
-                  int threads):
+def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, int threads):
     """Return ``act(x w^T + b)`` for a weight of so many outputs and inputs in panels."""
     cdef loopos_packed p
     cdef int status
@@ -59,7 +58,6 @@ def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, b
     p.scales = vector_or_null(scales, "scales", p.n)
     p.bias = vector_or_null(b, "b", p.n)
     p.activation = ACTIVATION_CODES[activation]
-    p.decoding = decoding
     y = make2(p.m, p.n)
     p.y = <float *>cnp.PyArray_DATA(y)
     with nogil:

@@ -33,11 +33,10 @@ class CythonQuantized(NumpyBackend):
         w: QuantizedWeight,
         b: Array | None = None,
         activation: str | None = None,
-        decoding: bool = False,
     ) -> Array:
         """Product without a gradient; see :meth:`NumpyBackend.linear_quantized`."""
         if not self._kernels.single(x=x) or activation not in (None, *ACTIVATIONS):
-            return super().linear_quantized(x, w, b, activation, decoding)
+            return super().linear_quantized(x, w, b, activation)
         y: Array = self._kernels.linear_packed(
             self._kernels.contiguous(x),
             w.panels,
@@ -45,7 +44,6 @@ class CythonQuantized(NumpyBackend):
             w.scales,
             self._kernels.contiguous(b),
             activation,
-            decoding,
             get_num_threads(),
         )
         return y

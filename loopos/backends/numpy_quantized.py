@@ -61,12 +61,10 @@ class QuantizedOps:
         w: QuantizedWeight,
         b: Array | None = None,
         activation: str | None = None,
-        decoding: bool = False,
     ) -> Array:
         """``y = act((x codes^T) scales + b)``: ``x[N, C]`` to ``[N, O]``, without a gradient.
 
-        Only the weight has fewer bits: products and sums are those of the dtype of `x`. A step of
-        `decoding` may sum in another order than prompts, the same for one row and for many.
+        Only the weight has fewer bits: products and sums are those of the dtype of `x`.
         """
         if x.ndim != 2 or x.shape[1] != w.shape[1]:
             raise ValueError(f"x: expected shape [any, {w.shape[1]}], found {list(x.shape)}")

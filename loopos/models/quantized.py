@@ -155,7 +155,7 @@ class QuantizedTransformer(Transformer):
         """Return the head's scores of some rows; see :meth:`Transformer.logits`."""
         if self._head is None:
             return super().logits(hidden, decoding)  # which says what is missing
-        return ops.linear_quantized(hidden, self._head, decoding=decoding)
+        return ops.linear_quantized(hidden, self._head, None, None)
 
     def next_token_loss(
         self, batch: Batch, dropout: DropoutKeys | None = None
@@ -188,8 +188,8 @@ class QuantizedTransformer(Transformer):
     ) -> list[Tensor]:
         weight, bias, parts = self._stacked[names]
         if self.adapters.keys().isdisjoint(names):
-            y = ops.linear_quantized(x, weight, bias, activation, batch.decoding)
+            y = ops.linear_quantized(x, weight, bias, activation)
             return [y] if len(parts) == 1 else [Tensor(y.data[:, part]) for part in parts]
-        y = ops.linear_quantized(x, weight, bias, None, batch.decoding)
+        y = ops.linear_quantized(x, weight, bias, None)
         outputs = [Tensor(y.data[:, part]) for part in parts]
         return self._adapted(names, outputs, x, batch, dropout, activation)

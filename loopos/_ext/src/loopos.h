@@ -63,10 +63,8 @@ typedef struct {
 } loopos_product;
 
 /* y [m, n] = act(x W^T scales + bias) for x [m, k] and a weight of `bits` 16 (bfloat16) or 8 (int8)
-   in panels [ceil(n / 32)][line][32][32 / bits numbers along k], zeros beyond n and k, lines in multiples
-   of 16. `scales` and `bias` (n) may be NULL. Sums are ordered as those of loopos_product. At level amx
-   they have orders of their own: for a step of decoding with bfloat16 that of v4, and beside int8 sums are
-   those of whole numbers, for which a row is rounded to 24 bits of its largest number. */
+   in panels [ceil(n / 32)][k][32], with zeros beyond n. `scales` and `bias` (n) may be NULL. Sums
+   are ordered as those of loopos_product, at level amx as those of v4. */
 typedef struct {
     long m, n, k;
     const float *x;
@@ -74,7 +72,6 @@ typedef struct {
     int bits;
     const float *scales, *bias;
     int activation;
-    int decoding; /* whether this is part of a step of decoding */
     float *y;
 } loopos_packed;
 
