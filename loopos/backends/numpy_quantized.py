@@ -64,7 +64,8 @@ class QuantizedOps:
     ) -> Array:
         """``y = act((x codes^T) scales + b)``: ``x[N, C]`` to ``[N, O]``, without a gradient.
 
-        Only the weight has fewer bits: products and sums are those of the dtype of `x`.
+        Only the weight has fewer bits: products and sums are those of the dtype of `x`, or as
+        exact.
         """
         if x.ndim != 2 or x.shape[1] != w.shape[1]:
             raise ValueError(f"x: expected shape [any, {w.shape[1]}], found {list(x.shape)}")

@@ -1,8 +1,8 @@
 """Weights of 16 or 8 bits, for inference: what the ops ``quantize`` and ``linear_quantized`` share.
 
-A weight lies in panels of 32 outputs, so that a product reads it once from end to end: side by side for
-each two or four inputs, whose numbers follow each other in 32 bits, in multiples of 16 such lines. The
-layout is the same for every backend and instruction set.
+A weight lies in panels of 32 outputs, so that a product reads it once from end to end. A line of a
+panel has 32 bits for each output, the numbers of two or four inputs; lines come in multiples of 16.
+The layout is the same for every backend and instruction set.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def to_panels(codes: Array) -> Array:
     count, lines, _, per_line = panels_shape(outputs, inputs, codes.dtype)
     padded = np.zeros((count * PANEL, lines * per_line), codes.dtype)
     padded[:outputs, :inputs] = codes
-    return np.ascontiguousarray(
-        padded.reshape(count, PANEL, lines, per_line).transpose(0, 2, 1, 3)
-    )
+    return np.ascontiguousarray(padded.reshape(count, PANEL, lines, per_line).transpose(0, 2, 1, 3))
 
 
 def to_bfloat16(w: Array) -> Array:

@@ -63,8 +63,10 @@ typedef struct {
 } loopos_product;
 
 /* y [m, n] = act(x W^T scales + bias) for x [m, k] and a weight of `bits` 16 (bfloat16) or 8 (int8)
-   in panels [ceil(n / 32)][k][32], with zeros beyond n. `scales` and `bias` (n) may be NULL. Sums
-   are ordered as those of loopos_product, at level amx as those of v4. */
+   in panels [ceil(n / 32)][line][32][32 / bits numbers along k], zeros beyond n and k, lines in multiples
+   of 16. `scales` and `bias` (n) may be NULL. Sums are ordered as those of loopos_product; at level amx
+   they have an order of their own, and beside int8 they are those of whole numbers, for which a row is
+   rounded to 24 bits of its largest number. */
 typedef struct {
     long m, n, k;
     const float *x;
