@@ -42,7 +42,11 @@ X86_LEVELS = {
     "v3": ["-march=x86-64-v3"],
     "v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "amx": [
-        "-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16", "-mamx-int8",
+        "-march=x86-64-v4",
+        "-mprefer-vector-width=512",
+        "-mamx-tile",
+        "-mamx-bf16",
+        "-mamx-int8",
         "-mavx512vnni",
     ],
 }
