@@ -44,8 +44,9 @@ LOWERED __m512i lowered_load_lanes(const void *from) {
 }
 /* Four products of a byte without and a byte with a sign for each lane. */
 LOWERED __m512i lowered_add_products(__m512i sums, __m512i a, __m512i b) {
-    __v16si total = (__v16si)sums;
-    for (int i = 0; i < 64; i++) total[i / 4] += ((__v64qu)a)[i] * (signed char)((__v64qi)b)[i];
+    __v16su total = (__v16su)sums;
+    for (int i = 0; i < 64; i++)
+        total[i / 4] += (unsigned)(((__v64qu)a)[i] * (signed char)((__v64qi)b)[i]);
     return (__m512i)total;
 }
 LOWERED int lowered_sum(__m512i lanes) {

@@ -124,7 +124,7 @@ def test_what_is_already_rounded_stays(backend, kind):
 # -- products ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 5, 12, 16, 24, 25, 77, 400])
+@pytest.mark.parametrize("rows", [0, 1, 2, 5, 12, 16, 17, 24, 25, 33, 77, 400, 513, 529])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("inner", [33, 800])
 def test_products_are_those_of_the_rounded_weight(backend, kind, rows, inner):
@@ -235,13 +235,15 @@ def test_one_row_has_the_bytes_it_has_among_others_whatever_its_numbers(compiled
         assert compiled.linear_quantized(x[row : row + 1], packed).tobytes() == whole[row].tobytes()
 
 
-def test_sums_too_long_for_whole_numbers_are_made_of_floats(compiled):
-    rng = np.random.default_rng(7)
-    w = rng.choice(np.array([-127, 127], np.float32), (3, 2**17 + 64))
+@pytest.mark.parametrize("inner", [2**17 - 1, 2**17, 2**18])
+def test_the_longest_sums_of_digits_do_not_wrap(compiled, inner):
+    w = np.random.default_rng(7).choice(np.array([-127, 127], np.float32), (3, inner))
     packed = compiled.quantize(w, "int8")
-    y = compiled.linear_quantized(w[:1] / 127, packed)
-    expected = w[:1].astype(np.float64) @ w.T.astype(np.float64) / 127
-    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1)
+    x = np.repeat(np.sign(w[:1]) * np.float32(1.98), 2, axis=0)  # its highest digit is 127
+    expected = x.astype(np.float64) @ w.T.astype(np.float64)
+    for n in (1, 2):
+        y = compiled.linear_quantized(x[:n], packed)
+        np.testing.assert_allclose(y, expected[:n], rtol=2e-5, atol=200)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -263,7 +265,7 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(compiled, kind, acti
     rows = array(450, 800)
     whole = compiled.linear_quantized(rows, packed, b, activation)
     for part in (slice(0, 1), slice(449, 450), slice(3, 5), slice(7, 19), slice(20, 33),
-                 slice(100, 124), slice(200, 226), slice(40, 440)):  # fmt: skip
+                 slice(100, 124), slice(200, 226), slice(40, 440), slice(0, 17), slice(5, 38)):  # fmt: skip
         y = compiled.linear_quantized(rows[part], packed, b, activation)
         assert y.tobytes() == whole[part].tobytes()
 

@@ -5,6 +5,10 @@
 
 #include "math.h.inc"
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "numbers of a lane of 32 bits are taken in the order of little-endian memory"
+#endif
+
 #define PANEL 32
 /* Bytes of a line of a panel: 32 bits for each output. */
 #define LINE 128
