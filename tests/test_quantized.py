@@ -265,7 +265,8 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(compiled, kind, acti
     rows = array(450, 800)
     whole = compiled.linear_quantized(rows, packed, b, activation)
     for part in (slice(0, 1), slice(449, 450), slice(3, 5), slice(7, 19), slice(20, 33),
-                 slice(100, 124), slice(200, 226), slice(40, 440), slice(0, 17), slice(5, 38)):  # fmt: skip
+                 slice(100, 124), slice(200, 226), slice(40, 440), slice(0, 17),
+                 slice(5, 38)):  # fmt: skip
         y = compiled.linear_quantized(rows[part], packed, b, activation)
         assert y.tobytes() == whole[part].tobytes()
 
