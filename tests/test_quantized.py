@@ -160,10 +160,8 @@ EXTREMES = [1e-45, 1.0, 1.984375, np.nextafter(np.float32(1.984375), np.float32(
 def test_a_single_number_is_multiplied_to_rounding_whatever_its_size(backend, kind):
     codes = np.array([[127], [-127], [1], [64], [-3], [0]], np.float32)
     packed = backend.quantize(np.repeat(codes, 3, axis=1) * [[1, 0, 0]], kind)
-    unit = (
-        kind == "bfloat16" and backend.describe()["isa"] == "amx"
-    )  # takes subnormal numbers for 0
-    for value in EXTREMES[1:] if unit else EXTREMES:
+    flushed = kind == "bfloat16" and backend.describe()["isa"] == "amx"  # subnormal numbers are
+    for value in EXTREMES[1:] if flushed else EXTREMES:
         for sign in (1, -1):
             x = np.zeros((4, 3), np.float32)
             x[:2, 0] = np.float32(sign * value)
@@ -180,9 +178,9 @@ def test_errors_are_some_bits_of_a_rows_largest_number(backend, kind, largest):
     w, x = array(96, 768, seed=1), array(20, 768)
     x[:, 5] *= largest
     packed = backend.quantize(w, kind)
-    wide = packed.codes().astype(np.float64) * (
-        1 if packed.scales is None else packed.scales[:, None]
-    )
+    wide = packed.codes().astype(np.float64)
+    if packed.scales is not None:
+        wide *= packed.scales[:, None]
     exact = x.astype(np.float64) @ wide.T
     limit = np.abs(x).max(axis=1)[:, None] * np.linalg.norm(wide, axis=1) * bits
     for n in (1, 20):
