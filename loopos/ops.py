@@ -48,6 +48,7 @@ __all__ = [
     "rope",
     "segment_last",
     "segment_mean",
+    "split_columns",
     "swiglu",
 ]
 
@@ -219,6 +220,21 @@ def reshape(x: Tensor, shape: tuple[int, ...]) -> Tensor:
         return (None if grads[0] is None else grads[0].reshape(original),)
 
     return record([x.data.reshape(shape)], (x,), backward)
+
+
+def split_columns(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """``x[N, C]`` cut into ``[N, size]`` for each of `sizes`, which add up to ``C``."""
+
+    def backward(grads: Grads) -> Grads:
+        dx = np.zeros(x.shape, x.dtype)
+        for part, dy in zip(np.split(dx, np.cumsum(sizes)[:-1], axis=1), grads, strict=True):
+            if dy is not None:
+                part[...] = dy
+        return (dx,)
+
+    if len(sizes) == 1:
+        return [x]
+    return list(record(get_backend().split_columns(x.data, sizes), (x,), backward))
 
 
 def layer_norm(x: Tensor, g: Tensor, b: Tensor | None, eps: float) -> Tensor:

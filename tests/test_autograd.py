@@ -65,6 +65,9 @@ def op_cases():
         "linears": (lambda: ops.linears(x, [(w, b), (v2, None)]), [x, w, b, v2]),
         "embedding": (lambda: ops.embedding(ids, w), [w]),
         "add": (lambda: ops.add(x, ops.add(x, y)), [x, y]),
+        "split_columns": (
+            lambda: ops.add(*ops.split_columns(x, (2, 1, 2, 1))[::2]), [x],
+        ),
         "reshape": (lambda: ops.reshape(x, (3, 18)), [x]),
         "layer_norm": (lambda: ops.layer_norm(x, g, b, 1e-5), [x, g, b]),
         "add_layer_norm": (lambda: ops.add_layer_norm(x, y, g, b, 1e-5), [x, y, g, b]),

@@ -125,8 +125,8 @@ def attention_cached(
 ):
     """Write the keys and values of new tokens to a cache, and return their attention on it."""
     cdef loopos_cached p
-    cdef int status
     cdef long b, count, slot_count
+    memset(&p, 0, sizeof(p))
     p.q = tokens(q, "q", -1, -1, -1)
     p.n, p.heads, p.d = size_of(q, 0), size_of(q, 1), size_of(q, 2)
     p.k = tokens(k, "k", p.n, -1, p.d)
@@ -152,16 +152,14 @@ def attention_cached(
     p.scale, p.window = scale, window_of(window)
     y = make_like(q)
     p.y = <float *>cnp.PyArray_DATA(y)
-    with nogil:
-        status = loopos_kernels().attention_cached(threads, &p)
-    done(status)
+    run(ATTENTION_CACHED, threads, &p, sizeof(p))
     return y
 
 
 def rope(q, k, positions, inv_freq, bint inverse, int threads):
     """Return q and k rotated by their positions, or back."""
     cdef loopos_rope p
-    cdef int status
+    memset(&p, 0, sizeof(p))
     p.q = tokens(q, "q", -1, -1, -1)
     p.n, p.heads, p.d = size_of(q, 0), size_of(q, 1), size_of(q, 2)
     p.k = tokens(k, "k", p.n, -1, p.d)
@@ -175,7 +173,5 @@ def rope(q, k, positions, inv_freq, bint inverse, int threads):
     p.inverse = inverse
     q_out, k_out = make_like(q), make_like(k)
     p.q_out, p.k_out = <float *>cnp.PyArray_DATA(q_out), <float *>cnp.PyArray_DATA(k_out)
-    with nogil:
-        status = loopos_kernels().rope(threads, &p)
-    done(status)
+    run(ROPE, threads, &p, sizeof(p))
     return q_out, k_out

@@ -13,100 +13,100 @@ cdef same(object array, str name, object like):
         wrong_shape(array, name, str(list(like.shape)))
 
 
-cdef run_map(loopos_map *p, int threads):
-    cdef int status
-    with nogil:
-        status = loopos_kernels().map(threads, p)
-    done(status)
-
-
 def vector_function(str name, x, int threads):
     """Return exp, tanh, erf or sigmoid of every element."""
     cdef loopos_map p
-    p.a, p.b, p.c, p.z = floats(x, "x"), NULL, NULL, NULL
+    memset(&p, 0, sizeof(p))
+    p.a = floats(x, "x")
     y = make_like(x)
     p.n, p.op, p.kind, p.y = x.size, LOOPOS_MAP_FUNCTION, FUNCTION_CODES[name], floats(y, "y")
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return y
 
 
 def activation(x, str kind, int threads):
     """Return ``act(x)``."""
     cdef loopos_map p
-    p.a, p.b, p.c, p.z = floats(x, "x"), NULL, NULL, NULL
+    memset(&p, 0, sizeof(p))
+    p.a = floats(x, "x")
     y = make_like(x)
     p.n, p.op, p.kind, p.y = x.size, LOOPOS_MAP_ACTIVATION, ACTIVATION_CODES[kind], floats(y, "y")
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return y
 
 
 def activation_backward(dy, x, str kind, int threads):
     """Return ``dy act'(x)``."""
     cdef loopos_map p
-    p.a, p.b, p.c, p.z = floats(x, "x"), floats(dy, "dy"), NULL, NULL
+    memset(&p, 0, sizeof(p))
+    p.a, p.b = floats(x, "x"), floats(dy, "dy")
     same(dy, "dy", x)
     y = make_like(x)
     p.n, p.op, p.kind = x.size, LOOPOS_MAP_ACTIVATION_BACKWARD, ACTIVATION_CODES[kind]
     p.y = floats(y, "y")
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return y
 
 
 def swiglu(gate, up, int threads):
     """Return ``silu(gate) up``."""
     cdef loopos_map p
-    p.a, p.b, p.c, p.z = floats(gate, "gate"), floats(up, "up"), NULL, NULL
+    memset(&p, 0, sizeof(p))
+    p.a, p.b = floats(gate, "gate"), floats(up, "up")
     same(up, "up", gate)
     y = make_like(gate)
     p.n, p.op, p.y = gate.size, LOOPOS_MAP_SWIGLU, floats(y, "y")
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return y
 
 
 def swiglu_backward(dy, gate, up, int threads):
     """Return the gradients of gate and up."""
     cdef loopos_map p
+    memset(&p, 0, sizeof(p))
     p.a, p.b, p.c = floats(gate, "gate"), floats(up, "up"), floats(dy, "dy")
     same(up, "up", gate)
     same(dy, "dy", gate)
     dgate, dup = make_like(gate), make_like(gate)
     p.n, p.op, p.y, p.z = gate.size, LOOPOS_MAP_SWIGLU_BACKWARD, floats(dgate, "y"), floats(dup, "z")
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return dgate, dup
 
 
 def add(a, b, float factor, into, int threads):
     """Return ``a + factor b``, in `into` when that is given."""
     cdef loopos_map p
-    p.a, p.b, p.c, p.z = floats(a, "a"), floats(b, "b"), NULL, NULL
+    memset(&p, 0, sizeof(p))
+    p.a, p.b = floats(a, "a"), floats(b, "b")
     same(b, "b", a)
     if into is None:
         into = make_like(a)
     same(into, "into", a)
     p.n, p.op, p.factor, p.y = a.size, LOOPOS_MAP_ADD, factor, floats(into, "into", True)
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return into
 
 
 def scale(a, float factor, into, int threads):
     """Return ``factor a``, in `into` when that is given."""
     cdef loopos_map p
-    p.a, p.b, p.c, p.z = floats(a, "a"), NULL, NULL, NULL
+    memset(&p, 0, sizeof(p))
+    p.a = floats(a, "a")
     if into is None:
         into = make_like(a)
     same(into, "into", a)
     p.n, p.op, p.factor, p.y = a.size, LOOPOS_MAP_SCALE, factor, floats(into, "into", True)
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
     return into
 
 
 def fill(into, float value, int threads):
     """Set every element."""
     cdef loopos_map p
-    p.a = p.b = p.c = p.z = NULL
+    memset(&p, 0, sizeof(p))
     p.y = floats(into, "into", True)
     p.n, p.op, p.factor = into.size, LOOPOS_MAP_FILL, value
-    run_map(&p, threads)
+    run(MAP, threads, &p, sizeof(p))
 
 
 def column_sums(x, into, int threads):
@@ -123,7 +123,7 @@ def column_sums(x, into, int threads):
 def norm(x, residual, g, b, bint layer, float eps, int threads):
     """Return (y, s, mean or None, rstd) of layer norm or, without `layer`, RMS norm."""
     cdef loopos_norm p
-    cdef int status
+    memset(&p, 0, sizeof(p))
     p.x = matrix(x, "x", -1, -1)
     p.rows, p.columns, p.layer, p.eps = size_of(x, 0), size_of(x, 1), layer, eps
     p.residual = matrix_or_null(residual, "residual", p.rows, p.columns)
@@ -134,9 +134,7 @@ def norm(x, residual, g, b, bint layer, float eps, int threads):
     rstd = make2(p.rows, 1)
     p.y, p.s, p.rstd = floats(y, "y"), floats(s, "s"), floats(rstd, "rstd")
     p.mean = floats(mean, "mean") if layer else NULL
-    with nogil:
-        status = loopos_kernels().norm(threads, &p)
-    done(status)
+    run(NORM, threads, &p, sizeof(p))
     return y, s, mean, rstd
 
 
@@ -162,6 +160,7 @@ def norm_backward(dy, s, g, mean, rstd, ds, dg, db, bint need_dx, int threads):
 cdef set_rows(loopos_rows *p, ids, long limit):
     """Set the ids; one outside of the table is an IndexError."""
     cdef long r
+    p.table_row = p.columns
     p.ids = integers(ids, "ids", -1)
     p.rows = size_of(ids, 0)
     for r in range(p.rows):
@@ -172,16 +171,33 @@ cdef set_rows(loopos_rows *p, ids, long limit):
 def take_rows(table, ids, int threads):
     """Return ``table[ids]`` of a table with two axes."""
     cdef loopos_rows p
-    cdef int status
+    memset(&p, 0, sizeof(p))
     p.table = matrix(table, "table", -1, -1)
-    p.columns, p.scatter = size_of(table, 1), 0
+    p.columns = size_of(table, 1)
     set_rows(&p, ids, size_of(table, 0))
     y = make2(p.rows, p.columns)
     p.x = floats(y, "y")
-    with nogil:
-        status = loopos_kernels().rows(threads, &p)
-    done(status)
+    run(ROWS, threads, &p, sizeof(p))
     return y
+
+
+def split_columns(x, sizes, int threads):
+    """Return so many columns of ``x`` after so many others, each as an array of its own."""
+    cdef loopos_rows p
+    cdef float *data = matrix(x, "x", -1, -1)
+    cdef long size
+    if sum(sizes) != size_of(x, 1) or min(sizes, default=0) < 0:
+        raise ValueError(f"sizes: expected {size_of(x, 1)} columns in all, found {list(sizes)}")
+    parts = []
+    for size in sizes:
+        memset(&p, 0, sizeof(p))
+        part = make2(size_of(x, 0), size)
+        p.rows, p.columns, p.table, p.table_row = size_of(x, 0), size, data, size_of(x, 1)
+        p.x = floats(part, "y")
+        run(ROWS, threads, &p, sizeof(p))
+        parts.append(part)
+        data += size
+    return parts
 
 
 def add_rows(x, ids, table, int threads):

@@ -187,6 +187,7 @@ cdef extern from "loopos.h" nogil:
     ctypedef struct loopos_rows:
         long rows
         long columns
+        long table_row
         float *x
         float *table
         const int32_t *ids

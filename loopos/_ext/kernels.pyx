@@ -5,6 +5,7 @@ Arrays are float32 (ids and offsets int32), C-contiguous. Another dtype is a Typ
 shape or layout a ValueError, both naming the argument. Results lie in memory that is reused.
 """
 
+cimport cython
 cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
@@ -73,16 +74,24 @@ ACTIVATION_CODES = {
 }
 
 
+include "repeat.pxi"
+
+
 # -- memory ----------------------------------------------------------------------------------------
 
 
+@cython.no_gc
 cdef class Block:
     """Memory of the arena, given back when the last array on it is gone."""
 
     cdef void *memory
+    cdef Pool pool  # that it is from, not the arena; its number there
+    cdef long number
 
     def __dealloc__(self):
-        if self.memory is not NULL:
+        if self.pool is not None:
+            self.pool.free[self.number] = True
+        elif self.memory is not NULL:
             loopos_give(self.memory)
 
 
@@ -95,9 +104,14 @@ cdef cnp.ndarray make(int ndim, cnp.npy_intp *shape):
             raise MemoryError(f"no memory for an array of shape {[shape[i] for i in range(ndim)]}")
         count *= <size_t>shape[axis]
     cdef Block block = Block.__new__(Block)
-    block.memory = loopos_take(4 * count if count else 4)
-    if block.memory is NULL:
-        raise MemoryError(f"no memory for {4 * count} bytes")
+    if is_recorded():
+        block.pool = recorder.pool
+        block.number = block.pool.take(4 * count if count else 4)
+        block.memory = <void *><size_t>block.pool.addresses[block.number]
+    else:
+        block.memory = loopos_take(4 * count if count else 4)
+        if block.memory is NULL:
+            raise MemoryError(f"no memory for {4 * count} bytes")
     cdef cnp.ndarray array = cnp.PyArray_SimpleNewFromData(
         ndim, shape, cnp.NPY_FLOAT32, block.memory
     )
@@ -155,6 +169,8 @@ cdef check(object array, str name, int kind, str word, bint writable):
         raise ValueError(f"{name}: expected a C-contiguous array, found strides {array.strides}")
     if writable and not cnp.PyArray_ISWRITEABLE(<cnp.ndarray>array):
         raise ValueError(f"{name}: is read-only and would be written to")
+    if is_recorded():
+        recorder.hold(array)
 
 
 cdef wrong_shape(object array, str name, str expected):
@@ -210,9 +226,16 @@ cdef long size_of(object array, int axis):
     return cnp.PyArray_DIMS(<cnp.ndarray>array)[axis]
 
 
+cdef no_scratch():
+    raise MemoryError("no memory for the scratch of a kernel")
+
+
 cdef done(int status):
+    """What follows a kernel that is not called by `run`: what it does cannot be repeated."""
     if status:
-        raise MemoryError("no memory for the scratch of a kernel")
+        no_scratch()
+    if is_recorded():
+        recorder.whole = False
 
 
 # -- what stands between any array and a kernel -----------------------------------------------------

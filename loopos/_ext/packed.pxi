@@ -50,7 +50,7 @@ def pack_weight(w, int bits, int threads):
 def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, int threads):
     """Return ``act(x w^T + b)`` for a weight of so many outputs and inputs in panels."""
     cdef loopos_packed p
-    cdef int status
+    memset(&p, 0, sizeof(p))
     p.x = matrix(x, "x", -1, inputs)
     p.m, p.n, p.k = size_of(x, 0), outputs, inputs
     p.bits = check_panels(panels, p.n, p.k)
@@ -60,7 +60,5 @@ def linear_packed(x, panels, long outputs, long inputs, scales, b, activation, i
     p.activation = ACTIVATION_CODES[activation]
     y = make2(p.m, p.n)
     p.y = <float *>cnp.PyArray_DATA(y)
-    with nogil:
-        status = loopos_kernels().packed_product(threads, &p)
-    done(status)
+    run(PACKED_PRODUCT, threads, &p, sizeof(p))
     return y

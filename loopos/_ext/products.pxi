@@ -3,6 +3,7 @@
 
 cdef cnp.ndarray forward_product(loopos_product *p, x, w, b):
     """Fill in ``y = x w^T + b`` and return `y`."""
+    memset(p, 0, sizeof(p[0]))
     p.a = matrix(x, "x", -1, -1)
     p.m, p.k = size_of(x, 0), size_of(x, 1)
     p.b = matrix(w, "w", -1, p.k)
@@ -10,23 +11,19 @@ cdef cnp.ndarray forward_product(loopos_product *p, x, w, b):
     p.bias = vector_or_null(b, "b", p.n)
     p.a_row, p.a_col, p.b_row, p.b_col = p.k, 1, 1, p.k
     y = make2(p.m, p.n)
-    p.c, p.c_row, p.accumulate = <float *>cnp.PyArray_DATA(y), p.n, 0
-    p.activation, p.pre = LOOPOS_NONE, NULL
+    p.c, p.c_row = <float *>cnp.PyArray_DATA(y), p.n
     return y
 
 
 def linear(x, w, b, activation, int threads):
     """Return ``y = act(x w^T + b)`` and the argument of the activation (None without one)."""
     cdef loopos_product p
-    cdef int status
     y = forward_product(&p, x, w, b)
     p.activation = ACTIVATION_CODES[activation]
     pre = None if activation is None else make2(p.m, p.n)
     if pre is not None:
         p.pre = <float *>cnp.PyArray_DATA(<cnp.ndarray>pre)
-    with nogil:
-        status = loopos_kernels().product(threads, &p)
-    done(status)
+    run(PRODUCT, threads, &p, sizeof(p))
     return y, pre
 
 
@@ -34,19 +31,19 @@ def linears(x, layers, activation, bint decoding, int threads):
     """Return ``act(x w^T + b)`` for each ``(w, b)`` of some layers."""
     cdef loopos_product[8] p
     cdef long count = 0
-    cdef int status = 0
+    cdef int status
     outputs = []
     for w, b in layers:
         outputs.append(forward_product(&p[count], x, w, b))
         p[count].activation = ACTIVATION_CODES[activation]
         count += 1
         if count == 8 or len(outputs) == len(layers):
-            with nogil:
-                if decoding:
-                    status = loopos_kernels().decode_products(threads, count, p)
-                else:
+            if decoding:
+                run(DECODE_PRODUCTS, threads, p, count * sizeof(p[0]), count)
+            else:
+                with nogil:
                     status = loopos_kernels().products(threads, count, p)
-            done(status)
+                done(status)
             count = 0
     return outputs
 

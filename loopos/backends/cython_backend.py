@@ -17,7 +17,7 @@ from loopos.backends.cython_attention import CythonAttention
 from loopos.backends.cython_elementwise import CythonElementwise
 from loopos.backends.cython_losses import CythonLosses
 from loopos.backends.cython_quantized import CythonQuantized
-from loopos.backends.numpy_backend import ACTIVATIONS, Array, NumpyBackend
+from loopos.backends.numpy_backend import ACTIVATIONS, Array, NumpyBackend, Repeater
 from loopos.backends.threads import get_num_threads
 from loopos.errors import BackendError
 
@@ -87,6 +87,11 @@ class CythonBackend(
             "threads": get_num_threads(),
             "products": "its own (one order of summation at any thread count and batch size)",
         }
+
+    def repeater(self) -> Repeater:
+        """Return what repeats kernels without Python; see :meth:`NumpyBackend.repeater`."""
+        repeater: Repeater = self._kernels.Repeater()
+        return repeater
 
     # -- linear ------------------------------------------------------------------------------
 

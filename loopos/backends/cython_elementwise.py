@@ -178,6 +178,15 @@ class CythonElementwise(NumpyBackend):
         self.embedding_backward(dy, rows, dx, accumulate=False)
         return dx
 
+    def split_columns(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        """See :meth:`NumpyBackend.split_columns`."""
+        if not self._kernels.single(x=x):
+            return super().split_columns(x, sizes)
+        parts: list[Array] = self._kernels.split_columns(
+            self._kernels.contiguous(x), sizes, get_num_threads()
+        )
+        return parts
+
     # -- dropout -----------------------------------------------------------------------------
 
     def dropout(self, x: Array, rate: float, key: int, offsets: Array, sample_ids: Array) -> Array:

@@ -21,8 +21,8 @@ fewer bits in ``numpy_quantized``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -33,8 +33,10 @@ from loopos.backends.numpy_updates import AdamwTensor, UpdateOps
 from loopos.errors import BackendError, nearest
 
 Array = np.ndarray[Any, Any]
+#: Computes what a function returns, again and again; see :meth:`NumpyBackend.repeater`.
+Repeater: TypeAlias = Callable[[Hashable, Callable[[], Array]], Array]
 
-__all__ = ["ACTIVATIONS", "AdamwTensor", "Array", "NumpyBackend"]
+__all__ = ["ACTIVATIONS", "AdamwTensor", "Array", "NumpyBackend", "Repeater"]
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu", "tanh")
 _SQRT_2_OVER_PI = 0.7978845608028654
@@ -353,6 +355,11 @@ class DenseOps:
         self.embedding_backward(dy, rows, dx)
         return dx
 
+    def split_columns(self, x: Array, sizes: Sequence[int]) -> list[Array]:
+        """``x[N, C]`` cut into ``[N, size]`` for each of `sizes`, which add up to ``C``."""
+        parts = np.split(x, np.cumsum(sizes)[:-1], axis=1)
+        return [np.ascontiguousarray(part) for part in parts]
+
     def segment_last(self, x: Array, offsets: Array) -> Array:
         """The last row of each sequence: ``[B, C]``. Sequences must not be empty."""
         return self.gather_rows(x, offsets[1:] - 1)
@@ -387,12 +394,29 @@ class NumpyBackend(DenseOps, AttentionOps, LossOps, UpdateOps, QuantizedOps):
     @classmethod
     def ops(cls) -> list[str]:
         """Return the names of all ops, sorted."""
-        meta = {"ops", "describe", "unavailable"}
+        meta = {"ops", "describe", "unavailable", "repeater"}
         return sorted(
             name
             for name in dir(NumpyBackend)
             if not name.startswith("_") and name not in meta and callable(getattr(cls, name))
         )
+
+    def repeater(self) -> Repeater:
+        """Return what computes one thing again and again, such as a step of decoding.
+
+        It is called with a key and a function that computes the thing by ops and returns an array.
+        From one call to the next with an equal key only the contents of arrays may differ that stay
+        where they are, never shapes or numbers: a backend may then leave Python out and call its
+        kernels with what they were given before (as a CUDA graph does). This one always calls the
+        function.
+
+        Returns
+        -------
+        callable
+            Its result may be overwritten by its next call. Let go of it before: as long as it lives,
+            its memory is not free, and the next one lies elsewhere.
+        """
+        return lambda key, compute: compute()
 
     def describe(self) -> dict[str, Any]:
         """Return what runs: ``name``, ``isa``, ``threads``, ``native`` and ``inherited`` ops.

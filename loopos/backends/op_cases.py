@@ -329,6 +329,16 @@ def segment_last(lengths: Sequence[int], c: int) -> OpCase:
     )
 
 
+def split_columns(n: int, sizes: Sequence[int]) -> OpCase:
+    """Columns as arrays of their own."""
+    return OpCase(
+        "split_columns",
+        f"{n}x{list(sizes)}",
+        lambda rng: {"x": rng.normal(size=(n, sum(sizes)))},
+        lambda be, a: be.split_columns(a["x"], sizes),
+    )
+
+
 def gather_rows(n: int, rows: int, c: int) -> OpCase:
     """Rows picked with repetition."""
     return OpCase(
@@ -629,6 +639,9 @@ CASES: list[OpCase] = [
     segment_mean(RAGGED, 6),
     segment_mean((), 6),
     segment_last(RAGGED, 6),
+    split_columns(5, (3, 0, 7)),
+    split_columns(0, (2, 2)),
+    split_columns(40, (64, 32, 32)),
     gather_rows(9, 5, 4),
     gather_rows(9, 0, 4),
     linear_cross_entropy(19, 7, 31, True),

@@ -16,6 +16,7 @@ import numpy as np
 
 from loopos.autograd import Array, Tensor, no_grad
 from loopos.backends import get_backend
+from loopos.backends.threads import get_num_threads
 from loopos.data.batch import Batch
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import NumericalError
@@ -133,10 +134,12 @@ class Engine:
         # The prompt whose keys and values stand in each slot, also after its row has left.
         self._prompts: list[Array] = [np.zeros(0, np.int32)] * slots
         self._rows: list[Row] = []
-        self._slots = np.zeros(0, np.int32)
-        self._tokens = np.zeros(0, np.int32)
+        # Of steps: these arrays stay where they are, so that a backend can repeat a step.
+        self._slots, self._tokens = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
         self._offsets = np.arange(slots + 1, dtype=np.int32)
         self._mask = np.zeros(slots, bool)
+        self._batch = self._batch_of(0)
+        self._repeat = get_backend().repeater()
 
     def run(self, prompts: Sequence[Array]) -> Iterator[Generation]:
         """Yield what was generated, row by row, as rows finish."""
@@ -209,7 +212,7 @@ class Engine:
     def _leave(self, rows: list[Row]) -> Iterator[Generation]:
         """Let go of rows that have stopped."""
         done = [row for row in rows if row.stop_reason is not None]
-        if done or len(self._rows) != self._slots.size:
+        if done or len(self._rows) != self._batch.num_tokens:
             for row in done:
                 self.cache.release(row.slot)
             self._rows = [row for row in self._rows if row.stop_reason is None]
@@ -219,8 +222,19 @@ class Engine:
 
     def arrange(self) -> None:
         """Line up the rows that run; :meth:`step` goes on with each one's last token."""
-        self._slots = np.array([row.slot for row in self._rows], np.int32)
-        self._tokens = np.array([row.ids[-1] for row in self._rows], np.int32)
+        self._batch = self._batch_of(len(self._rows))
+        self._slots[: len(self._rows)] = [row.slot for row in self._rows]
+        self._tokens[: len(self._rows)] = [row.ids[-1] for row in self._rows]
+
+    def _batch_of(self, count: int) -> Batch:
+        """Return the batch of a step of so many rows."""
+        return Batch(
+            self._tokens[:count],
+            self._offsets[: count + 1],
+            self._slots[:count],
+            self._mask[:count],
+            decoding=True,
+        )
 
     def result(self, row: Row) -> Generation:
         """Return what a row has become."""
@@ -242,15 +256,21 @@ class Engine:
 
     def step(self) -> list[Row]:
         """Add one token to every running row, and return these rows."""
-        slots, count = self._slots, self._slots.size
-        offsets, mask = self._offsets[: count + 1], self._mask[:count]
-        batch = Batch(self._tokens, offsets, slots, mask, decoding=True)
-        with no_grad():
-            self.cache.begin(slots)
-            hidden = self.model.get_hidden_states(batch, cache=self.cache)
-            logits = self.model.logits(hidden, decoding=True).data
+        slots = self._batch.sample_ids
+        self.cache.begin(slots)
+        # A step with an equal key has arrays of the same shapes in the same places.
+        key = (get_backend(), get_num_threads(), slots.size, self.cache.capacity)
+        logits = self._repeat(key, self._logits)
         self.cache.commit()
-        return self.choose(self._rows, logits, slots)
+        rows = self.choose(self._rows, logits, slots)
+        self._tokens[: len(rows)] = [row.ids[-1] for row in rows]
+        return rows
+
+    def _logits(self) -> Array:
+        """Return the logits behind the token of each row, which the cache takes in."""
+        with no_grad():
+            hidden = self.model.get_hidden_states(self._batch, cache=self.cache)
+            return self.model.logits(hidden, decoding=True).data
 
     def choose(self, rows: list[Row], logits: Array, slots: Array | None = None) -> list[Row]:
         """Choose the next token of some rows from their logits, which are changed."""
@@ -270,7 +290,6 @@ class Engine:
                 f"the logits of prompt {row.prompt_index} after {len(row.ids)} new tokens "
                 "are not finite"
             )
-        self._tokens = ids
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)

@@ -59,8 +59,11 @@ class KVCache:
         self._layers = [np.empty((2, *self._shape), dtype) for _ in range(config.num_layers)]
         self.lengths = np.zeros(slots, np.int32)
         self._free = list(range(slots - 1, -1, -1))
-        self._one_each = np.arange(slots + 1, dtype=np.int32)
         self._pass: _Pass | None = None
+        # Of passes with one token each: these arrays stay where they are, so that a backend can
+        # repeat such a pass.
+        self._one_each = np.arange(slots + 1, dtype=np.int32)
+        self._starts, self._ends = np.zeros(slots, np.int32), np.zeros(slots, np.int32)
 
     @staticmethod
     def bytes_for(config: TransformerConfig, slots: int, capacity: int, dtype: Any) -> int:
@@ -152,13 +155,13 @@ class KVCache:
         counts : ndarray int32 [B], optional
             New tokens of each; one each if None.
         """
-        starts = self.lengths[slots]
         if counts is None:
-            self.reserve(int(starts.max(initial=0)) + 1)
-            ends = starts + np.int32(1)
-            offsets = self._one_each[: slots.size + 1]
-            self._pass = _Pass(slots, ends, starts, offsets)
+            starts = np.take(self.lengths, slots, out=self._starts[: slots.size])
+            ends = np.add(starts, 1, out=self._ends[: slots.size])
+            self.reserve(int(ends.max(initial=0)))
+            self._pass = _Pass(slots, ends, starts, self._one_each[: slots.size + 1])
             return
+        starts = self.lengths[slots]
         ends = (starts + counts).astype(np.int32)
         self.reserve(int(ends.max(initial=0)))
         positions = np.concatenate(

@@ -27,8 +27,8 @@ __all__ = ["WEIGHTS", "QuantizedTransformer", "with_weights"]
 WEIGHTS = ("float32", "bfloat16", "int8")
 
 
-#: A weight, its bias, and where the outputs of each of its layers stand.
-_Stack: TypeAlias = tuple[QuantizedWeight, Parameter | None, list[slice]]
+#: A weight, its bias, and how many outputs each of its layers has.
+_Stack: TypeAlias = tuple[QuantizedWeight, Parameter | None, list[int]]
 
 
 def with_weights(model: Transformer, kind: str) -> Transformer:
@@ -87,7 +87,7 @@ class QuantizedTransformer(Transformer):
         if not model.unmerged:
             self._share_adapters(model)
         #: By the names of the layers that have one input: their weights as one matrix, their
-        #: biases as one vector, and where each layer's outputs begin.
+        #: biases as one vector, and how many outputs each layer has.
         self._stacked: dict[tuple[str, ...], _Stack] = {}
         for index in range(model.config.num_layers):
             for names in self._groups(f"layers.{index}"):
@@ -118,11 +118,9 @@ class QuantizedTransformer(Transformer):
     def _stack(self, names: tuple[str, ...]) -> _Stack:
         weights = [self._parameters[f"{name}.weight"].data for name in names]
         biases = [self._parameters[f"{n}.bias"].data for n in names if self._has_bias(n)]
-        ends = np.cumsum([len(weight) for weight in weights]).tolist()
-        parts = [slice(end - len(weight), end) for end, weight in zip(ends, weights, strict=True)]
         whole = weights[0] if len(weights) == 1 else np.concatenate(weights)
         bias = Parameter(np.concatenate(biases), requires_grad=False) if biases else None
-        return get_backend().quantize(whole, self.kind), bias, parts
+        return get_backend().quantize(whole, self.kind), bias, [len(weight) for weight in weights]
 
     def _has_bias(self, name: str) -> bool:
         return f"{name}.bias" in self._parameters
@@ -186,10 +184,8 @@ class QuantizedTransformer(Transformer):
         dropout: DropoutKeys | None,
         activation: str | None = None,
     ) -> list[Tensor]:
-        weight, bias, parts = self._stacked[names]
-        if self.adapters.keys().isdisjoint(names):
-            y = ops.linear_quantized(x, weight, bias, activation)
-            return [y] if len(parts) == 1 else [Tensor(y.data[:, part]) for part in parts]
-        y = ops.linear_quantized(x, weight, bias, None)
-        outputs = [Tensor(y.data[:, part]) for part in parts]
-        return self._adapted(names, outputs, x, batch, dropout, activation)
+        weight, bias, sizes = self._stacked[names]
+        plain = self.adapters.keys().isdisjoint(names)
+        y = ops.linear_quantized(x, weight, bias, activation if plain else None)
+        outputs = ops.split_columns(y, sizes)
+        return outputs if plain else self._adapted(names, outputs, x, batch, dropout, activation)

@@ -200,9 +200,10 @@ typedef struct {
     float *dx, *dg, *db;
 } loopos_norm;
 
-/* x[r] = table[ids[r]], or with `scatter` table[ids[r]] += x[r] in order of r. */
+/* x[r] = table[ids[r]], or with `scatter` table[ids[r]] += x[r] in order of r. Rows of the table are
+   table_row apart; without ids (NULL; no scatter) they are taken one after the other. */
 typedef struct {
-    long rows, columns;
+    long rows, columns, table_row;
     float *x, *table;
     const int32_t *ids;
     int scatter;

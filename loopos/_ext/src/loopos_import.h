@@ -11,7 +11,7 @@
 #include "loopos.h"
 
 /* Raised when a struct or a function means something else, though its size be the same. */
-#define LOOPOS_API_VERSION 3
+#define LOOPOS_API_VERSION 4
 #define LOOPOS_STRUCT_BYTES \
     (sizeof(loopos_product) + sizeof(loopos_packed) + sizeof(loopos_pack) + sizeof(loopos_loss_rows) + \
      sizeof(loopos_kl_rows) + sizeof(loopos_sample) + sizeof(loopos_attention) + \
