@@ -66,7 +66,8 @@ def op_cases():
         "embedding": (lambda: ops.embedding(ids, w), [w]),
         "add": (lambda: ops.add(x, ops.add(x, y)), [x, y]),
         "split_columns": (
-            lambda: ops.add(*ops.split_columns(x, (2, 1, 2, 1))[::2]), [x],
+            lambda: ops.add(*ops.split_columns(x, (2, 1, 2, 1))[::2]),
+            [x],
         ),
         "reshape": (lambda: ops.reshape(x, (3, 18)), [x]),
         "layer_norm": (lambda: ops.layer_norm(x, g, b, 1e-5), [x, g, b]),

@@ -237,7 +237,8 @@ def interrupted(*args, **kwargs):
 
 def test_what_only_kernels_do_is_repeated(cython):
     x, w, table = array(5, 40), array(33, 40), array(33, 30)
-    ids, repeater, rng, calls = np.zeros(5, np.int32), kernels.Repeater(), np.random.default_rng(0), []
+    ids, rng = np.zeros(5, np.int32), np.random.default_rng(0)
+    repeater, calls = kernels.Repeater(), []
 
     def compute():
         calls.append(1)
@@ -324,7 +325,8 @@ def test_memory_is_given_back_and_arrays_are_kept_alive(cython):
         repeater(0, lambda: cython.linear(cython.linear(x, w[0])[0], w[0])[0])
     y = repeater(0, None)
     expected = y.copy()
-    assert repeater.settled and kernels.arena_state()[0] > used
+    assert repeater.settled
+    assert kernels.arena_state()[0] > used
     w.clear()  # what the kernels read is still there
     others = [array(64, 64, seed=i) for i in range(50)]
     np.testing.assert_array_equal(repeater(0, None), expected)

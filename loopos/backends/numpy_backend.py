@@ -413,8 +413,8 @@ class NumpyBackend(DenseOps, AttentionOps, LossOps, UpdateOps, QuantizedOps):
         Returns
         -------
         callable
-            Its result may be overwritten by its next call. Let go of it before: as long as it lives,
-            its memory is not free, and the next one lies elsewhere.
+            Its result may be overwritten by its next call. Let go of it before: while it lives its
+            memory is not free, and the next one lies elsewhere.
         """
         return lambda key, compute: compute()
 
