@@ -232,9 +232,10 @@ def split_columns(x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
                 part[...] = dy
         return (dx,)
 
-    if len(sizes) == 1:
+    if list(sizes) == [x.shape[1]]:
         return [x]
-    return list(record(get_backend().split_columns(x.data, sizes), (x,), backward))
+    parts = get_backend().split_columns(x.data, sizes)
+    return list(record(parts, (x,), backward))
 
 
 def layer_norm(x: Tensor, g: Tensor, b: Tensor | None, eps: float) -> Tensor:

@@ -338,6 +338,32 @@ def test_targets_that_are_no_integers_are_refused(backend, dtype):
             call(h, w, targets)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("sizes", "error", "words"),
+    [
+        ((3, 3), ValueError, r"sizes: expected 4 columns in all, found \[3, 3\]"),
+        ((2, -1, 3), ValueError, "sizes: expected 4 columns in all"),
+        ((), ValueError, "sizes: expected 4 columns in all"),
+        (np.array([200, 60], np.uint8), ValueError, "sizes: expected 4 columns in all"),
+        ((1.5, 2.5), TypeError, "sizes: expected whole numbers"),
+        (4, TypeError, "sizes: expected whole numbers, found 4"),
+        (None, TypeError, "sizes: expected whole numbers, found None"),
+        (("2", 2), TypeError, "sizes: expected whole numbers"),
+    ],
+)
+def test_columns_are_split_into_all_of_them(backend, dtype, sizes, error, words):
+    x = np.arange(12, dtype=dtype).reshape(3, 4)
+    with pytest.raises(error, match=words):
+        backend.split_columns(x, sizes)
+    with pytest.raises(ValueError, match=r"x: expected shape \[any, any\], found \[4\]"):
+        backend.split_columns(x[0], (2, 2))
+    for good in ((3, 1), [np.int8(3), 0, 1], iter((4,))):
+        parts = backend.split_columns(x, good)
+        np.testing.assert_array_equal(np.concatenate(parts, axis=1), x)
+        assert not any(np.shares_memory(part, x) for part in parts)
+
+
 def test_thread_limit_holds_inside_the_block_only():
     before = threads.blas().num_threads
     with threads.thread_limit(1):

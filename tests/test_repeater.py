@@ -1,7 +1,9 @@
 """Steps that are repeated by their kernels alone: when they are, and that nobody can tell."""
 
 import gc
+import os
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import loopos
 from loopos.backends import get_backend, use_backend
 from loopos.backends.threads import thread_limit
+from loopos.errors import DataError
 from loopos.generation import SamplingOptions, generate
 from loopos.generation.engine import Engine
 from loopos.generation.kv_cache import KVCache
 from loopos.models import TransformerConfig
-from loopos.models.lora import LoraConfig, add_lora
+from loopos.models.lora import LoraConfig, add_lora, merge_lora, unmerge_lora
 from loopos.models.quantized import with_weights
 from loopos.models.transformer import Transformer
 
@@ -64,7 +67,7 @@ def array(*shape, seed=0):
 
 
 def never(self):
-    return lambda key, compute: compute()
+    return lambda compute: compute()
 
 
 def scrambled(config):
@@ -99,16 +102,16 @@ def adapted(config):
     return model
 
 
-def counted(model, monkeypatch):
+def counted(monkeypatch):
     """The numbers of rows of each step that Python runs."""
-    seen, inner = [], model.get_hidden_states
+    seen, inner = [], Transformer.get_hidden_states
 
-    def forward(batch, *args, **kwargs):
+    def forward(self, batch, *args, **kwargs):
         if batch.decoding:
             seen.append(batch.num_tokens)
-        return inner(batch, *args, **kwargs)
+        return inner(self, batch, *args, **kwargs)
 
-    monkeypatch.setattr(model, "get_hidden_states", forward)
+    monkeypatch.setattr(Transformer, "get_hidden_states", forward)
     return seen
 
 
@@ -121,7 +124,7 @@ def test_steps_have_the_bytes_of_forwards(name, make, kind, level, monkeypatch):
     with monkeypatch.context() as context:
         context.setattr(CythonBackend, "repeater", never)
         expected = generate(model, PROMPTS, options, batch_size=4)
-    seen = counted(model, monkeypatch)
+    seen = counted(monkeypatch)
     assert_same(generate(model, PROMPTS, options, batch_size=4), expected)
     assert seen == [4, 4]  # the recordings of 3 x 14 steps
     with thread_limit(1):
@@ -134,26 +137,30 @@ def test_rows_that_come_and_go(monkeypatch):
                               stop_ids=(0, 11, 23), repetition_penalty=1.3)  # fmt: skip
     with monkeypatch.context() as context:
         context.setattr(CythonBackend, "repeater", never)
+        steps = counted(context)
         expected = generate(model, PROMPTS, options, batch_size=5)
     assert len({g.ids.size for g in expected}) > 5
+    seen = counted(monkeypatch)
     assert_same(generate(model, PROMPTS, options, batch_size=5), expected)
+    assert len(seen) < len(steps) / 2
 
 
 def test_a_cache_that_grows_and_settings_that_change_between_steps(monkeypatch):
     model = scrambled(GPT2)
     options = SamplingOptions(max_new_tokens=80, temperature=0.0)
     expected = generate(model, [[1, 2, 3]], options)[0].ids.tolist()
-    seen = counted(model, monkeypatch)
-    engine, row = one_row(model, [1, 2, 3], options, capacity=1)
-    for step in range(79):
-        if step == 20:
-            with use_backend("numpy"):
+    seen = counted(monkeypatch)
+    with thread_limit(2):
+        engine, row = one_row(model, [1, 2, 3], options, capacity=1)
+        for step in range(79):
+            if step == 20:
+                with use_backend("numpy"):
+                    engine.step()
+            elif 30 <= step < 35:
+                with thread_limit(1):
+                    engine.step()
+            else:
                 engine.step()
-        elif 30 <= step < 35:
-            with thread_limit(1):
-                engine.step()
-        else:
-            engine.step()
     assert row.ids == expected
     assert engine.cache.capacity > 64
     # Twice: at the beginning, after NumPy's step, with one thread, after that, and with the larger
@@ -162,16 +169,49 @@ def test_a_cache_that_grows_and_settings_that_change_between_steps(monkeypatch):
 
 
 def test_weights_that_change_between_steps_are_used():
-    model = scrambled(GPT2)
     options = SamplingOptions(max_new_tokens=12, temperature=0.0)
-    engine, row = one_row(model, [7], options)
-    for _ in range(6):
+    for in_place in (True, False):
+        model = scrambled(GPT2)
+        engine, row = one_row(model, [7], options)
+        for _ in range(6):
+            engine.step()
+        for name in ("final_norm.weight", "final_norm.bias"):
+            parameter = model.parameters()[name]
+            if in_place:
+                parameter.data[...] = 0
+            else:
+                parameter.data = np.zeros_like(parameter.data)
         engine.step()
-    model.parameters()["final_norm.weight"].data[...] = 0
-    model.parameters()["final_norm.bias"].data[...] = 0
-    engine.step()
-    assert row.ids[-1] == 0  # the first of equal logits
-    assert row.logprobs[-1] == pytest.approx(-np.log(31))
+        assert row.ids[-1] == 0  # the first of equal logits
+        assert row.logprobs[-1] == pytest.approx(-np.log(31))
+
+
+def test_adapters_that_are_merged_and_taken_out_between_steps(monkeypatch):
+    def steps():
+        model = adapted(LLAMA)
+        engine, row = one_row(model, [7], SamplingOptions(max_new_tokens=40, temperature=0.0))
+        for change in (merge_lora, unmerge_lora):
+            for _ in range(5):
+                engine.step()
+            change(model)
+        for name, parameter in model.parameters().items():
+            if name.endswith("lora_b"):
+                parameter.data *= -1
+        for _ in range(5):
+            engine.step()
+        return row.ids, row.logprobs
+
+    with monkeypatch.context() as context:
+        context.setattr(CythonBackend, "repeater", never)
+        expected = steps()
+    assert steps() == expected
+
+
+def test_a_row_that_is_too_long_is_refused():
+    engine, _ = one_row(scrambled(GPT2), [7], SamplingOptions(max_new_tokens=300, temperature=0.0))
+    with pytest.raises(DataError, match=r"a sequence of 97 tokens is longer than max_seq_len 96"):
+        for _ in range(300):
+            engine.step()
 
 
 class Biased(Transformer):
@@ -189,14 +229,41 @@ class Biased(Transformer):
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_what_numpy_does_on_the_way_is_not_lost(in_place):
+def test_what_a_subclass_does_on_the_way_is_not_lost(in_place):
     model = Biased(GPT2, seed=1)
     model.in_place = in_place
     (found,) = generate(model, [[1]], temperature=0, max_new_tokens=20)
     assert found.ids.tolist() == [3] * 20
 
 
-def test_threads_that_generate_at_once():
+def test_a_function_in_the_place_of_a_method_is_called_for_each_step():
+    model, calls = scrambled(GPT2), []
+    inner = model.get_hidden_states
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.get_hidden_states = watched
+    generate(model, [[1]], temperature=0, max_new_tokens=20)
+    assert len(calls) == 20
+
+
+def test_a_backend_that_overrides_an_op_is_called_for_each_step():
+    class Watched(CythonBackend):
+        calls = 0
+
+        def layer_norm(self, *args, **kwargs):
+            self.calls += 1
+            return super().layer_norm(*args, **kwargs)
+
+    watched = Watched()
+    with use_backend(watched):
+        generate(scrambled(GPT2), [[1]], temperature=0, max_new_tokens=20)
+    assert watched.calls == 20 * 5
+
+
+def test_threads_that_generate_at_once(monkeypatch):
     model, results = scrambled(LLAMA), {}
     options = SamplingOptions(max_new_tokens=40, temperature=1.0, num_samples=2)
     expected = generate(model, PROMPTS, options, batch_size=3)
@@ -205,6 +272,7 @@ def test_threads_that_generate_at_once():
         with use_backend("cython"):
             results[index] = generate(model, PROMPTS, options, batch_size=3)
 
+    seen = counted(monkeypatch)
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
         thread.start()
@@ -212,6 +280,7 @@ def test_threads_that_generate_at_once():
         thread.join()
     for index in range(4):
         assert_same(results[index], expected)
+    assert len(seen) < 4 * 4 * 39 / 2  # of four waves of 39 steps in each of four threads
 
 
 def test_a_step_that_was_interrupted_is_begun_again(monkeypatch):
@@ -220,9 +289,11 @@ def test_a_step_that_was_interrupted_is_begun_again(monkeypatch):
     expected = generate(model, [[1, 2]], options)[0].ids.tolist()
     engine, row = one_row(model, [1, 2], options)
     for step in range(8):
-        if step < 2:
+        if step < 4:
             with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-                context.setattr(model, "logits", interrupted)
+                # At the end of a step that Python runs, or after one that is repeated.
+                context.setattr(Transformer, "logits", interrupted)
+                context.setattr(KVCache, "commit", interrupted)
                 engine.step()
         engine.step()
     assert row.ids == expected
@@ -250,7 +321,7 @@ def test_what_only_kernels_do_is_repeated(cython):
     for _ in range(6):
         x[...], ids[...] = rng.standard_normal(x.shape), rng.integers(0, 33, 5)
         expected = compute().tobytes()
-        assert repeater(1, compute).tobytes() == expected
+        assert repeater(compute).tobytes() == expected
     assert repeater.settled
     assert len(calls) == 6 + 2
 
@@ -258,7 +329,7 @@ def test_what_only_kernels_do_is_repeated(cython):
 def test_a_number_that_changes_is_not_repeated(cython):
     x, repeater = array(5, 40), kernels.Repeater()
     for factor in range(8):
-        found = repeater(1, lambda factor=factor: cython.add(x, x, float(factor)))
+        found = repeater(lambda factor=factor: cython.add(x, x, float(factor)))
         np.testing.assert_allclose(found, (1 + factor) * x, rtol=1e-6)
         del found
     assert not repeater.settled
@@ -270,10 +341,11 @@ def test_a_number_that_changes_is_not_repeated(cython):
         pytest.param(lambda b, x, w: b.linear(x * 2, w)[0], id="made before"),
         pytest.param(lambda b, x, w: b.linear(x, w)[0] * 2, id="made after"),
         pytest.param(lambda b, x, w: b.add(b.linear(x, w)[0] * 2, b.linear(x, w)[0]), id="between"),
-        pytest.param(lambda b, x, w: in_place(b.linear(x, w)[0], x), id="in place"),
         pytest.param(lambda b, x, w: b.linear(x, w)[0][:, ::2].copy(), id="a copy"),
         pytest.param(lambda b, x, w: b.loss_probe(x, w), id="another kernel"),
         pytest.param(lambda b, x, w: b.linear(x.astype("d"), w.astype("d"))[0], id="float64"),
+        pytest.param(lambda b, x, w: b.linear(x[:, ::2], w[:, ::2])[0], id="a copy before"),
+        pytest.param(lambda b, x, w: b.gather_rows(w, np.array([-1, 2])), id="rows from the end"),
         pytest.param(lambda b, x, w: [1, 2], id="no array"),
     ],
 )
@@ -293,26 +365,8 @@ def test_what_others_do_as_well_is_computed_each_time(cython, outside, monkeypat
     for _ in range(8):
         change()
         expected = np.asarray(outside(cython, x, w)).tobytes()
-        assert np.asarray(repeater(1, lambda: outside(cython, x, w))).tobytes() == expected
+        assert np.asarray(repeater(lambda: outside(cython, x, w))).tobytes() == expected
     assert not repeater.settled
-
-
-def in_place(y, x):
-    y += x[0, 0]
-    return y
-
-
-def test_another_key_is_recorded_anew(cython):
-    x, repeater, calls = {n: array(n, 8) for n in (2, 3)}, kernels.Repeater(), []
-
-    def compute(n):
-        calls.append(n)
-        return cython.add(x[n], x[n])
-
-    for n in (2, 2, 2, 3, 3, 3, 3, 2, 2, 2):
-        x[n] += 1
-        np.testing.assert_array_equal(repeater(n, lambda n=n: compute(n)), 2 * x[n])
-    assert calls == [2, 2, 3, 3, 2, 2]
 
 
 def test_memory_is_given_back_and_arrays_are_kept_alive(cython):
@@ -322,18 +376,81 @@ def test_memory_is_given_back_and_arrays_are_kept_alive(cython):
     x, w = array(4, 64), [array(64, 64)]
     repeater = kernels.Repeater()
     for _ in range(2):
-        repeater(0, lambda: cython.linear(cython.linear(x, w[0])[0], w[0])[0])
-    y = repeater(0, None)
+        repeater(lambda: cython.linear(cython.linear(x, w[0])[0], w[0])[0])
+    y = repeater(None)
     expected = y.copy()
     assert repeater.settled
     assert kernels.arena_state()[0] > used
     w.clear()  # what the kernels read is still there
     others = [array(64, 64, seed=i) for i in range(50)]
-    np.testing.assert_array_equal(repeater(0, None), expected)
+    np.testing.assert_array_equal(repeater(None), expected)
     del others, repeater
     np.testing.assert_array_equal(y, expected)
     del y
     assert kernels.arena_state()[0] == used
+
+
+def test_another_part_of_the_result_is_another_result(cython):
+    x, repeater = array(4, 8), kernels.Repeater()
+    for row in (1, 2, 1, 2):
+        found = repeater(lambda row=row: cython.add(x, x)[row])
+        np.testing.assert_array_equal(found, 2 * x[row])
+        del found
+    assert not repeater.settled
+
+
+def test_no_memory_for_an_array_of_a_recording(cython):
+    x, kept, repeater = array(1, 8), [], kernels.Repeater()
+
+    def compute():
+        kept.append(cython.add(x, x))
+        return kernels.empty(1 << 45)
+
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            repeater(compute)
+    with pytest.raises(MemoryError):
+        kernels.Repeater()(lambda: kernels.empty(1 << 45))
+    repeater(lambda: cython.add(x, x, 100.0))
+    for y in kept:
+        np.testing.assert_array_equal(y, 2 * x)
+
+
+def test_copies_are_not_kept(cython):
+    x, w, repeater = array(2, 500), array(500, 1000)[:, ::2], kernels.Repeater()
+    seen, as_they_are = [], kernels.contiguous
+
+    def watched(given):
+        copy = as_they_are(given)
+        if copy is not None:
+            seen.append(weakref.ref(copy))
+        return copy
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(kernels, "contiguous", watched)
+        for _ in range(3):
+            repeater(lambda: cython.linear(x, w)[0])
+    alive = {id(ref()) for ref in seen if ref() is not None}
+    assert alive == {id(x)}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_child_of_a_process_that_records(cython):
+    x, repeater = array(4, 8), kernels.Repeater()
+
+    def compute():
+        if not children:
+            children.append(os.fork())
+        return cython.add(x, x)
+
+    children = []
+    repeater(compute)
+    if children[0] == 0:  # the recording thread's twin: it records nothing, and repeats its own
+        own = kernels.Repeater()
+        for _ in range(3):
+            own(lambda: cython.add(x, x))
+        os._exit(0 if own.settled else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
 
 
 def test_arrays_of_the_memory_of_a_recording_can_outlive_it(cython):
@@ -345,8 +462,8 @@ def test_arrays_of_the_memory_of_a_recording_can_outlive_it(cython):
         return y
 
     for _ in range(6):
-        repeater(0, compute)
-    assert not repeater.settled  # each time the kept array was another
+        repeater(compute)
+    assert not repeater.settled  # for a kept array would be overwritten
     del repeater
     for y in kept:
         np.testing.assert_array_equal(y, 4 * x)
@@ -355,9 +472,9 @@ def test_arrays_of_the_memory_of_a_recording_can_outlive_it(cython):
 def test_a_computation_that_fails_is_not_recorded(cython):
     x, repeater = array(4, 8), kernels.Repeater()
     with pytest.raises(ZeroDivisionError):
-        repeater(0, lambda: cython.add(x, x) / 0 if 1 / 0 else None)
+        repeater(lambda: cython.add(x, x) / 0 if 1 / 0 else None)
     for _ in range(3):
-        np.testing.assert_array_equal(repeater(0, lambda: cython.add(x, x)), 2 * x)
+        np.testing.assert_array_equal(repeater(lambda: cython.add(x, x)), 2 * x)
     assert repeater.settled
 
 
@@ -375,10 +492,10 @@ def test_arrays_of_other_threads_are_none_of_a_recording(cython):
         return cython.add(x, x)
 
     for _ in range(4):
-        repeater(0, compute)
+        repeater(compute)
     assert repeater.settled
     expected = [y.copy() for y in others]
     x += 1
-    repeater(0, compute)
+    repeater(compute)
     for y, before in zip(others, expected, strict=True):
         np.testing.assert_array_equal(y, before)

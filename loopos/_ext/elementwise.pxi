@@ -186,8 +186,9 @@ def split_columns(x, sizes, int threads):
     cdef loopos_rows p
     cdef float *data = matrix(x, "x", -1, -1)
     cdef long size
+    sizes = [index(given) for given in sizes]
     if sum(sizes) != size_of(x, 1) or min(sizes, default=0) < 0:
-        raise ValueError(f"sizes: expected {size_of(x, 1)} columns in all, found {list(sizes)}")
+        raise ValueError(f"sizes: expected {size_of(x, 1)} columns in all, found {sizes}")
     parts = []
     for size in sizes:
         memset(&p, 0, sizeof(p))

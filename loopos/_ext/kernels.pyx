@@ -10,6 +10,9 @@ cimport numpy as cnp
 from cpython.pycapsule cimport PyCapsule_New
 from cpython.ref cimport Py_INCREF
 
+import os
+from operator import index
+
 import numpy as np
 
 cnp.import_array()
@@ -82,10 +85,10 @@ include "repeat.pxi"
 
 @cython.no_gc
 cdef class Block:
-    """Memory of the arena, given back when the last array on it is gone."""
+    """Memory of the arena or of a recording, given back when the last array on it is gone."""
 
     cdef void *memory
-    cdef Pool pool  # that it is from, not the arena; its number there
+    cdef Pool pool  # of the recording; its number there
     cdef long number
 
     def __dealloc__(self):
@@ -105,8 +108,8 @@ cdef cnp.ndarray make(int ndim, cnp.npy_intp *shape):
         count *= <size_t>shape[axis]
     cdef Block block = Block.__new__(Block)
     if is_recorded():
+        block.number = recorder.pool.take(4 * count if count else 4)
         block.pool = recorder.pool
-        block.number = block.pool.take(4 * count if count else 4)
         block.memory = <void *><size_t>block.pool.addresses[block.number]
     else:
         block.memory = loopos_take(4 * count if count else 4)
@@ -234,8 +237,7 @@ cdef done(int status):
     """What follows a kernel that is not called by `run`: what it does cannot be repeated."""
     if status:
         no_scratch()
-    if is_recorded():
-        recorder.whole = False
+    not_repeated()
 
 
 # -- what stands between any array and a kernel -----------------------------------------------------
@@ -271,6 +273,7 @@ def contiguous(array):
         return array
     if cnp.PyArray_IS_C_CONTIGUOUS(<cnp.ndarray>array) and cnp.PyArray_ISALIGNED(<cnp.ndarray>array):
         return array
+    not_repeated()
     return np.require(array, requirements=["C", "A"])
 
 
@@ -294,6 +297,7 @@ def as_int32(array, str name):
         limits = np.iinfo(np.int32)
         if array.size and not limits.min <= array.min() <= array.max() <= limits.max:
             raise ValueError(f"{name}: some do not fit into int32")
+    not_repeated()
     return np.require(array, np.int32, ["C", "A"])
 
 
@@ -301,6 +305,7 @@ def row_numbers(array, str name, long limit):
     """Return row numbers as int32; negative ones count from the end, as in NumPy."""
     rows = as_int32(array, name)
     if rows.size and rows.min() < 0:
+        not_repeated()
         rows = np.where(rows < 0, rows + np.int32(limit), rows)
     return rows
 

@@ -19,6 +19,15 @@ ctypedef struct call_head:
 cdef Repeater recorder = None
 
 
+def stop_recording():
+    """Forget the recording of another thread, which a forked child does not have."""
+    global recorder
+    recorder = None
+
+
+os.register_at_fork(after_in_child=stop_recording)
+
+
 cdef int call_kernel(int kernel, int threads, long count, const void *p) noexcept nogil:
     cdef const loopos_table *table = loopos_kernels()
     if kernel == PRODUCT:
@@ -57,6 +66,13 @@ cdef bint is_recorded():
     return recorder is not None and recorder.thread == PyThread_get_thread_ident()
 
 
+cdef not_repeated():
+    """Say of what happens now that kernels alone would not repeat it."""
+    if is_recorded():
+        recorder.whole = False
+        recorder.notes, recorder.arrays = [], []
+
+
 @cython.no_gc
 cdef class Pool:
     """Memory for the arrays of a recording: given in the same order, it lies at the same addresses."""
@@ -85,6 +101,9 @@ cdef class Pool:
         self.free.append(False)
         return len(self.free) - 1
 
+    cdef long in_use(self):
+        return sum(not free for free in self.free)
+
     cdef bint holds(self, const void *data):
         cdef size_t at = <size_t>data, begin, bytes
         for begin, bytes in zip(self.addresses, self.sizes):
@@ -99,9 +118,7 @@ cdef class Repeater:
     Two recordings that are the same to the byte say that nothing but the contents of arrays differs
     from one time to the next. From then on the kernels are called with what they were given, without
     Python in between. An array that was made outside of the kernels on the way has another address the
-    second time, for the first is kept until then, and so has what was made of it. What is written into
-    an array of a kernel from outside leaves no trace; so the first time the kernels are called once
-    more, and have to give the same.
+    second time, for the first is kept until then, and so has what was made of it.
 
     Attributes
     ----------
@@ -110,81 +127,67 @@ cdef class Repeater:
     """
 
     cdef readonly bint settled
-    cdef bint proved, hopeless
-    cdef int recordings      # with this key
-    cdef object key
+    cdef bint busy
+    cdef int recordings
     cdef Pool pool
     cdef unsigned long thread
     cdef bint whole          # nothing ran that may not be repeated
     cdef list notes, arrays  # of this recording: the calls, and what they were given from outside
     cdef list held           # those arrays of the one before: they must not die, nor change places
     cdef bytes calls         # of the one before
+    cdef object place        # of its result
     cdef object result
 
-    def __call__(self, key, compute):
-        """Return ``compute()``, an array that may be overwritten by the next call.
+    def __cinit__(self):
+        self.pool, self.calls, self.held = Pool(), b"", []
 
-        With another `key` shapes or places of arrays are others.
-        """
+    def __call__(self, compute):
+        """Return ``compute()``, an array that may be overwritten by the next call."""
         global recorder
-        if self.hopeless:
+        if self.busy or (not self.settled and (recorder is not None or self.recordings == RECORDINGS)):
             return compute()
-        if self.pool is None or key != self.key:
-            self.forget()
-            self.key, self.pool = key, Pool()
         if self.settled:
             self.repeat()
             return self.result
-        if recorder is not None:
-            return compute()
         self.notes, self.arrays, self.whole = [], [], True
         self.thread = PyThread_get_thread_ident()
         recorder = self
         try:
             result = compute()
+            self.compare(result)
         finally:
             recorder = None
-        if not self.compares(result):
-            del result
-            result = compute()  # over what the kernels alone have left
+            self.notes = self.arrays = None
         return result
 
-    cdef forget(self):
-        self.settled, self.recordings = False, 0
-        self.calls = self.held = self.result = self.pool = None
-
-    cdef bint compares(self, result):
-        """Look whether this recording is the one before; False if the kernels then gave another result."""
-        cdef bint differs = False
-        calls = b"".join(self.notes)
-        if not isinstance(result, cnp.ndarray) or not self.pool.holds(
-            cnp.PyArray_DATA(<cnp.ndarray>result)
-        ):
-            self.whole = False
+    cdef compare(self, result):
+        """Look whether this recording is the one before."""
+        cdef bint whole = (
+            self.whole
+            and isinstance(result, cnp.ndarray)
+            and self.pool.holds(cnp.PyArray_DATA(<cnp.ndarray>result))
+            and self.pool.in_use() == 1  # the result: another one would be overwritten
+        )
+        calls, place = b"".join(self.notes), None
+        if whole:
+            place = (<size_t>cnp.PyArray_DATA(<cnp.ndarray>result), result.shape, result.strides)
         self.recordings += 1
-        self.settled = self.whole and calls == self.calls
-        if self.settled and not self.proved:
-            expected = result.tobytes()
-            self.repeat()
-            self.proved = result.tobytes() == expected
-            differs = not self.proved
-        if differs or (not self.settled and self.recordings == RECORDINGS):
-            self.hopeless = True
-            self.forget()
-        else:
-            self.calls, self.held = calls if self.whole else None, self.arrays
-            self.result = result if self.settled else None
-        self.notes = self.arrays = None
-        return not differs
+        self.settled = whole and calls == self.calls and place == self.place
+        if not whole or (not self.settled and self.recordings == RECORDINGS):
+            calls, self.arrays = b"", []
+        self.calls, self.place, self.held = calls, place, self.arrays
+        if self.settled:
+            self.result = result
 
     cdef note(self, int kernel, int threads, void *p, long bytes, long count):
         cdef call_head head
-        head.kernel, head.threads, head.count, head.bytes = kernel, threads, count, bytes
-        self.notes.append((<char *>&head)[:sizeof(head)])
-        self.notes.append((<char *>p)[:bytes])
+        if self.whole:
+            head.kernel, head.threads, head.count, head.bytes = kernel, threads, count, bytes
+            self.notes.append((<char *>&head)[:sizeof(head)])
+            self.notes.append((<char *>p)[:bytes])
 
     cdef hold(self, array):
-        if not self.pool.holds(cnp.PyArray_DATA(<cnp.ndarray>array)):
+        if self.whole and not self.pool.holds(cnp.PyArray_DATA(<cnp.ndarray>array)):
             self.arrays.append(array)
 
     cdef repeat(self):
@@ -192,10 +195,12 @@ cdef class Repeater:
         cdef const char *end = at + len(self.calls)
         cdef const call_head *head
         cdef int status = 0
+        self.busy = True  # without the interpreter's lock another thread might come
         with nogil:
             while at < end and not status:
                 head = <const call_head *>at
                 status = call_kernel(head.kernel, head.threads, head.count, at + sizeof(call_head))
                 at += sizeof(call_head) + head.bytes
+        self.busy = False
         if status:
             no_scratch()

@@ -7,7 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from loopos.backends.numpy_backend import ACTIVATIONS, AdamwTensor, Array, NumpyBackend
+from loopos.backends.numpy_backend import (
+    ACTIVATIONS,
+    AdamwTensor,
+    Array,
+    NumpyBackend,
+    column_sizes,
+)
 from loopos.backends.threads import get_num_threads
 
 
@@ -183,7 +189,7 @@ class CythonElementwise(NumpyBackend):
         if not self._kernels.single(x=x):
             return super().split_columns(x, sizes)
         parts: list[Array] = self._kernels.split_columns(
-            self._kernels.contiguous(x), sizes, get_num_threads()
+            self._kernels.contiguous(x), column_sizes(x, sizes), get_num_threads()
         )
         return parts
 

@@ -13,7 +13,7 @@ from loopos.backends.threads import get_num_threads
 
 #: Logits held at once, in elements: a weight is read once for each chunk of rows.
 _LOGIT_ELEMENTS = 1 << 25
-#: Rows that are one block of a product (ROW_BLOCK of the largest tiles), whose tasks each pack what
+#: Rows that are one block of a product at level amx (ROW_BLOCK there), whose tasks each pack what
 #: they alone read: 8 % less time a row than with more, where the vocabulary is large.
 _BLOCK_ROWS = 384
 #: Logits for which the number of chunks does not matter.

@@ -21,7 +21,8 @@ fewer bits in ``numpy_quantized``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -34,7 +35,7 @@ from loopos.errors import BackendError, nearest
 
 Array = np.ndarray[Any, Any]
 #: Computes what a function returns, again and again; see :meth:`NumpyBackend.repeater`.
-Repeater: TypeAlias = Callable[[Hashable, Callable[[], Array]], Array]
+Repeater: TypeAlias = Callable[[Callable[[], Array]], Array]
 
 __all__ = ["ACTIVATIONS", "AdamwTensor", "Array", "NumpyBackend", "Repeater"]
 
@@ -67,6 +68,27 @@ def _normal_cdf(x: Array) -> Array:
     cdf += 1.0
     cdf *= 0.5
     return cdf
+
+
+def column_sizes(x: Array, sizes: Sequence[int]) -> list[int]:
+    """Return the sizes of parts that have the columns of ``x[N, C]`` together.
+
+    Raises
+    ------
+    TypeError
+        If some are no whole numbers.
+    ValueError
+        If one is negative, they are more or fewer columns, or `x` has other than two axes.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"x: expected shape [any, any], found {list(x.shape)}")
+    try:
+        whole = [operator.index(size) for size in sizes]
+    except TypeError:
+        raise TypeError(f"sizes: expected whole numbers, found {sizes!r}") from None
+    if sum(whole) != x.shape[1] or min(whole, default=0) < 0:
+        raise ValueError(f"sizes: expected {x.shape[1]} columns in all, found {whole}")
+    return whole
 
 
 class DenseOps:
@@ -357,8 +379,8 @@ class DenseOps:
 
     def split_columns(self, x: Array, sizes: Sequence[int]) -> list[Array]:
         """``x[N, C]`` cut into ``[N, size]`` for each of `sizes`, which add up to ``C``."""
-        parts = np.split(x, np.cumsum(sizes)[:-1], axis=1)
-        return [np.ascontiguousarray(part) for part in parts]
+        ends = np.cumsum(column_sizes(x, sizes))
+        return [part.copy() for part in np.split(x, ends[:-1], axis=1)]
 
     def segment_last(self, x: Array, offsets: Array) -> Array:
         """The last row of each sequence: ``[B, C]``. Sequences must not be empty."""
@@ -404,19 +426,18 @@ class NumpyBackend(DenseOps, AttentionOps, LossOps, UpdateOps, QuantizedOps):
     def repeater(self) -> Repeater:
         """Return what computes one thing again and again, such as a step of decoding.
 
-        It is called with a key and a function that computes the thing by ops and returns an array.
-        From one call to the next with an equal key only the contents of arrays may differ that stay
-        where they are, never shapes or numbers: a backend may then leave Python out and call its
-        kernels with what they were given before (as a CUDA graph does). This one always calls the
-        function.
+        It is called with a function that does nothing but compute an array by ops. From one call
+        to the next only the contents of arrays may differ that stay where they are, never their
+        places, shapes or a number: a backend may then leave the function out and call its kernels
+        with what they were given before (as a CUDA graph does). This one always calls the function.
 
         Returns
         -------
         callable
-            Its result may be overwritten by its next call. Let go of it before: while it lives its
-            memory is not free, and the next one lies elsewhere.
+            For one thread. Its result may be overwritten by its next call. Let go of it before:
+            while it lives its memory is not free, and the next one lies elsewhere.
         """
-        return lambda key, compute: compute()
+        return lambda compute: compute()
 
     def describe(self) -> dict[str, Any]:
         """Return what runs: ``name``, ``isa``, ``threads``, ``native`` and ``inherited`` ops.

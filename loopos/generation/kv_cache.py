@@ -39,6 +39,8 @@ class KVCache:
     ----------
     lengths : ndarray int32 [slots]
         Tokens held in each slot. May be set to fewer: the rest is forgotten.
+    moves : int
+        How often arrays of keys and values were replaced by larger ones.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class KVCache:
         # faster.
         self._layers = [np.empty((2, *self._shape), dtype) for _ in range(config.num_layers)]
         self.lengths = np.zeros(slots, np.int32)
+        self.moves = 0
         self._free = list(range(slots - 1, -1, -1))
         self._pass: _Pass | None = None
         # Of passes with one token each: these arrays stay where they are, so that a backend can
@@ -141,11 +144,12 @@ class KVCache:
             grown = np.empty((2, *shape), array.dtype)
             grown[:, :, : array.shape[2]] = array
             self._layers[layer] = grown
+            self.moves += 1
         self._shape = shape
 
     # -- a pass ----------------------------------------------------------------------------------
 
-    def begin(self, slots: Array, counts: Array | None = None) -> None:
+    def begin(self, slots: Array, counts: Array | None = None) -> int:
         """Say where the tokens of the next forward go.
 
         Parameters
@@ -154,21 +158,29 @@ class KVCache:
             The slot of each sequence of the batch, each at most once.
         counts : ndarray int32 [B], optional
             New tokens of each; one each if None.
+
+        Returns
+        -------
+        int
+            Tokens of the longest of these sequences, with the new ones.
         """
         if counts is None:
             starts = np.take(self.lengths, slots, out=self._starts[: slots.size])
             ends = np.add(starts, 1, out=self._ends[: slots.size])
-            self.reserve(int(ends.max(initial=0)))
+            longest = int(ends.max(initial=0))
+            self.reserve(longest)
             self._pass = _Pass(slots, ends, starts, self._one_each[: slots.size + 1])
-            return
+            return longest
         starts = self.lengths[slots]
         ends = (starts + counts).astype(np.int32)
-        self.reserve(int(ends.max(initial=0)))
+        longest = int(ends.max(initial=0))
+        self.reserve(longest)
         positions = np.concatenate(
             [np.arange(a, b, dtype=np.int32) for a, b in zip(starts, ends, strict=True)]
         )
         offsets = np.append(0, np.cumsum(counts)).astype(np.int32)
         self._pass = _Pass(slots, ends, positions, offsets)
+        return longest
 
     def commit(self) -> None:
         """Count the tokens of the pass as held."""
@@ -182,7 +194,7 @@ class KVCache:
         return self._pass
 
     def positions(self, batch: Batch) -> Array:
-        """Return the position of each new token, int32 [N].
+        """Return the position of each new token, int32 [N]; of this pass, not to be kept.
 
         Raises
         ------
