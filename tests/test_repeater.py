@@ -199,6 +199,10 @@ def test_adapters_that_are_merged_and_taken_out_between_steps(monkeypatch):
                 parameter.data *= -1
         for _ in range(5):
             engine.step()
+        for adapter in model.adapters.values():
+            adapter.scale *= 3
+        for _ in range(5):
+            engine.step()
         return row.ids, row.logprobs
 
     with monkeypatch.context() as context:

@@ -9,23 +9,20 @@ does; others round differently.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, is_
 
 import numpy as np
 
-from loopos.autograd import Array, Parameter, Tensor, no_grad
+from loopos.autograd import Array, Tensor, no_grad
 from loopos.backends import get_backend
-from loopos.backends.numpy_backend import Repeater
-from loopos.backends.threads import get_num_threads
 from loopos.data.batch import Batch
 from loopos.data.tokenizer import Tokenizer
 from loopos.errors import NumericalError
 from loopos.generation.kv_cache import KVCache
 from loopos.generation.sampling import RowNumbers, SamplingOptions, SeenTokens
+from loopos.generation.steps import RepeatedSteps
 from loopos.generation.text import TextTail
-from loopos.models.quantized import QuantizedTransformer
 from loopos.models.transformer import Transformer
 
 __all__ = ["Engine", "Generation", "Row", "common_prefix"]
@@ -87,53 +84,6 @@ class _Samples:
     logits: Array
 
 
-class _Steps:
-    """Says what repeats a step: the same as for the step before, as long as all arrays stay.
-
-    Only steps of this library's own code are repeated: what a subclass does in Python, or a
-    function in the place of a method, a backend might leave out.
-    """
-
-    def __init__(self, model: Transformer, cache: KVCache):
-        self._model, self._cache = model, cache
-        self._key: tuple[object, ...] = ()
-        self._parameters: list[Parameter] = []
-        self._arrays: list[Array] = []
-        self._repeater: Repeater = _compute
-
-    def repeater(self, rows: int, longest: int) -> Repeater:
-        """Return it for a step of so many rows, the longest of so many tokens."""
-        model, backend = self._model, get_backend()
-        if longest > model.config.max_seq_len:
-            return _compute  # which refuses
-        key = (
-            backend, get_num_threads(), rows, self._cache.moves, bool(model.unmerged),
-            len(model.adapters),
-        )  # fmt: skip
-        if key != self._key or not all(map(is_, map(_DATA, self._parameters), self._arrays)):
-            self._repeater = _compute  # lets go of the old one's memory first
-            self._key, self._parameters = key, list(model.parameters().values())
-            self._arrays = [parameter.data for parameter in self._parameters]
-            if self._is_own():
-                self._repeater = backend.repeater()
-        return self._repeater
-
-    def _is_own(self) -> bool:
-        model = type(self._model)
-        return (
-            model in (Transformer, QuantizedTransformer)
-            and not any(hasattr(model, name) for name in vars(self._model))
-            and type(self._cache) is KVCache
-        )
-
-
-_DATA = attrgetter("data")
-
-
-def _compute(compute: Callable[[], Array]) -> Array:
-    return compute()
-
-
 def common_prefix(a: Array, b: Array) -> int:
     """Return how many tokens two lists begin with in common."""
     n = min(a.size, b.size)
@@ -189,7 +139,7 @@ class Engine:
         self._offsets = np.arange(slots + 1, dtype=np.int32)
         self._mask = np.zeros(slots, bool)
         self._batch = self._batch_of(0)
-        self._steps = _Steps(model, cache)
+        self._steps = RepeatedSteps(model, cache)
 
     def run(self, prompts: Sequence[Array]) -> Iterator[Generation]:
         """Yield what was generated, row by row, as rows finish."""
