@@ -254,3 +254,27 @@ def test_bytes_of_divergences_and_of_sgd_do_not_depend_on_threads(backend):
             backend.sgd(p, w, m, 0.1, 0.9, 0.01, nesterov=True)
         results.append([a.tobytes() for a in (kl, dh, dw, p, m)])
     assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 200])
+def test_a_loss_and_its_gradient_at_once_are_those_one_by_one(backend, columns):
+    rng = np.random.default_rng(columns)
+    z = (30 * rng.standard_normal((9, columns))).astype(np.float32)
+    z[3, columns // 2] = -np.inf
+    targets, dlogp = rng.integers(0, columns, 9).astype(np.int32), rng.random(9).astype("f4")
+    targets[3] = (columns // 2 + 1) % columns
+    dlogp[5] = 0
+    logp, lse, _ = kernels.loss_rows(z, targets, 0.7, False, 2)
+    one, other = z.copy(), z.copy()
+    kernels.loss_rows_gradient(one, targets, 0.7, dlogp, lse, None, None, 2)
+    at_once = kernels.loss_rows(other, targets, 0.7, False, 2, dlogp)
+    np.testing.assert_array_equal(at_once[:2], (logp, lse))
+    if columns > 1:
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+        exact = np.exp(0.7 * z.astype("f8") - lse[:, None].astype("f8")) * -0.7 * dlogp[:, None]
+        exact[np.arange(9), targets] += 0.7 * dlogp
+        np.testing.assert_allclose(other, exact, atol=3e-6)
+    with pytest.raises(ValueError, match="dlogp: expected None where the entropy is wanted"):
+        kernels.loss_rows(other, targets, 0.7, True, 2, dlogp)
+    with pytest.raises(ValueError, match=r"dlogp: expected shape \[9\]"):
+        kernels.loss_rows(other, targets, 0.7, False, 2, dlogp[:3])

@@ -12,8 +12,11 @@ cdef targets_of(loopos_loss_rows *p, z, targets):
             raise IndexError(f"targets: {p.targets[row]} is outside of {p.columns} columns")
 
 
-def loss_rows(z, targets, float factor, bint need_entropy, int threads):
-    """Return (logp of the targets, lse, entropy or None) of each row of ``factor * z``."""
+def loss_rows(z, targets, float factor, bint need_entropy, int threads, dlogp=None):
+    """Return (logp of the targets, lse, entropy or None) of each row of ``factor * z``.
+
+    Given `dlogp`, and where no entropy is wanted, `z` is replaced by the gradient of ``dlogp * logp``.
+    """
     cdef loopos_loss_rows p
     cdef int status
     cdef cnp.npy_intp[1] shape
@@ -23,7 +26,9 @@ def loss_rows(z, targets, float factor, bint need_entropy, int threads):
     entropy = make(1, shape) if need_entropy else None
     p.factor, p.logp, p.lse = factor, floats(logp, "logp"), floats(lse, "lse")
     p.entropy = floats(entropy, "entropy") if need_entropy else NULL
-    p.dlogp = p.dentropy = NULL
+    p.dlogp, p.dentropy = vector_or_null(dlogp, "dlogp", p.rows), NULL
+    if need_entropy and dlogp is not None:
+        raise ValueError("dlogp: expected None where the entropy is wanted")
     with nogil:
         status = loopos_kernels().loss_rows(threads, &p)
     done(status)

@@ -69,11 +69,11 @@ class CythonLosses(NumpyBackend):
             states, scale = h[at], weight[at]
             picked = targets[at]
             z = self.linear(states, w, b)[0]
-            logp, lse, _ = kernels.loss_rows(z, picked, 1.0, False, threads)
+            dlogp = -scale if need_dh or need_dw or need_db else None
+            logp, _, _ = kernels.loss_rows(z, picked, 1.0, False, threads, dlogp)
             total -= float(np.sum(logp * scale, dtype=np.float64))
-            if not (need_dh or need_dw or need_db):
+            if dlogp is None:
                 continue
-            kernels.loss_rows_gradient(z, picked, 1.0, -scale, lse, None, None, threads)
             part = self.linear_backward(
                 z, states, w, dw=dw, db=db, accumulate=accumulate, need_dx=need_dh
             )

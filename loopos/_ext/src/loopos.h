@@ -88,8 +88,9 @@ typedef struct {
 } loopos_pack;
 
 /* Rows of logits z [rows, columns], each scaled by `factor` (one over the temperature). The forward
-   writes logp of the targets, lse and, unless NULL, entropy. The gradient, given lse (and entropy
-   with dentropy, which may be NULL), replaces z by that of dlogp * logp + dentropy * entropy. */
+   writes logp of the targets, lse and, unless NULL, entropy; without entropy, and given dlogp, it also
+   replaces z by the gradient of dlogp * logp. The gradient by itself, given lse (and entropy with
+   dentropy, which may be NULL), replaces z by that of dlogp * logp + dentropy * entropy. */
 typedef struct {
     long rows, columns;
     float *z;
