@@ -94,7 +94,7 @@ def test_a_c_module_multiplies_without_the_lock(tmp_path):
     ("change", "to", "version"),
     [
         (r"API_VERSION \d+\n", "API_VERSION 999\n", 999),
-        (r"\} loopos_rope;", "long more;} loopos_rope;", 3),
+        (r"\} loopos_rope;", "long more;} loopos_rope;", 4),
     ],
 )
 def test_a_module_of_another_version_is_refused(change, to, version, tmp_path):
