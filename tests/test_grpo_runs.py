@@ -231,7 +231,8 @@ def test_answers_are_learnt():
     solver.fit(read_reasoning(steps), num_epochs=20, learning_rate=3e-3, eval_problems=0)
     trainer = ReasoningGRPO(solver.model, tokenizer)
     training = read_reasoning(rows, need_steps=False)
-    options = Options(max_new_tokens=16, batch_size=8, learning_rate=2e-3, num_epochs=15,
+    # After 15 epochs the gain is 0.07 to 0.14, by seed and rounding; after 45 it is 0.11 to 0.17.
+    options = Options(max_new_tokens=16, batch_size=8, learning_rate=2e-3, num_epochs=45,
                       kl_coefficient=0.0)  # fmt: skip
     before = trainer.evaluate(training, options)["accuracy"]
     result = trainer.fit(training, options=options)
