@@ -139,12 +139,9 @@ INLINE float max_lanes(vec v) {
 #define LOW_HALVES(e, s) (((e) & ~3) + ((e) >> 1 & 1) + ((e) & 1) * LANES)
 #define HIGH_HALVES(e, s) (LOW_HALVES(e, s) + 2)
 
-/* Transpose a square of vectors in registers. */
-INLINE void transpose(vec rows[LANES]) {
+/* A square of vectors whose halves are in place already: what is left of a transposition. */
+INLINE void transpose_halves(vec rows[LANES]) {
 #if LANES >= 16
-    EXCHANGE(8)
-#endif
-#if LANES >= 8
     EXCHANGE(4)
 #endif
     UNROLL(4) for (int i = 0; i < LANES; i += 4) {
@@ -157,6 +154,53 @@ INLINE void transpose(vec rows[LANES]) {
         rows[i + 2] = SHUFFLE(even_high, odd_high, LOW_HALVES, 0);
         rows[i + 3] = SHUFFLE(even_high, odd_high, HIGH_HALVES, 0);
     }
+}
+
+/* Transpose a square of vectors in registers. */
+INLINE void transpose(vec rows[LANES]) {
+#if LANES >= 16
+    EXCHANGE(8)
+#elif LANES >= 8
+    EXCHANGE(4)
+#endif
+    transpose_halves(rows);
+}
+
+/* An address that is to be in a register, and not summed up anew from others on the stack. */
+#define KEEP(pointer) __asm__("" : "+r"(pointer))
+
+#if LANES >= 8
+/* Half of a vector from each of two places. */
+INLINE vec load_halves(const float *low, const float *high) {
+#if LANES == 16
+    __m512d both = _mm512_castpd256_pd512(_mm256_loadu_pd((const double *)low));
+    return (vec)_mm512_insertf64x4(both, _mm256_loadu_pd((const double *)high), 1);
+#else
+    __m256 both = _mm256_castps128_ps256(_mm_loadu_ps(low));
+    return (vec)_mm256_insertf128_ps(both, _mm_loadu_ps(high), 1);
+#endif
+}
+#endif
+
+/* The transposed square of rows `step` apart: the first exchange is made by the loads, which leaves
+   the port that shuffles to the others. */
+INLINE void load_transposed(vec rows[LANES], const float *from, long step) {
+#if LANES >= 8
+    UNROLL(8) for (int i = 0; i < LANES / 2; i += 2) {
+        const float *high = from + LANES / 2 * step;
+        KEEP(high);
+        rows[i] = load_halves(from, high);
+        rows[i + LANES / 2] = load_halves(from + LANES / 2, high + LANES / 2);
+        rows[i + 1] = load_halves(from + step, high + step);
+        rows[i + 1 + LANES / 2] = load_halves(from + step + LANES / 2, high + step + LANES / 2);
+        from += 2 * step;
+        KEEP(from);
+    }
+    transpose_halves(rows);
+#else
+    for (int i = 0; i < LANES; i++) rows[i] = load(from + i * step);
+    transpose(rows);
+#endif
 }
 
 #endif
