@@ -44,6 +44,7 @@ typedef struct {
     loopos_task task;
     void *context;
     long count;
+    int threads;
     size_t scratch_bytes;
     arithmetic_t arithmetic; /* a result must not depend on who computes it */
 } job_t;
@@ -60,7 +61,7 @@ static struct {
     atomic_uint generation; /* odd: a job may be joined */
     atomic_int joined;      /* workers inside the job */
     atomic_int seats;       /* workers that may still join */
-    atomic_long next;       /* task to be taken next */
+    atomic_long next[MAX_THREADS]; /* task to be taken next, of each seat */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
           .sleep = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -132,29 +133,36 @@ static void *scratch_of_thread(size_t bytes) {
     return scratch->memory;
 }
 
-static void take_tasks(const job_t *job, void *scratch) {
-    long index;
+/* Where the tasks of a seat begin. */
+static inline long seat_start(const job_t *job, long seat) { return job->count * seat / job->threads; }
+
+/* First the tasks of a seat, then what is left of those of others. A thread gets the same tasks, side by
+   side, when a job is repeated: what they read and write may still be in its cache. */
+static void take_tasks(const job_t *job, int seat, void *scratch) {
     inside = 1;
-    while ((index = atomic_fetch_add(&pool.next, 1)) < job->count)
-        job->task(job->context, index, scratch);
+    for (int i = 0; i < job->threads; i++) {
+        long from = (seat + i) % job->threads, end = seat_start(job, from + 1), index;
+        atomic_long *next = &pool.next[from];
+        while (atomic_load(next) < end && (index = atomic_fetch_add(next, 1)) < end)
+            job->task(job->context, index, scratch);
+    }
     inside = 0;
 }
 
 /* Take part in the job of this generation, if there is still a seat. */
-static void join(unsigned generation) {
+static void join(unsigned generation, int worker) {
     atomic_fetch_add(&pool.joined, 1);
     /* The caller closes the job first and then waits for `joined` to fall to 0. */
     if (atomic_load(&pool.generation) == generation && atomic_fetch_sub(&pool.seats, 1) > 0) {
         void *scratch = pool.job.scratch_bytes ? scratch_of_thread(pool.job.scratch_bytes) : NULL;
         set_arithmetic(pool.job.arithmetic);
-        if (scratch != NULL || pool.job.scratch_bytes == 0) take_tasks(&pool.job, scratch);
+        if (scratch != NULL || pool.job.scratch_bytes == 0) take_tasks(&pool.job, worker % pool.job.threads, scratch);
     }
     atomic_fetch_sub(&pool.joined, 1);
 }
 
-static void *work(void *unused) {
+static void *work(void *number) {
     unsigned seen = 0;
-    (void)unused;
     for (;;) {
         long long end = now_ns() + SPIN_NS;
         unsigned generation;
@@ -173,7 +181,7 @@ static void *work(void *unused) {
             break;
         }
         seen = generation;
-        join(generation);
+        join(generation, (int)(intptr_t)number);
     }
     return NULL;
 }
@@ -189,7 +197,8 @@ static void hire(int workers) {
     pthread_sigmask(SIG_BLOCK, &all, &before);
     while (pool.workers < workers) {
         pthread_t thread;
-        if (pthread_create(&thread, &attributes, work, NULL)) break; /* fewer then */
+        void *number = (void *)(intptr_t)(pool.workers + 1); /* 0 is the caller */
+        if (pthread_create(&thread, &attributes, work, number)) break; /* fewer then */
         pool.worker[pool.workers++] = thread;
         pool.avoided = -1;
     }
@@ -242,14 +251,14 @@ int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task t
     }
     hire(threads - 1);
     make_way();
-    pool.job = (job_t){task, context, count, scratch_bytes, get_arithmetic()};
-    atomic_store(&pool.next, 0);
+    pool.job = (job_t){task, context, count, threads, scratch_bytes, get_arithmetic()};
+    for (int i = 0; i < threads; i++) atomic_store(&pool.next[i], seat_start(&pool.job, i));
     atomic_store(&pool.seats, threads - 1);
     atomic_fetch_add(&pool.generation, 1); /* open */
     pthread_mutex_lock(&pool.sleep);
     for (int i = 0; i < pool.sleepers && i < threads - 1; i++) pthread_cond_signal(&pool.wake);
     pthread_mutex_unlock(&pool.sleep);
-    take_tasks(&pool.job, scratch);
+    take_tasks(&pool.job, 0, scratch);
     atomic_fetch_add(&pool.generation, 1); /* closed */
     /* A worker may have lost its processor to somebody else: do not keep this one from it. */
     for (unsigned turns = 1; atomic_load(&pool.joined); turns++)
