@@ -194,8 +194,9 @@ def test_a_deep_product_ends_once_with_bias_and_activation(backend, rows, activa
     close(dx, 1 + dy.astype(np.float64) @ array(2000, 60, seed=4), 2000)
 
 
-def test_bytes_do_not_depend_on_threads(backend):
-    x, w, dy = array(800, 400), array(700, 400, seed=1), array(800, 700, seed=3)
+@pytest.mark.parametrize("rows", [800, 60, 15])
+def test_bytes_do_not_depend_on_threads(backend, rows):
+    x, w, dy = array(rows, 400), array(700, 400, seed=1), array(rows, 700, seed=3)
     found = []
     for threads in (1, 2, 5):
         with thread_limit(threads):

@@ -53,7 +53,7 @@ static struct {
     pthread_mutex_t busy;  /* held by the caller whose job it is */
     pthread_mutex_t sleep; /* of `wake` and `sleepers` */
     pthread_cond_t wake;
-    int workers;  /* started in this process; changed by who holds `busy` */
+    int workers; /* started in this process; changed by who holds `busy` */
     pthread_t worker[MAX_THREADS];
     int avoided; /* the processor that workers keep off; -1: none */
     int sleepers;
@@ -156,7 +156,8 @@ static void join(unsigned generation, int worker) {
     if (atomic_load(&pool.generation) == generation && atomic_fetch_sub(&pool.seats, 1) > 0) {
         void *scratch = pool.job.scratch_bytes ? scratch_of_thread(pool.job.scratch_bytes) : NULL;
         set_arithmetic(pool.job.arithmetic);
-        if (scratch != NULL || pool.job.scratch_bytes == 0) take_tasks(&pool.job, worker % pool.job.threads, scratch);
+        if (scratch != NULL || pool.job.scratch_bytes == 0)
+            take_tasks(&pool.job, worker % pool.job.threads, scratch);
     }
     atomic_fetch_sub(&pool.joined, 1);
 }
