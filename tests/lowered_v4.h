@@ -20,11 +20,22 @@
 #define _mm512_dpbusd_epi32 lowered_add_products
 #define _mm512_reduce_add_epi32 lowered_sum
 #define _mm512_movepi32_mask lowered_sign_bits
+#define _mm512_castpd256_pd512 lowered_half
+#define _mm512_insertf64x4(both, high, place) lowered_halves(both, high)
 
 #define LOWERED static inline __attribute__((always_inline))
 LOWERED __m512 lowered_max(__m512 a, __m512 b) {
     __v16si larger = (__v16sf)a > (__v16sf)b;
     return (__m512)((larger & (__v16si)a) | (~larger & (__v16si)b));
+}
+LOWERED __m512d lowered_half(__m256d low) {
+    __m512d both = {0};
+    memcpy(&both, &low, sizeof low);
+    return both;
+}
+LOWERED __m512d lowered_halves(__m512d both, __m256d high) {
+    memcpy((char *)&both + sizeof high, &high, sizeof high);
+    return both;
 }
 LOWERED unsigned lowered_sign_bits(__m512i lanes) {
     unsigned bits = 0;
