@@ -121,12 +121,14 @@ def test_every_instruction_set(backend):
             for causal in (True, False):
                 check(backend, [1, 130, 33, 0, 250], 4, 2, d, causal=causal)
         check(backend, [300], 2, 2, 32, window=40)
+        check(backend, [700, 65], 2, 1, 64)
+        check(backend, [450], 2, 2, 20, causal=False, window=90)
         check(backend, [70], 2, 2, 32, dropout_rate=0.3, key=1)
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": False, "window": 50}, {"dropout_rate": 0.2}])
 def test_threads_and_companions_do_not_matter(backend, options):
-    lengths = [33, 260, 0, 1, 129, 64]
+    lengths = [33, 430, 0, 1, 129, 64]
     arrays, offsets = make(lengths, 6, 2, 40)
     samples = np.arange(len(lengths))
     with thread_limit(1):
@@ -146,8 +148,64 @@ def test_threads_and_companions_do_not_matter(backend, options):
             np.testing.assert_array_equal(value, reference[rows])
 
 
-def test_what_is_not_a_number_stays_so_and_does_not_spread(backend):
-    (dy, q, k, v), offsets = make([40, 40], 2, 1, 20)
+def test_a_query_does_not_depend_on_those_after_it(backend):
+    (_, q, k, v), offsets = make([400], 2, 1, 40)
+    for level in backend.levels():
+        backend.use_level(level)
+        y, lse = backend.attention(q, k, v, offsets, True, 0.2)
+        for length in (65, 150, 290):
+            some = np.array([0, length], np.int32)
+            first, sums = backend.attention(q[:length], k[:length], v[:length], some, True, 0.2)
+            np.testing.assert_array_equal(first, y[:length])
+            np.testing.assert_array_equal(sums, lse[:length])
+
+
+def test_amx_has_the_precision_of_float32(backend):
+    arrays, offsets = make([500, 100], 2, 2, 64)
+    exact = run(REFERENCE, [a.astype(np.float64) for a in arrays], offsets)
+    errors = {}
+    for level in {"amx", "v4"} & set(backend.levels()):
+        backend.use_level(level)
+        errors[level] = [
+            np.sqrt(np.mean((value - reference) ** 2) / np.mean(reference**2))
+            for value, reference in zip(run(backend, arrays, offsets), exact, strict=True)
+        ]
+    for found in errors.values():
+        assert max(found) <= 1e-6
+    if len(errors) == 2:
+        assert all(a <= 1.2 * b for a, b in zip(errors["amx"], errors["v4"], strict=True))
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38, 1e-30])
+@pytest.mark.parametrize("name", ["dy", "q", "k", "v"])
+def test_what_amx_cannot_multiply_is_as_without_it(backend, name, value):
+    if backend.levels()[0] != "amx":
+        pytest.skip("without AMX")
+    (dy, q, k, v), offsets = make([130, 70], 2, 1, 40)
+    arrays = {"dy": dy, "q": q, "k": k, "v": v}
+    if value == 1e-30:  # all that comes of it is too small
+        arrays[name][:130] *= np.float32(value)
+    else:
+        arrays[name][100, 0, 7] = value
+    found = {}
+    for level in ("amx", "v4"):
+        backend.use_level(level)
+        with np.errstate(all="ignore"):
+            y, lse = backend.attention(q, k, v, offsets, True, 0.2)
+            found[level] = [y, *backend.attention_backward(dy, q, k, v, y, lse, offsets, True, 0.2)]
+    for a, b in zip(found["amx"], found["v4"], strict=True):
+        assert np.isfinite(a[130:]).all()
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+        scale = np.abs(b[:130], where=np.isfinite(b[:130]), out=np.zeros_like(b[:130])).max()
+        assert np.isfinite(scale)
+        with np.errstate(all="ignore"):
+            np.testing.assert_allclose(a[:130], b[:130], rtol=1e-4, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("length", [40, 100])
+def test_what_is_not_a_number_stays_so_and_does_not_spread(backend, length):
+    (dy, q, k, v), offsets = make([length, length], 2, 1, 20)
+    q[25, 0, 3] = -1  # times minus infinity: the largest score
     clean, _ = backend.attention(q, k, v, offsets, True, 0.2)
     for array, value in ((q, np.nan), (k, np.nan), (v, np.nan), (q, np.inf), (k, -np.inf)):
         kept, array[25, 0, 3] = array[25, 0, 3], value
@@ -157,12 +215,12 @@ def test_what_is_not_a_number_stays_so_and_does_not_spread(backend):
             expected, _, *exact_gradients = run(REFERENCE, exact, offsets, scale=0.2)
         assert np.isnan(y[25]).any()
         assert np.isnan(expected[25]).any()
-        np.testing.assert_array_equal(np.isnan(y[26:40]), np.isnan(expected[26:40]))
-        np.testing.assert_array_equal(y[40:], clean[40:])
+        np.testing.assert_array_equal(np.isnan(y[26:length]), np.isnan(expected[26:length]))
+        np.testing.assert_array_equal(y[length:], clean[length:])
         gradients = backend.attention_backward(dy, q, k, v, y, lse, offsets, True, 0.2)
         for gradient, reference in zip(gradients, exact_gradients, strict=True):
             assert np.isnan(gradient).any() == np.isnan(reference).any()
-            assert np.isfinite(gradient[40:]).all()
+            assert np.isfinite(gradient[length:]).all()
         array[25, 0, 3] = kept
 
 

@@ -631,6 +631,8 @@ CASES: list[OpCase] = [
     attention(RAGGED, 4, 2, 7, True, window=4),
     attention(RAGGED, 4, 2, 7, False, window=4),
     attention(RAGGED, 4, 2, 7, True, dropout=0.3),
+    attention((70, 3, 165), 2, 1, 20, True),
+    attention((101,), 2, 2, 9, False, window=40),
     attention((), 2, 2, 4, True),
     attention((1,), 2, 1, 5, True),
     attention_cached((1, 1, 1), (4, 0, 9)),

@@ -1,62 +1,9 @@
-/* What attention is made of: exp, products of tiles, rows packed and fetched. */
+/* What attention is made of: products of tiles, rows packed. */
 #ifndef LOOPOS_ATTENTION_TILES_H
 #define LOOPOS_ATTENTION_TILES_H
 
+#include "attention_view.h"
 #include "tile.h"
-
-/* -- vectors ------------------------------------------------------------------------------------ */
-
-/* The larger; b where a is NaN. */
-INLINE vec larger(vec a, vec b) {
-#if LANES == 16
-    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
-#elif LANES == 8
-    return (vec)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__x86_64__)
-    return (vec)_mm_max_ps((__m128)a, (__m128)b);
-#else
-    return where(a > b, a, b);
-#endif
-}
-
-/* x, but 0 where `guide` is less than `low`. */
-INLINE vec zero_below(vec guide, float low, vec x) {
-#if LANES == 16
-    __mmask16 keep = _mm512_cmp_ps_mask((__m512)guide, _mm512_set1_ps(low), _CMP_NLT_UQ);
-    return (vec)_mm512_maskz_mov_ps(keep, (__m512)x);
-#else
-    return (vec)(~(guide < splat(low)) & (ivec)x);
-#endif
-}
-
-/* (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2. */
-#define EXP_0 0x1.fffff8p-2f
-#define EXP_1 0x1.55548ep-3f
-#define EXP_2 0x1.555b5ep-5f
-#define EXP_3 0x1.123c28p-7f
-#define EXP_4 0x1.687a68p-10f
-
-/* exp to about 1 ulp for x <= 88; 0 below -87.3, NaN of NaN. */
-INLINE vec attention_exp(vec x) {
-    vec shifted = x * 1.44269504f + 12582912.0f; /* the low bits of the sum: x / ln 2, rounded */
-    vec n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vec p = r * EXP_4 + EXP_3;
-    p = p * r + EXP_2;
-    p = p * r + EXP_1;
-    p = p * r + EXP_0;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    vec power = (vec)(((ivec)shifted << 23) + 0x3F800000);
-    return zero_below(x, -87.33654f, p * power);
-}
-
-INLINE ivec lane_numbers(void) {
-    ivec v;
-    for (int i = 0; i < LANES; i++) v[i] = i;
-    return v;
-}
 
 /* -- products of tiles -------------------------------------------------------------------------- */
 
@@ -126,10 +73,6 @@ ATTENTION_TILES(by_rows_2, 2, 1)
 ATTENTION_TILES(by_columns_1, 1, 0)
 ATTENTION_TILES(by_columns_2, 2, 0)
 
-INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
-INLINE long lanes_above(long n) { return (n + LANES - 1) / LANES * LANES; }
-
 /* C[rows, width of `vectors`] from A[i, p] = a[i * a_step + p]. */
 static void rows_times(long rows, int vectors, long k, const float *a, long a_step, const float *b,
                        long b_row, float *c, long c_row, int mode) {
@@ -148,6 +91,23 @@ static void columns_times(long rows, int vectors, long k, const float *a, long a
         int height = (int)least(rows - i, TILE_ROWS);
         (vectors == 2 ? by_columns_2 : by_columns_1)(height, k, a + i, a_step, b, b_row,
                                                      c + i * c_row, c_row, n, mode, factor);
+    }
+}
+
+/* -- what is hidden ------------------------------------------------------------------------------ */
+
+/* Set scores [keys][row] of what is hidden to a value. */
+static void hide(const attention_view *w, long i, long n, int vectors, long lo, long hi,
+                 float *scores, long row, float value) {
+    long first = i + w->shift, last = first + n - 1;
+    for (long key = lo; key < hi; key++, scores += row) {
+        int ahead = w->causal && key > first;
+        int far = w->window && (last - key >= w->window || key - first >= w->window);
+        if (!ahead && !far) continue;
+        for (int j = 0; j < vectors; j++) {
+            float *at = scores + j * LANES;
+            store(at, where(hidden_lanes(w, first + j * LANES - key), splat(value), load(at)));
+        }
     }
 }
 
@@ -183,38 +143,6 @@ static void pack_lanes(const float *x, long row, long n, long d, float factor, i
 static void copy_rows(const float *x, long row, long n, long d, float *RESTRICT to, long padded) {
     for (long i = 0; i < n; i++, x += row, to += padded)
         for (long p = 0; p < padded; p += LANES) store(to + p, load_part(x + p, most(d - p, 0)));
-}
-
-/* Ask for `n` rows of d that are wanted soon: they lie too far apart for the processor to guess. */
-INLINE void fetch_rows(const float *x, long row, long n, long d) {
-    for (long i = 0; i < n; i++, x += row)
-        for (long p = 0; p < d; p += 16) __builtin_prefetch(x + p, 0, 2);
-}
-
-/* What the next task will touch, asked for bit by bit while this one computes. */
-typedef struct {
-    struct {
-        const float *x;
-        long row, rows;
-    } parts[7];
-    int count, part;
-    long at, d;
-} fetch_list;
-
-INLINE void fetch_later(fetch_list *list, const float *x, long row, long rows) {
-    list->parts[list->count].x = x;
-    list->parts[list->count].row = row;
-    list->parts[list->count++].rows = rows;
-}
-
-INLINE void fetch_some(fetch_list *list, long rows) {
-    while (rows > 0 && list->part < list->count) {
-        long row = list->parts[list->part].row, left = list->parts[list->part].rows - list->at;
-        fetch_rows(list->parts[list->part].x + list->at * row, row, least(rows, left), list->d);
-        list->at += least(rows, left);
-        if (left <= rows) list->part++, list->at = 0;
-        rows -= left;
-    }
 }
 
 #endif

@@ -92,7 +92,7 @@ static int has_amx(void) {
 static loopos_table table_amx;
 static int amx_serves;
 static pthread_once_t amx_once = PTHREAD_ONCE_INIT;
-/* The table of v4 with AMX's products. */
+/* The table of v4 with what AMX does better. */
 static void look_for_amx(void) {
     if (!has_amx()) return;
     table_amx = loopos_table_v4;
@@ -100,6 +100,8 @@ static void look_for_amx(void) {
     table_amx.product = loopos_table_amx.product;
     table_amx.products = loopos_table_amx.products;
     table_amx.packed_product = loopos_table_amx.packed_product;
+    table_amx.attention = loopos_table_amx.attention;
+    table_amx.attention_backward = loopos_table_amx.attention_backward;
     amx_serves = 1;
 }
 #endif

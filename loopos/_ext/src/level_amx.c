@@ -7,6 +7,8 @@
 extern const loopos_table loopos_table_v4;
 
 #include "packed_split.c.inc"
+#include "attention_split.c.inc"
+#include "attention_backward_split.c.inc"
 
 /* A sum over fewer tokens than this, into a gradient that is much larger than what is read for it, waits
    for memory: splitting numbers and registers that hold 32 x 32 sums gain nothing. (Of all other products
@@ -27,5 +29,7 @@ const loopos_table loopos_table_amx = {
     .product = product_amx,
     .products = products_amx,
     .packed_product = packed_product_amx,
+    .attention = attention_amx,
+    .attention_backward = attention_backward_amx,
 };
 #endif

@@ -2,4 +2,7 @@
 #if defined(__x86_64__)
 #define LOOPOS_LEVEL v4
 #include "level.c.inc"
+
+const attention_runs loopos_attention_v4 = {attention_group, forward_floats, backward_run,
+                                            backward_floats};
 #endif
