@@ -76,7 +76,10 @@ def test_prefill_and_decode_give_the_same_bytes(backend, heads, kv_heads, d, win
                 found = decode(backend, q, k, v, ends, window)
             assert found.tobytes() == whole.tobytes(), name
     trained, _ = backend.attention(q, k, v, np.array([0, LENGTH], np.int32), True, 0.3, window)
-    assert trained.tobytes() == whole.tobytes()
+    if kernels.level() == "amx":  # which sums the sequences of training in an order of its own
+        np.testing.assert_allclose(trained, whole, rtol=0, atol=1e-6 * np.abs(whole).max())
+    else:
+        assert trained.tobytes() == whole.tobytes()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -161,6 +161,22 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation)
         assert backend.linear_backward(dys[part], None, w).tobytes() == dx[part].tobytes()
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 70), (30, 64), (40, 129), (800, 15), (1000, 700)])
+def test_a_row_of_dx_has_the_same_bytes_whatever_stands_beside_it(backend, outputs, inputs):
+    dy, w, x = array(100, outputs), array(outputs, inputs, seed=1), array(100, inputs, seed=2)
+    dy[5] *= 1e-25  # which AMX leaves to be made again
+    whole, sums = backend.linear_backward(dy, x, w), x.copy()
+    backend.linear_backward(dy, x, w, dx=sums)
+    np.testing.assert_allclose(sums, x + whole, rtol=1e-5, atol=1e-5)
+    for rows in (1, 2, 15, 16, 17, 32, 33):
+        for threads in (1, 2, 5):
+            with thread_limit(threads):
+                some, added = backend.linear_backward(dy[:rows], x[:rows], w), x[:rows].copy()
+                backend.linear_backward(dy[:rows], x[:rows], w, dx=added)
+            assert some.tobytes() == whole[:rows].tobytes()
+            assert added.tobytes() == sums[:rows].tobytes()
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_a_row_that_is_decoded_has_the_same_bytes_whatever_stands_beside_it(backend, activation):
     layers = [(array(o, 800, seed=o), array(o, seed=1)) for o in (130, 7)]
