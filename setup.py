@@ -73,7 +73,7 @@ def levels() -> dict[str, list[str]]:
         asked = (os.environ.get("LOOPOS_LEVELS") or ",".join(X86_LEVELS)).split(",")
         if not set(asked) <= set(X86_LEVELS):
             raise SystemExit(f"LOOPOS_LEVELS: expected some of {', '.join(X86_LEVELS)}")
-        asked += ["v2"] + ["v4"] * ("amx" in asked)  # all but its products are those of v4
+        asked += ["v2"] + ["v4"] * ("amx" in asked)  # which it takes most kernels from
         return {level: flags for level, flags in X86_LEVELS.items() if level in asked}
     chosen = {
         level: [part for flag in flags for part in ("-Xarch_x86_64", flag)]
