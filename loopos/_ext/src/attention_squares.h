@@ -7,13 +7,12 @@
 
 #define SQUARE 32
 
-/* Work for vectors, one row after the other, while AMX's unit is busy; and rows to ask for. */
+/* Work for vectors, one row after the other, while AMX's unit is busy; and rows to ask for, so many at a time. */
 typedef struct side_work {
     void (*make)(struct side_work *work, int row);
     int row, rows; /* the next, and how many there are */
     fetch_list *ahead;
 } side_work;
-
 #define ROWS_BETWEEN 2
 
 INLINE void work_aside(side_work *work) {
