@@ -262,13 +262,18 @@ typedef struct {
 } attention_runs;
 extern const attention_runs loopos_attention_v4;
 
-/* List what the task after the next will begin with: of the forward pass, and of the backward. */
+/* The task after the next, if sequences are so short that what it will touch may be asked for. */
+INLINE const attention_task *task_ahead(const attention_job *job, long index) {
+    const int32_t *start = job->p->offsets + job->tasks[index].sequence;
+    if (start[1] - start[0] > FETCHED_LENGTH || index + TASKS_AHEAD >= job->count) return NULL;
+    return &job->tasks[index + TASKS_AHEAD];
+}
+
+/* List what it begins with: of the forward pass, and of the backward. */
 static void forward_ahead(const attention_job *job, long index, fetch_list *ahead) {
     const loopos_attention *p = job->p;
-    const attention_task *task = &job->tasks[index];
-    if (p->offsets[task->sequence + 1] - p->offsets[task->sequence] > FETCHED_LENGTH) return;
-    if (index + TASKS_AHEAD >= job->count) return;
-    task += TASKS_AHEAD;
+    const attention_task *task = task_ahead(job, index);
+    if (task == NULL) return;
     attention_view w = head_view(p, task->sequence, task->head);
     long queries = least(w.queries - task->first, GROUP_QUERIES), at = task->first * w.q_row;
     ahead->d = w.d;
@@ -280,10 +285,8 @@ static void forward_ahead(const attention_job *job, long index, fetch_list *ahea
 
 static void backward_ahead(const attention_job *job, long index, fetch_list *ahead) {
     const loopos_attention *p = job->p;
-    const attention_task *task = &job->tasks[index];
-    if (p->offsets[task->sequence + 1] - p->offsets[task->sequence] > FETCHED_LENGTH) return;
-    if (index + TASKS_AHEAD >= job->count) return;
-    task += TASKS_AHEAD;
+    const attention_task *task = task_ahead(job, index);
+    if (task == NULL) return;
     long head = task->head * (p->heads / p->kv_heads);
     attention_view w = head_view(p, task->sequence, head);
     long queries = least(w.queries, GROUP_QUERIES), keys = least(w.keys, BACKWARD_KEYS(w.d));
