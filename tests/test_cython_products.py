@@ -161,8 +161,9 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation)
         assert backend.linear_backward(dys[part], None, w).tobytes() == dx[part].tobytes()
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 70), (30, 64), (40, 129), (800, 15), (1000, 700)])
-def test_a_row_of_dx_has_the_same_bytes_whatever_stands_beside_it(backend, outputs, inputs):
+@pytest.mark.parametrize("shape", [(1, 70), (30, 64), (40, 129), (800, 15), (1000, 700)])
+def test_a_row_of_dx_has_the_same_bytes_whatever_stands_beside_it(backend, shape):
+    outputs, inputs = shape
     dy, w, x = array(100, outputs), array(outputs, inputs, seed=1), array(100, inputs, seed=2)
     dy[5] *= 1e-25  # which AMX leaves to be made again
     whole, sums = backend.linear_backward(dy, x, w), x.copy()
