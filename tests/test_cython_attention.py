@@ -133,7 +133,7 @@ def test_threads_and_companions_do_not_matter(backend, options):
     samples = np.arange(len(lengths))
     with thread_limit(1):
         expected = run(backend, arrays, offsets, sample_ids=samples, **options)
-    for count in (2, 5):
+    for count in (2, 5, 16):
         with thread_limit(count):
             found = run(backend, arrays, offsets, sample_ids=samples, **options)
         for value, reference in zip(found, expected, strict=True):
@@ -160,11 +160,11 @@ def test_a_query_does_not_depend_on_those_after_it(backend):
             np.testing.assert_array_equal(sums, lse[:length])
 
 
-def test_amx_has_the_precision_of_float32(backend):
+def test_every_instruction_set_has_the_precision_of_float32(backend):
     arrays, offsets = make([500, 100], 2, 2, 64)
     exact = run(REFERENCE, [a.astype(np.float64) for a in arrays], offsets)
     errors = {}
-    for level in {"amx", "v4"} & set(backend.levels()):
+    for level in backend.levels():
         backend.use_level(level)
         errors[level] = [
             np.sqrt(np.mean((value - reference) ** 2) / np.mean(reference**2))
@@ -172,7 +172,7 @@ def test_amx_has_the_precision_of_float32(backend):
         ]
     for found in errors.values():
         assert max(found) <= 1e-6
-    if len(errors) == 2:
+    if "amx" in errors:
         assert all(a <= 1.2 * b for a, b in zip(errors["amx"], errors["v4"], strict=True))
 
 
