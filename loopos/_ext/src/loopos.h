@@ -21,7 +21,8 @@ extern "C" {
 
 /* -- threads (pool.c) --------------------------------------------------------------------------- */
 
-/* Runs task `index` of a job; `scratch` belongs to the running thread for the time of the call. */
+/* Runs task `index` of a job; `scratch` belongs to the running thread for the time of the call. What a task
+   leaves there the thread's next task of this job finds; before the first its first `long` is 0. */
 typedef void (*loopos_task)(void *context, long index, void *scratch);
 
 /* Run `count` tasks on at most `threads` threads of the process's one pool, this one among them,

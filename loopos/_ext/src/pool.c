@@ -133,6 +133,10 @@ static void *scratch_of_thread(size_t bytes) {
     return scratch->memory;
 }
 
+static inline void begin_scratch(void *scratch, size_t bytes) {
+    if (bytes >= sizeof(long)) *(long *)scratch = 0;
+}
+
 /* Where the tasks of a seat begin. */
 static inline long seat_start(const job_t *job, long seat) { return job->count * seat / job->threads; }
 
@@ -140,6 +144,7 @@ static inline long seat_start(const job_t *job, long seat) { return job->count *
    side, when a job is repeated: what they read and write may still be in its cache. */
 static void take_tasks(const job_t *job, int seat, void *scratch) {
     inside = 1;
+    begin_scratch(scratch, job->scratch_bytes);
     for (int i = 0; i < job->threads; i++) {
         long from = (seat + i) % job->threads, end = seat_start(job, from + 1), index;
         atomic_long *next = &pool.next[from];
@@ -232,6 +237,7 @@ static int run_alone(long count, size_t scratch_bytes, loopos_task task, void *c
         if (scratch == NULL) return -1;
     }
     inside = 1;
+    begin_scratch(scratch, scratch_bytes);
     for (long index = 0; index < count; index++) task(context, index, scratch);
     inside = nested;
     if (nested && scratch != NULL) loopos_give(scratch);
