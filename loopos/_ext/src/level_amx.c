@@ -13,7 +13,7 @@ extern const loopos_table loopos_table_v4;
 /* A sum over fewer tokens than this, into a gradient that is much larger than what is read for it, waits
    for memory: splitting numbers and registers that hold 32 x 32 sums gain nothing. (Of all other products
    those with k = 1 look like this, whatever their rows.) */
-#define LEAST_TOKENS 80
+#define LEAST_TOKENS 24
 
 static int products_amx(int threads, long count, const loopos_product *p) {
     if (p->a_row == 1 && p->b_col == 1 && p->k < LEAST_TOKENS)
