@@ -161,7 +161,9 @@ def test_a_row_has_the_same_bytes_whatever_stands_beside_it(backend, activation)
         assert backend.linear_backward(dys[part], None, w).tobytes() == dx[part].tobytes()
 
 
-@pytest.mark.parametrize("shape", [(1, 70), (30, 64), (40, 129), (800, 15), (1000, 700)])
+@pytest.mark.parametrize(
+    "shape", [(1, 70), (30, 64), (40, 129), (800, 15), (1000, 700), (2000, 100)]
+)
 def test_a_row_of_dx_has_the_same_bytes_whatever_stands_beside_it(backend, shape):
     outputs, inputs = shape
     dy, w, x = array(100, outputs), array(outputs, inputs, seed=1), array(100, inputs, seed=2)
@@ -211,17 +213,24 @@ def test_a_deep_product_ends_once_with_bias_and_activation(backend, rows, activa
     close(dx, 1 + dy.astype(np.float64) @ array(2000, 60, seed=4), 2000)
 
 
-@pytest.mark.parametrize("rows", [800, 60, 15])
-def test_bytes_do_not_depend_on_threads(backend, rows):
-    x, w, dy = array(rows, 400), array(700, 400, seed=1), array(rows, 700, seed=3)
+@pytest.mark.parametrize(
+    "shape",
+    [(800, 400, 700), (60, 400, 700), (15, 400, 700),
+     # Deep, with few sums: blocks of the depth go by at once where there are threads for them.
+     (300, 2000, 100), (15, 2000, 100), (300, 13000, 70), (2000, 70, 300)],
+)  # fmt: skip
+def test_bytes_do_not_depend_on_threads(backend, shape):
+    rows, c, o = shape
+    x, w, dy = array(rows, c), array(o, c, seed=1), array(rows, o, seed=3)
     found = []
-    for threads in (1, 2, 5):
+    for threads in (1, 2, 5, 16):
         with thread_limit(threads):
-            dw = np.ones_like(w)
+            dw, added = np.ones_like(w), x.copy()
             dx = backend.linear_backward(dy, x, w, dw=dw)
-            few = backend.linear(x[:40], w)[0]
-            found.append([a.tobytes() for a in (backend.linear(x, w)[0], few, dx, dw)])
-    assert found[0] == found[1] == found[2]
+            backend.linear_backward(dy, x, w, dx=added)
+            whole, few = (backend.linear(a, w, w[:, 0].copy(), "silu")[0] for a in (x, x[:40]))
+            found.append([a.tobytes() for a in (whole, few, dx, added, dw)])
+    assert all(each == found[0] for each in found)
 
 
 def test_gradients_add_up_or_overwrite_in_the_buffers_given(backend):
