@@ -213,6 +213,15 @@ def test_a_deep_product_ends_once_with_bias_and_activation(backend, rows, activa
     close(dx, 1 + dy.astype(np.float64) @ array(2000, 60, seed=4), 2000)
 
 
+@pytest.mark.parametrize("shape", [(10600, 300, 660), (660, 300, 10600)])
+def test_an_operand_that_is_kept_in_parts_by_threads(backend, shape):
+    rows, c, o = shape
+    x, w, b = array(rows, c), array(o, c, seed=1), array(o, seed=2)
+    y, pre = backend.linear(x, w, b, "relu")
+    close(pre, x.astype(np.float64) @ w.T.astype(np.float64) + b, c)
+    np.testing.assert_array_equal(y, np.maximum(pre, 0))
+
+
 @pytest.mark.parametrize(
     "shape",
     [(800, 400, 700), (60, 400, 700), (15, 400, 700),
