@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -112,7 +113,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     old = _aside(temporary)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists() and not target.is_dir():
+        if _is_no_directory(target):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         temporary.mkdir()
         yield temporary
@@ -253,7 +254,7 @@ def _lock(path: str | Path, target: Path, stack: ExitStack) -> None:
             lock.acquire(blocking=False)
             break
         except (FileExistsError, FileNotFoundError) as error:
-            if os.path.lexists(target) and not target.is_dir():
+            if _is_no_directory(target):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
             if attempt == 99:  # else whoever made the directory has just removed it again
                 raise
@@ -265,6 +266,14 @@ def _lock(path: str | Path, target: Path, stack: ExitStack) -> None:
     stack.callback(lock.release)
     # While it is locked: whoever has opened it already finds that it has no name any more.
     stack.callback(_forget, (target / ".lock").unlink)
+
+
+def _is_no_directory(path: Path) -> bool:
+    """Return whether something else is at `path`: in one look, as others make and remove it."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _forget(remove: Callable[[], None]) -> None:

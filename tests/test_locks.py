@@ -1,5 +1,6 @@
 """One run a directory: whoever comes second is refused at once, and the first never notices."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -206,6 +207,33 @@ def test_a_file_is_no_directory_to_lock(tmp_path):
             pytest.fail("the block was entered")
         assert str(caught.value) == f"{path}: cannot be written (Not a directory)"
     assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_directory_removed_while_it_is_looked_at_is_made_again(tmp_path, monkeypatch):
+    """Another run has made it when this one tries, and removes it after this one's first look."""
+    target = tmp_path / "out"
+    plain_mkdir, plain_lstat = Path.mkdir, os.lstat
+    looks = []
+
+    def mkdir(path, *arguments, **keywords):
+        plain_mkdir(path, *arguments, **keywords)
+        if not looks:
+            monkeypatch.setattr(os, "lstat", lstat)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+    def lstat(path, **keywords):
+        found = plain_lstat(path, **keywords)
+        if os.fspath(path) == os.fspath(target):
+            monkeypatch.setattr(os, "lstat", plain_lstat)
+            looks.append(path)
+            target.rmdir()
+        return found
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with locked_directory(target):
+        assert (target / ".lock").exists()
+    assert len(looks) == 1
+    assert os.listdir(tmp_path) == []
 
 
 def test_of_many_that_come_at_once_one_is_in(tmp_path):
