@@ -2,7 +2,7 @@
 
 from libc.stdlib cimport free, malloc
 
-FUNCTION_CODES = {"exp": 0, "tanh": 1, "normal_cdf": 2, "sigmoid": 3}
+FUNCTION_CODES = {"exp": 0, "tanh": 1, "normal_cdf": 2, "sigmoid": 3, "exp_or_zero": 4}
 
 
 cdef same(object array, str name, object like):
@@ -14,7 +14,7 @@ cdef same(object array, str name, object like):
 
 
 def vector_function(str name, x, int threads):
-    """Return exp, tanh, the normal distribution function or sigmoid of every element."""
+    """Return one of these functions of every element."""
     cdef loopos_map p
     memset(&p, 0, sizeof(p))
     p.a = floats(x, "x")

@@ -1,8 +1,8 @@
-/* What attention is at any instruction set: exp, who sees whom, and how its work is cut into tasks. */
+/* What attention is at any instruction set: who sees whom, and how its work is cut into tasks. */
 #ifndef LOOPOS_ATTENTION_VIEW_H
 #define LOOPOS_ATTENTION_VIEW_H
 
-#include "simd.h"
+#include "math.h.inc"
 
 #include <stdlib.h>
 
@@ -35,39 +35,6 @@ INLINE vec larger(vec a, vec b) {
 #else
     return where(a > b, a, b);
 #endif
-}
-
-/* x, but 0 where `guide` is less than `low`. */
-INLINE vec zero_below(vec guide, float low, vec x) {
-#if LANES == 16
-    __mmask16 keep = _mm512_cmp_ps_mask((__m512)guide, _mm512_set1_ps(low), _CMP_NLT_UQ);
-    return (vec)_mm512_maskz_mov_ps(keep, (__m512)x);
-#else
-    return (vec)(~(guide < splat(low)) & (ivec)x);
-#endif
-}
-
-/* (exp(r) - 1 - r) / r^2 for |r| <= ln 2 / 2. */
-#define EXP_0 0x1.fffff8p-2f
-#define EXP_1 0x1.55548ep-3f
-#define EXP_2 0x1.555b5ep-5f
-#define EXP_3 0x1.123c28p-7f
-#define EXP_4 0x1.687a68p-10f
-
-/* exp to about 1 ulp for x <= 88; 0 below -87.3, NaN of NaN. */
-INLINE vec attention_exp(vec x) {
-    vec shifted = x * 1.44269504f + 12582912.0f; /* the low bits of the sum: x / ln 2, rounded */
-    vec n = shifted - 12582912.0f;
-    vec r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vec p = r * EXP_4 + EXP_3;
-    p = p * r + EXP_2;
-    p = p * r + EXP_1;
-    p = p * r + EXP_0;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    vec power = (vec)(((ivec)shifted << 23) + 0x3F800000);
-    return zero_below(x, -87.33654f, p * power);
 }
 
 INLINE ivec lane_numbers(void) {

@@ -170,7 +170,7 @@ typedef struct {
 } loopos_rope;
 
 /* y = op(a, b, c) element by element, n of each; `kind` is an activation (or, for MAP_FUNCTION, 0 exp,
-   1 tanh, 2 normal_cdf, 3 sigmoid). y and z may be inputs. */
+   1 tanh, 2 normal_cdf, 3 sigmoid, 4 exp_or_zero). y and z may be inputs. */
 enum loopos_map_op {
     LOOPOS_MAP_ACTIVATION,          /* y = act(a) */
     LOOPOS_MAP_ACTIVATION_BACKWARD, /* y = b act'(a) */
