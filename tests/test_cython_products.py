@@ -222,6 +222,32 @@ def test_an_operand_that_is_kept_in_parts_by_threads(backend, shape):
     np.testing.assert_array_equal(y, np.maximum(pre, 0))
 
 
+@pytest.mark.parametrize("shape", [(400, 900, 1000), (300, 2100, 2000), (390, 1000, 900)])
+def test_a_gradient_of_which_an_operand_is_kept_in_parts(backend, shape):
+    """Its bytes are those of the same sums in smaller products, whose operand is kept whole."""
+    rows, c, o = shape
+    x, w, dy = array(rows, c), array(o, c, seed=1), array(rows, o, seed=3)
+    dw, parts = np.zeros_like(w), np.zeros_like(w)
+    backend.linear_backward(dy, x, w, dw=dw, need_dx=False)
+    close(dw, dy.T.astype(np.float64) @ x, rows)
+    for at in range(0, o, 500):
+        some = slice(at, at + 500)
+        backend.linear_backward(dy[:, some], x, w[some], dw=parts[some], need_dx=False)
+    assert parts.tobytes() == dw.tobytes()
+
+
+@pytest.mark.parametrize("depth", [1024, 1039, 3072])
+def test_few_rows_by_a_weight_whose_rows_fight_for_places_in_the_cache(backend, depth):
+    """Rows of so many bytes that a tile of them shares the sets of a cache, and others."""
+    x, w, b = array(60, depth), array(400, depth, seed=1), array(400, seed=2)
+    expected = x.astype(np.float64) @ w.T.astype(np.float64) + b
+    for rows in (9, 16, 33, 60):
+        y = backend.linear(x[:rows], w, b)[0]
+        close(y, expected[:rows], depth)
+        many = backend.linear(np.concatenate([x[:rows]] * 10), w, b)[0]
+        assert y.tobytes() == many[:rows].tobytes()
+
+
 @pytest.mark.parametrize(
     "shape",
     [(800, 400, 700), (60, 400, 700), (15, 400, 700),

@@ -61,7 +61,9 @@ static struct {
     atomic_uint generation; /* odd: a job may be joined */
     atomic_int joined;      /* workers inside the job */
     atomic_int seats;       /* workers that may still join */
-    atomic_long next[MAX_THREADS]; /* task to be taken next, of each seat */
+    struct {
+        _Alignas(64) atomic_long task; /* each in a line of its own */
+    } next[MAX_THREADS];               /* to be taken next, of each seat */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER,
           .sleep = PTHREAD_MUTEX_INITIALIZER,
           .wake = PTHREAD_COND_INITIALIZER,
@@ -147,7 +149,7 @@ static void take_tasks(const job_t *job, int seat, void *scratch) {
     begin_scratch(scratch, job->scratch_bytes);
     for (int i = 0; i < job->threads; i++) {
         long from = (seat + i) % job->threads, end = seat_start(job, from + 1), index;
-        atomic_long *next = &pool.next[from];
+        atomic_long *next = &pool.next[from].task;
         while (atomic_load(next) < end && (index = atomic_fetch_add(next, 1)) < end)
             job->task(job->context, index, scratch);
     }
@@ -259,7 +261,7 @@ int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task t
     hire(threads - 1);
     make_way();
     pool.job = (job_t){task, context, count, threads, scratch_bytes, get_arithmetic()};
-    for (int i = 0; i < threads; i++) atomic_store(&pool.next[i], seat_start(&pool.job, i));
+    for (int i = 0; i < threads; i++) atomic_store(&pool.next[i].task, seat_start(&pool.job, i));
     atomic_store(&pool.seats, threads - 1);
     atomic_fetch_add(&pool.generation, 1); /* open */
     pthread_mutex_lock(&pool.sleep);

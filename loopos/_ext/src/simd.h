@@ -71,18 +71,29 @@ INLINE void store(float *p, vec v) { *(vec_unaligned *)p = v; }
 INLINE vec splat(float x) { return x - (vec){0}; }
 INLINE ivec isplat(int32_t x) { return x - (ivec){0}; }
 
-/* The first `count` lanes, the others 0; and their store. */
-INLINE vec load_part(const float *p, long count) {
-    if (count >= LANES) return load(p);
+/* The first `count` lanes, the others 0; and their store. The sanitizers see into memcpy alone. */
+#if LANES == 16 && !defined(LOOPOS_LOWERED) && !defined(__SANITIZE_ADDRESS__)
+#define FIRST_LANES(count) ((__mmask16)((1u << (count)) - 1))
+INLINE vec load_some(const float *p, long count) {
+    return (vec)_mm512_maskz_loadu_ps(FIRST_LANES(count), p);
+}
+INLINE void store_some(float *p, vec v, long count) {
+    _mm512_mask_storeu_ps(p, FIRST_LANES(count), (__m512)v);
+}
+#else
+INLINE vec load_some(const float *p, long count) {
     vec v = {0};
     memcpy(&v, p, (size_t)count * 4);
     return v;
 }
+INLINE void store_some(float *p, vec v, long count) { memcpy(p, &v, (size_t)count * 4); }
+#endif
+INLINE vec load_part(const float *p, long count) { return count >= LANES ? load(p) : load_some(p, count); }
 INLINE void store_part(float *p, vec v, long count) {
     if (count >= LANES)
         store(p, v);
     else
-        memcpy(p, &v, (size_t)count * 4);
+        store_some(p, v, count);
 }
 
 /* a where the mask is set (all bits), else b. */
