@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from loopos.backends import get_backend
 from loopos.backends.lasting import lasting
 from loopos.errors import LooposError
 
@@ -348,7 +349,7 @@ def backward(terms: Iterable[tuple[Tensor, Any]]) -> None:
         slots = pending[node]
         held = slots[index]
         # Never in place: an op may hand the same array to several inputs.
-        slots[index] = gradient if held is None else held + gradient
+        slots[index] = gradient if held is None else get_backend().add(held, gradient)
 
     for tensor, gradient in terms:
         if not tensor.requires_grad:

@@ -439,7 +439,7 @@ def linear_cross_entropy(
                     tensor.give_grad(gradient)
                 else:
                     tensor.add_grad(gradient, upstream)
-        return None if dh is None else dh * dh.dtype.type(upstream), None, None
+        return dh if dh is None or upstream == 1.0 else dh * dh.dtype.type(upstream), None, None
 
     return record([np.asarray(total, dtype=np.float64)], (h, w, b), backward), count
 

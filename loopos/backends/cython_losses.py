@@ -65,7 +65,7 @@ class CythonLosses(NumpyBackend):
         db = np.zeros(w.shape[0], np.float32) if need_db else None
         total, accumulate = 0.0, False
         for chunk in _chunks(rows.size, w.shape[0]):
-            at = rows[chunk]
+            at = chunk if rows.size == len(h) else rows[chunk]  # a view where all count
             states, scale = h[at], weight[at]
             picked = targets[at]
             z = self.linear(states, w, b)[0]
