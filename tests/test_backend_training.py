@@ -86,8 +86,8 @@ def test_a_step_finds_the_pages_of_the_steps_before():
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     faults = [int(line) for line in done.stdout.split()]
     assert faults[0] > 500  # what a step takes from the system
-    # The arena learns in the first steps what to keep. NumPy's few arrays are the C library's, which
-    # hands them to the system and takes them back in some step or other, as addresses happen to be.
+    # The arena learns in the first steps what to keep. NumPy's few arrays are the C library's,
+    # which hands them to the system and takes them back in one step or another, by chance.
     assert np.median(faults[4:]) < 100, faults
 
 
