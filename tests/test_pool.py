@@ -412,8 +412,88 @@ def test_what_is_trimmed_goes_back_to_the_system():
     assert full - _resident() > 120e6
 
 
+def _take_and_give(seed, steps=3000):
+    """Take and give back arrays of all sizes in any order; each holds what was written to it."""
+    rng = np.random.default_rng(seed)
+    held = []
+    for number in range(steps):
+        if held and rng.random() < 0.5:
+            array, value = held.pop(rng.integers(len(held)))
+            assert (array == value).all()
+        else:
+            array = kernels.empty(int(2 ** rng.uniform(0, 19 if number % 50 else 23)))
+            array[:] = number
+            assert array.ctypes.data % 64 == 0
+            held.append((array, number))
+        if number % 1000 == 999 and seed % 2:
+            kernels.arena_trim()
+    assert all((array == value).all() for array, value in held)
+
+
+def test_what_is_in_use_is_nobody_elses():
+    kernels.arena_trim()
+    used, _, _ = kernels.arena_state()
+    _take_and_give(0)
+    assert kernels.arena_state()[0] == used
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(_take_and_give, range(1, 9)))
+    assert kernels.arena_state()[0] == used
+    kernels.arena_trim()
+    assert kernels.arena_state() == (used, 0, used)
+
+
+def test_the_same_arrays_lie_at_the_same_addresses():
+    sizes = [int(2**e) for e in np.random.default_rng(3).uniform(2, 21, 300)]
+
+    def step():
+        found, held = [], {}
+        for number, size in enumerate(sizes):
+            held[number] = kernels.empty(size)
+            found.append(held[number].ctypes.data)
+            held.pop(number * 7 % (number + 1), None)  # in another order than they came
+            if len(held) > 20:
+                held.pop(max(held))
+        return found
+
+    step()
+    second = step()
+    assert len(set(second)) > 20
+    assert step() == second
+
+
+_LIMITED = """
+import resource
+resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+import numpy as np
+from loopos._ext import kernels
+arrays = [kernels.empty(25_000_000) for _ in range(20)]  # 2 of 3 GB
+for value, array in enumerate(arrays):
+    array[:: 1 << 14] = value
+assert all((array[:: 1 << 14] == value).all() for value, array in enumerate(arrays))
+assert kernels.arena_state()[0] >= 2_000_000_000
+arrays.clear()
+del array
+print(kernels.arena_state()[0])
+try:
+    kernels.empty(1 << 30)
+except MemoryError as error:
+    print(error)
+"""
+
+
 @LINUX
-def test_small_blocks_share_memory_and_what_is_trimmed_of_it_goes_back():
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer needs more addresses"
+)
+def test_where_addresses_are_few_all_of_them_can_be_used():
+    done = subprocess.run(
+        [sys.executable, "-c", _LIMITED], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines() == ["0", f"no memory for {1 << 32} bytes"]
+
+
+@LINUX
+def test_small_blocks_lie_beside_each_other_and_what_is_trimmed_of_them_goes_back():
     kernels.arena_trim()
     before = _resident()
     sizes = [20_000, 100_000, 400_000, 31_000]  # floats: side by side in the same memory

@@ -32,7 +32,7 @@ int loopos_parallel(int threads, long count, size_t scratch_bytes, loopos_task t
 
 /* -- memory (arena.c) --------------------------------------------------------------------------- */
 
-/* Aligned to 64 bytes; given back blocks are kept for the next that asks for such a size. */
+/* Aligned to 64 bytes; NULL where there is no memory. What is given back is kept for others. */
 void *loopos_take(size_t bytes);
 void loopos_give(void *block);
 /* What is in use, what is kept free, the most that was in use at once; bytes. */
