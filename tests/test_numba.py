@@ -329,6 +329,54 @@ def test_an_error_in_a_helper_reaches_the_caller(monkeypatch):
     assert len(seen) == 41
 
 
+def test_jobs_are_cut_into_pieces_of_about_one_size(monkeypatch):
+    monkeypatch.setattr(threads, "_asked", 2)
+    seen, lock = [], threading.Lock()
+
+    def kernel(name, lo, hi):
+        with lock:
+            seen.append((name, lo, hi))
+
+    sizes = [1, 800, 3, 90]
+    runs = [numba_pool.Run(kernel, count, (name,)) for name, count in enumerate(sizes)]
+    numba_pool.POOL.run_all(runs, 1 << 20)
+    blocks = [(name, i) for name, lo, hi in seen for i in range(lo, hi)]
+    assert sorted(blocks) == [(name, i) for name, count in enumerate(sizes) for i in range(count)]
+    assert len(seen) == 11  # of 112 blocks at most
+    numba_pool.POOL.run_streams(runs, 1 << 20)
+    assert len(seen) == 22
+
+
+def paced(pace, alone, helped, calls):
+    """Return which way each call took, when they take so many seconds."""
+    ways = []
+    for _ in range(calls):
+        ways.append(pace.helped())
+        pace.took(ways[-1], helped if ways[-1] else alone)
+    return ways
+
+
+def test_helpers_are_asked_where_they_help():
+    pace = numba_pool.Pace()
+    assert paced(pace, 2.0, 1.0, 6) == [True, False] * 3
+    assert paced(pace, 2.0, 1.0, 94).count(False) == 3  # tried again
+    ways = paced(pace, 1.0, 1.5, 400)  # other threads have come
+    assert ways[-100:].count(True) <= 4
+    ways = paced(pace, 2.0, 1.0, 400)  # and are gone
+    assert ways[-100:].count(False) <= 4
+
+
+def test_one_disturbed_call_does_not_change_the_way():
+    pace = numba_pool.Pace()
+    pace.helped()
+    pace.took(True, 10.0)  # compiled
+    assert paced(pace, 1.5, 1.0, 40)[5:].count(False) <= 2
+    while not pace.helped():
+        pace.took(False, 1.5)
+    pace.took(True, 10.0)
+    assert pace.helped()
+
+
 GUEST = """
 import os, warnings
 import numpy as np, numba

@@ -33,6 +33,7 @@ from loopos.backends.numba_support import (
 )
 from loopos.backends.numba_updates import NumbaUpdates
 from loopos.backends.numpy_backend import ACTIVATIONS, NumpyBackend
+from loopos.backends.reused import empty
 from loopos.backends.threads import get_num_threads
 
 Array = np.ndarray[Any, Any]
@@ -73,7 +74,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         if kind not in ACTIVATIONS or not one_of(x):
             return super().activation(x, kind)
         kernels, _ = numba_compile.compiled()
-        flat, y = as_input(x).reshape(-1), np.empty(x.shape, x.dtype)
+        flat, y = as_input(x).reshape(-1), empty(x.shape, x.dtype)
         POOL.run(
             kernels.activation, -(-x.size // kernels.ELEMENTS), 2 * x.size,
             flat, y.reshape(-1), ACTIVATIONS.index(kind),
@@ -86,7 +87,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             return super().activation_backward(dy, x, kind)
         kernels, _ = numba_compile.compiled()
         expect(x.shape, dy=dy)
-        dx = np.empty(x.shape, x.dtype)
+        dx = empty(x.shape, x.dtype)
         POOL.run(
             kernels.activation_backward, -(-x.size // kernels.ELEMENTS), 2 * x.size,
             as_input(dy).reshape(-1), as_input(x).reshape(-1), dx.reshape(-1),
@@ -100,7 +101,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             return super().swiglu(gate, up)
         kernels, _ = numba_compile.compiled()
         expect(gate.shape, up=up)
-        y = np.empty(gate.shape, gate.dtype)
+        y = empty(gate.shape, gate.dtype)
         flat = (as_input(a).reshape(-1) for a in (gate, up, y))
         POOL.run(kernels.swiglu, -(-y.size // kernels.ELEMENTS), 2 * y.size, *flat)
         return y
@@ -111,7 +112,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             return super().swiglu_backward(dy, gate, up)
         kernels, _ = numba_compile.compiled()
         expect(gate.shape, up=up, dy=dy)
-        dgate, dup = np.empty(gate.shape, gate.dtype), np.empty(gate.shape, gate.dtype)
+        dgate, dup = empty(gate.shape, gate.dtype), empty(gate.shape, gate.dtype)
         flat = (as_input(a).reshape(-1) for a in (dy, gate, up, dgate, dup))
         POOL.run(kernels.swiglu_backward, -(-dup.size // kernels.ELEMENTS), 3 * dup.size, *flat)
         return dgate, dup
@@ -124,7 +125,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         kernels, _ = numba_compile.compiled()
         positions = np.arange(len(x)) - np.repeat(int64(offsets)[:-1], lengths)
         samples = np.repeat(int64(sample_ids), lengths)
-        y = np.empty(x.shape, x.dtype)
+        y = empty(x.shape, x.dtype)
         POOL.run(
             kernels.dropout, -(-len(x) // kernels.ROWS), 4 * x.size,
             as_input(x), y, samples, positions, *dropout_bits(rate, key, x.dtype),
@@ -140,8 +141,8 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         expect((len(x), x.shape[-1]), x=x, residual=residual)
         expect(x.shape[1:], g=g, b=b)
         none = np.empty((0, 0), x.dtype)
-        y, mean, rstd = (np.empty((len(x), n), x.dtype) for n in (x.shape[1], 1, 1))
-        s = none if residual is None else np.empty(x.shape, x.dtype)
+        y, mean, rstd = (empty((len(x), n), x.dtype) for n in (x.shape[1], 1, 1))
+        s = none if residual is None else empty(x.shape, x.dtype)
         POOL.run(
             kernels.norm, -(-len(x) // kernels.ROWS), x.size,
             as_input(x), none if residual is None else as_input(residual), as_input(g),
@@ -176,7 +177,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         expect(s.shape[1:], g=g, dg=dg, db=db)
         expect((len(s), 1), rstd=rstd, mean=mean)
         blocks, none = -(-len(s) // kernels.ROWS), np.empty((0, 0), s.dtype)
-        dx = np.empty(s.shape, s.dtype) if need_dx else none
+        dx = empty(s.shape, s.dtype) if need_dx else none
         sums = [
             none if into is None else np.zeros((blocks, s.shape[1]), s.dtype) for into in (dg, db)
         ]
@@ -265,7 +266,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             return super().segment_mean_backward(dy, offsets)
         check_offsets(offsets, int(offsets[-1]))
         kernels, _ = numba_compile.compiled()
-        dx = np.empty((int(offsets[-1]), dy.shape[1]), dy.dtype)
+        dx = empty((int(offsets[-1]), dy.shape[1]), dy.dtype)
         POOL.run(kernels.segment_mean_backward, len(dy), dx.size, as_input(dy), int64(offsets), dx)
         return dx
 
@@ -275,7 +276,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             return super().discounted_sum(x, offsets, gamma)
         check_offsets(offsets, len(x))
         kernels, _ = numba_compile.compiled()
-        y = np.empty(x.shape, x.dtype)
+        y = empty(x.shape, x.dtype)
         args = (as_input(x), int64(offsets), x.dtype.type(gamma), y)
         POOL.run(kernels.discounted_sum, offsets.size - 1, 4 * x.size, *args)
         return y
@@ -324,7 +325,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             half = q.shape[-1] // 2
             raise ValueError(f"inv_freq: expected at most {half} elements, found {len(inv_freq)}")
         cos, sin = (a[:, 0, :] for a in self._rotation(positions, inv_freq, q.dtype))
-        turned = np.empty(q.shape, q.dtype), np.empty(k.shape, k.dtype)
+        turned = empty(q.shape, q.dtype), empty(k.shape, k.dtype)
         for x, y in zip((q, k), turned, strict=True):
             args = (as_input(x), as_input(cos), as_input(sin), y, x.dtype.type(sign))
             POOL.run(kernels.rotate, len(x), x.size, *args)
@@ -356,7 +357,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         items = attention_items(
             offsets[:-1], lengths, offsets[:-1], lengths, samples, q.shape[1], kernels.QUERIES
         )
-        y, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:2], q.dtype)
+        y, lse = empty(q.shape, q.dtype), np.empty(q.shape[:2], q.dtype)
         work = int((lengths**2).sum()) * q.shape[1] * q.shape[2] // 4
         POOL.run(
             kernels.attention, len(items), work,
@@ -396,7 +397,8 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
         items = attention_items(
             offsets[:-1], lengths, offsets[:-1], lengths, samples, q.shape[1], 0
         )[:, [0, 1, 2, 6]]
-        dq, dk, dv = (np.zeros(q.shape, q.dtype) for _ in range(3))
+        dq, dk, dv = (empty(q.shape, q.dtype) for _ in range(3))
+        dq.fill(0)
         work = int((lengths**2).sum()) * q.shape[1] * q.shape[2]
         arrays = (as_input(a) for a in (dy, q, k, v, y, lse))
         POOL.run(
@@ -443,7 +445,7 @@ class NumbaBackend(NumbaLosses, NumbaUpdates, NumpyBackend):
             offsets[:-1], new, int64(slots) * capacity, totals, slots, q.shape[1], kernels.QUERIES
         )
         shape = (-1, *k_cache.shape[2:])
-        y, lse = np.empty(q.shape, q.dtype), np.empty(q.shape[:2], q.dtype)
+        y, lse = empty(q.shape, q.dtype), np.empty(q.shape[:2], q.dtype)
         POOL.run(
             kernels.attention, len(items), int((new * totals).sum()) * q.shape[1] * q.shape[2],
             as_input(q), as_input(k_cache).reshape(shape), as_input(v_cache).reshape(shape), y, lse,

@@ -14,6 +14,7 @@ from loopos.backends.numba_pool import POOL
 from loopos.backends.numba_support import as_input, expect, int64, one_of
 from loopos.backends.numpy_backend import DenseOps
 from loopos.backends.numpy_losses import LossOps, _chunks, _logits
+from loopos.backends.reused import empty
 
 Array = np.ndarray[Any, Any]
 
@@ -28,6 +29,17 @@ def _targets(targets: Array, vocabulary: int) -> Array:
     return int64(targets)
 
 
+def _product(a: Array, b: Array) -> Array:
+    """``a b`` by BLAS, in memory that was used before."""
+    if a.ndim != 2 or b.ndim != 2 or not one_of(a, b):
+        return a @ b
+    return np.matmul(a, b, out=empty((len(a), b.shape[1]), a.dtype))
+
+
+def _new_logits(h: Array, w: Array, b: Array | None, temperature: float = 1.0) -> Array:
+    return _logits(h, w, b, temperature, empty((len(h), len(w)), h.dtype))
+
+
 def _add_product(into: Array, left: Array, right: Array, fresh: bool = False) -> None:
     """``into += left^T right``: the product by BLAS, the sum on all threads.
 
@@ -36,7 +48,7 @@ def _add_product(into: Array, left: Array, right: Array, fresh: bool = False) ->
     if fresh:
         np.matmul(left.T, right, out=into)
         return
-    product = left.T @ right
+    product = _product(left.T, right)
     fits = product.flags.carray and into.flags.carray and one_of(into, product)
     if not fits or product.shape != into.shape:
         into += product
@@ -55,11 +67,13 @@ def _add_head_gradients(
         _add_product(dw, dz, h, not accumulate)
     if db is not None:
         db += dz.sum(axis=0)
-    return dz @ w if need_dh else None
+    return _product(dz, w) if need_dh else None
 
 
 class NumbaLosses(DenseOps, LossOps):
     """The losses of ``numpy_losses`` whose loops are worth compiling."""
+
+    _product = staticmethod(_product)
 
     def linear_backward(
         self,
@@ -82,6 +96,12 @@ class NumbaLosses(DenseOps, LossOps):
             assert x is not None
             _add_product(dw, dy, x, not accumulate)
         return super().linear_backward(dy, None, w, db=db, dx=dx, need_dx=need_dx)
+
+    def add(self, a: Array, b: Array, scale: float = 1.0) -> Array:
+        """``a + scale b`` of one shape."""
+        if scale != 1.0 or a.shape != b.shape or not one_of(a, b):
+            return super().add(a, b, scale)
+        return np.add(a, b, out=empty(a.shape, a.dtype))
 
     def linear_cross_entropy(
         self,
@@ -115,7 +135,7 @@ class NumbaLosses(DenseOps, LossOps):
             whole = rows.size == len(h)
             states = h[chunk] if whole else h[at]
             scale, target = as_input(weight[at]), _targets(targets[at], w.shape[0])
-            z, logp = _logits(states, w, b), np.empty(at.size, h.dtype)
+            z, logp = _new_logits(states, w, b), np.empty(at.size, h.dtype)
             args = (z, target, scale, logp, wanted)
             POOL.run(kernels.cross_entropy_rows, at.size, z.size, *args)
             total -= float(np.sum(logp * scale, dtype=np.float64))
@@ -136,7 +156,7 @@ class NumbaLosses(DenseOps, LossOps):
         targets = _targets(targets, w.shape[0])
         logp, entropy, lse = (np.empty(len(h), dtype=h.dtype) for _ in range(3))
         for chunk in _chunks(len(h), w.shape[0]):
-            z = _logits(h[chunk], w, b, temperature)
+            z = _new_logits(h[chunk], w, b, temperature)
             args = (z, targets[chunk], logp[chunk], entropy[chunk], lse[chunk])
             POOL.run(kernels.logprob_rows, len(z), z.size, *args)
         return logp, entropy, lse
@@ -175,7 +195,7 @@ class NumbaLosses(DenseOps, LossOps):
         entropy, lse = as_input(entropy), as_input(lse)
         inverse = h.dtype.type(1.0 / temperature)
         for chunk in _chunks(len(h), w.shape[0]):
-            z = _logits(h[chunk], w, b, temperature)
+            z = _new_logits(h[chunk], w, b, temperature)
             args = (entropy[chunk], lse[chunk], *(up[chunk] for up in ups), inverse)
             POOL.run(
                 kernels.logprob_rows_backward, len(z), z.size, z, targets[chunk], *args
@@ -204,8 +224,8 @@ class NumbaLosses(DenseOps, LossOps):
         expect((w.shape[0], h_ref.shape[1]), w_ref=w_ref)
         kl = np.empty(len(h), dtype=h.dtype)
         for chunk in _chunks(len(h), w.shape[0]):
-            z = _logits(h[chunk], w, b, temperature)
-            z_ref = _logits(h_ref[chunk], w_ref, b_ref, temperature)
+            z = _new_logits(h[chunk], w, b, temperature)
+            z_ref = _new_logits(h_ref[chunk], w_ref, b_ref, temperature)
             POOL.run(kernels.kl_rows, len(z), 2 * z.size, z, z_ref, kl[chunk])
         return kl
 
@@ -241,8 +261,8 @@ class NumbaLosses(DenseOps, LossOps):
             dw.fill(0)
         kl, up = as_input(kl), as_input(dkl / h.dtype.type(temperature))
         for chunk in _chunks(len(h), w.shape[0]):
-            z = _logits(h[chunk], w, b, temperature)
-            z_ref = _logits(h_ref[chunk], w_ref, b_ref, temperature)
+            z = _new_logits(h[chunk], w, b, temperature)
+            z_ref = _new_logits(h_ref[chunk], w_ref, b_ref, temperature)
             args = (z, z_ref, kl[chunk], up[chunk])
             POOL.run(kernels.kl_rows_backward, len(z), 2 * z.size, *args)
             add = accumulate or chunk.start > 0

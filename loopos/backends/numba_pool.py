@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import SimpleQueue
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from loopos.backends.threads import get_num_threads
@@ -39,13 +41,13 @@ class Run(NamedTuple):
 
 
 class _Job:
-    """Kernels over their blocks, cut into pieces."""
+    """Kernels over their blocks, cut into pieces of about one size."""
 
     def __init__(self, runs: Sequence[Run], width: int):
+        step = max(1, -(-sum(run.blocks for run in runs) // (_PIECES * width)))
         self.pieces = [
             (kernel, args, start, min(start + step, count))
             for kernel, count, args in runs
-            for step in [max(1, -(-count // (_PIECES * width)))]
             for start in range(0, count, step)
         ]
         self.error: BaseException | None = None
@@ -69,6 +71,36 @@ class _Job:
                 self.finished.release()
 
 
+class Pace:
+    """Whether helpers have made a job faster lately.
+
+    What streams through memory gains little from them where one core takes most of what memory
+    gives, and loses where a helper shares its CPU with a thread of BLAS that still spins: this one
+    then waits for the piece of a helper that does not run.
+    """
+
+    #: Calls that try both ways in turn, and how often the slower one is tried again.
+    _FIRST, _AGAIN = 6, 32
+    #: By so much what is remembered may grow in a call: a disturbed one counts for little.
+    _GROWTH = 1.1
+
+    def __init__(self) -> None:
+        self._calls = 0
+        self._seconds = [math.inf, math.inf]  # for an element, alone and with helpers
+
+    def helped(self) -> bool:
+        """Return which way the next call takes."""
+        self._calls += 1
+        alone, helped = self._seconds
+        if self._calls <= self._FIRST:
+            return self._calls % 2 == 1
+        return (helped <= alone) == (self._calls % self._AGAIN != 0)
+
+    def took(self, helped: bool, seconds: float) -> None:
+        """Remember what an element took."""
+        self._seconds[helped] = min(seconds, self._seconds[helped] * self._GROWTH)
+
+
 class Pool:
     """Helper threads, started when they are first needed; callers may be many."""
 
@@ -84,6 +116,7 @@ class Pool:
         self._queue: SimpleQueue[_Job] = SimpleQueue()
         self._helpers: list[threading.Thread] = []
         self._avoided: int | None = None
+        self._paces: dict[Any, Pace] = {}
 
     def run(self, kernel: Callable[..., Any], count: int, work: int, *args: Any) -> None:
         """Call ``kernel(*args, start, stop)`` over all of ``range(count)``, in pieces.
@@ -98,6 +131,18 @@ class Pool:
             Elements touched in all; little work stays in this thread.
         """
         self.run_all([Run(kernel, count, args)], work)
+
+    def run_streams(self, runs: Sequence[Run], work: int) -> None:
+        """Do what :meth:`run_all` does of kernels that stream through memory; see :class:`Pace`."""
+        if work < SMALL_WORK or get_num_threads() == 1:
+            self.run_all(runs, work)
+            return
+        key = (frozenset(run.kernel for run in runs), work.bit_length(), get_num_threads())
+        pace = self._paces.setdefault(key, Pace())
+        helped = pace.helped()
+        start = perf_counter()
+        self.run_all(runs, work if helped else 0)
+        pace.took(helped, (perf_counter() - start) / work)
 
     def run_all(self, runs: Sequence[Run], work: int) -> None:
         """Do several of them at once, whose results must not depend on each other."""

@@ -78,7 +78,7 @@ class NumbaUpdates(UpdateOps):
                 args = (*(a.reshape(-1) for a in arrays), c, l2)
                 runs.append(Run(kernels.adamw, -(-t.p.size // kernels.ELEMENTS), args))
             work += t.p.size
-        POOL.run_all(runs, work)
+        POOL.run_streams(runs, work)
 
     def sgd(
         self,
@@ -104,11 +104,12 @@ class NumbaUpdates(UpdateOps):
         expect(p.shape, g=g, momentum_buffer=momentum_buffer)
         buffer = np.empty(0, p.dtype) if momentum_buffer is None else momentum_buffer.reshape(-1)
         constants = np.array((grad_scale, weight_decay, momentum, learning_rate), p.dtype)
-        POOL.run(
-            kernels.sgd, -(-p.size // kernels.ELEMENTS), p.size,
+        args = (
             p.reshape(-1), as_input(g).reshape(-1), buffer, constants,
             momentum_buffer is not None, bool(nesterov), bool(first_step),
         )  # fmt: skip
+        blocks = -(-p.size // kernels.ELEMENTS)
+        POOL.run_streams([Run(kernels.sgd, blocks, args)], p.size)
 
     def sum_squares(self, arrays: Sequence[Array]) -> float:
         """Sum of squares by fixed blocks, each summed in float64, added in their order."""
@@ -120,7 +121,7 @@ class NumbaUpdates(UpdateOps):
             sums = np.zeros(-(-array.size // kernels.ELEMENTS))
             runs.append(Run(kernels.sum_squares, sums.size, (as_input(array).reshape(-1), sums)))
             work += array.size // 2
-        POOL.run_all(runs, work)
+        POOL.run_streams(runs, work)
         return float(sum(sum(run.args[1].tolist()) for run in runs))
 
     def scale(self, x: Array, factor: float) -> None:
@@ -130,4 +131,5 @@ class NumbaUpdates(UpdateOps):
             return
         kernels, _ = numba_compile.compiled()
         flat, blocks = x.reshape(-1), -(-x.size // kernels.ELEMENTS)
-        POOL.run(kernels.scale, blocks, x.size // 2, flat, x.dtype.type(factor))
+        run = Run(kernels.scale, blocks, (flat, x.dtype.type(factor)))
+        POOL.run_streams([run], x.size // 2)

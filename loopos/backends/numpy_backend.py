@@ -96,6 +96,11 @@ class DenseOps:
 
     # -- linear ------------------------------------------------------------------------------
 
+    @staticmethod
+    def _product(a: Array, b: Array) -> Array:
+        product: Array = a @ b
+        return product
+
     def linear(
         self, x: Array, w: Array, b: Array | None = None, activation: str | None = None
     ) -> tuple[Array, Array | None]:
@@ -115,7 +120,7 @@ class DenseOps:
         pre : ndarray [N, O] or None
             The argument of the activation, for the backward; None without activation.
         """
-        y = x @ w.T
+        y = self._product(x, w.T)
         if b is not None:
             y += b
         if activation is None:
@@ -170,9 +175,10 @@ class DenseOps:
             db += dy.sum(axis=0)
         if not need_dx:
             return None
+        product = self._product(dy, w)
         if dx is None:
-            return dy @ w
-        dx += dy @ w
+            return product
+        dx += product
         return dx
 
     def add(self, a: Array, b: Array, scale: float = 1.0) -> Array:

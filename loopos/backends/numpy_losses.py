@@ -19,8 +19,10 @@ def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + size, rows))
 
 
-def _logits(h: Array, w: Array, b: Array | None, temperature: float = 1.0) -> Array:
-    z: Array = h @ w.T
+def _logits(
+    h: Array, w: Array, b: Array | None, temperature: float = 1.0, out: Array | None = None
+) -> Array:
+    z: Array = np.matmul(h, w.T, out=out)
     if b is not None:
         z += b
     if temperature != 1.0:
