@@ -10,8 +10,10 @@
 #endif
 #if defined(LOOPOS_HAVE_AMX)
 #include <pthread.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #define MOST 5
